@@ -1,0 +1,204 @@
+// attend, decode and both fused, one block a tile of queries of one (batch element, head).
+//
+//   attend:  s = scale q kc^T + bias, online softmax over tiles of 128 measurements, z = softmax(s) vc, lse
+//   decode:  u = a + step_t (S_t a - a + B_t z), a = soft(u, theta_t), T times from a = 0;  c = psi a
+//
+// Data flow: q rows -> shared -> scores (micro-tiles, kc^T streamed as a panel) -> shared -> probabilities in place ->
+// z (shared, rescaled as the running maximum moves). Decode keeps a (two copies) and B z in shared memory and streams
+// S^T, B^T, psi^T as panels. Fused, z goes from the one to the other without leaving shared memory; it is rounded to T on
+// the way, so that the fused op equals attend followed by decode bit for bit.
+//
+// Budget of a row: 2 M (D + R) + 2 T P (P + R or, tied, R once) + 2 P Dv FLOP in float32; shared memory
+// limits::attend_row and limits::decode_row floats; global traffic is q, z, c once and the panels once a tile (from L2).
+// A row whose scores are all -inf: z = 0, lse = -inf. Limits: limits.h.
+#pragma once
+#include "csat/tile.cuh"
+
+namespace csat {
+
+struct ForwardArgs {
+  int rows;                 // of a tile
+  int64_t heads, queries;
+  int features;             // R
+  int z_pitch;
+  View z;                   // attend: where to write it (data null: not wanted); decode alone: where to read it
+  // attend
+  View q, lse;
+  Panel keys, values, bias;  // (B Hk)(D, M), (B Hk)(M, R), (B)(H, M) with -inf in the padding
+  int64_t group;             // H / Hk
+  int64_t measurements;
+  int head_dim, q_pitch, measurement_tile;
+  float scale;
+  // decode
+  View out;
+  Panel S, B, psi, theta, step;  // transposed S (Hd Ts), B (Hd Tb), psi (Hd); theta (Hd)(T, P); step (Hd)(1, T)
+  int64_t decoder_heads;
+  int layers, s_layers, b_layers, outputs;
+  int a_pitch, z_depth, output_columns;
+};
+
+template <typename T>
+CSAT_DEVICE void attend_rows(const ForwardArgs& p, const RowTile& tile, float* z, float* rest) {
+  const int rows = p.rows, span = p.measurement_tile, lane = lane_id();
+  float* q = rest;
+  float* s = q + rows * p.q_pitch;
+  float* peak = s + rows * span;
+  float* mass = peak + rows;
+  const int64_t pair = tile.batch * p.heads + tile.head;
+  const int64_t key_pair = pair / p.group;  // Hk divides H, so (b H + h) / (H / Hk) = b Hk + h / (H / Hk)
+  const float* keys = p.keys.data + key_pair * p.keys.matrix + lane;
+  const float* values = p.values.data + key_pair * p.values.matrix + lane;
+  const float* bias = p.bias.data + pair * p.bias.matrix + lane;
+
+  load_rows(q, p.q_pitch, rows, at<const T>(p.q, tile.batch, tile.head, tile.first), p.q.stride[2], p.q.stride[3],
+            tile.valid, p.head_dim);
+  fill(z, rows * p.z_pitch, 0.f);
+  fill(peak, rows, -INFINITY);
+  fill(mass, rows, 0.f);
+  __syncthreads();
+
+  for (int64_t m0 = 0; m0 < p.measurements; m0 += span) {
+    const int columns = p.keys.pitch - m0 < span ? static_cast<int>(p.keys.pitch - m0) : span;
+    for_each_micro_tile(rows, columns, [&](int row, int column) {
+      Accumulator acc = {};
+      multiply(acc, q + row * p.q_pitch, p.q_pitch, keys + m0 + column, p.keys.pitch, p.q_pitch);
+      const float* b = bias + m0 + column;
+      float* out = s + row * span + column + lane;
+#pragma unroll
+      for (int r = 0; r < limits::kMicroRows; ++r) {
+        out[r * span] = p.scale * acc[r][0] + b[0];
+        out[r * span + 32] = p.scale * acc[r][1] + b[32];
+      }
+    });
+    __syncthreads();
+
+    for (int r = warp_id(); r < rows; r += limits::kWarps) {
+      float* row = s + r * span;
+      const float before = peak[r];
+      float now = before, sum = 0.f;
+      for (int c = lane; c < columns; c += 32) now = fmaxf(now, row[c]);
+      now = warp_max(now);
+      for (int c = lane; c < columns; c += 32) {
+        const float e = row[c] == -INFINITY ? 0.f : exp_f32(row[c] - now);
+        row[c] = e;
+        sum += e;
+      }
+      sum = warp_sum(sum);
+      const float decay = before == -INFINITY ? 0.f : exp_f32(before - now);
+      if (m0 > 0)
+        for (int c = lane; c < p.z_pitch; c += 32) z[r * p.z_pitch + c] *= decay;
+      if (lane == 0) {
+        peak[r] = now;
+        mass[r] = mass[r] * decay + sum;
+      }
+    }
+    __syncthreads();
+
+    for_each_micro_tile(rows, p.z_pitch, [&](int row, int column) {
+      float* out = z + row * p.z_pitch + column + lane;
+      Accumulator acc;
+#pragma unroll
+      for (int r = 0; r < limits::kMicroRows; ++r) acc[r][0] = out[r * p.z_pitch], acc[r][1] = out[r * p.z_pitch + 32];
+      multiply(acc, s + row * span, span, values + m0 * p.values.pitch + column, p.values.pitch, columns);
+#pragma unroll
+      for (int r = 0; r < limits::kMicroRows; ++r) out[r * p.z_pitch] = acc[r][0], out[r * p.z_pitch + 32] = acc[r][1];
+    });
+    __syncthreads();
+  }
+
+  for (int r = warp_id(); r < rows; r += limits::kWarps) {
+    const float total = mass[r], inverse = total == 0.f ? 0.f : 1.f / total;
+    for (int c = lane; c < p.z_pitch; c += 32) {
+      float& value = z[r * p.z_pitch + c];
+      value = to_float(from_float<T>(value * inverse));
+      if (p.z.data && r < tile.valid && c < p.features)
+        at<T>(p.z, tile.batch, tile.head, tile.first + r)[c * p.z.stride[3]] = from_float<T>(value);
+    }
+    if (lane == 0 && r < tile.valid)
+      *at<float>(p.lse, tile.batch, tile.head, tile.first + r) = total == 0.f ? -INFINITY : peak[r] + log_f32(total);
+  }
+  __syncthreads();
+}
+
+template <typename T>
+CSAT_DEVICE void decode_rows(const ForwardArgs& p, const RowTile& tile, const float* z, float* rest) {
+  const int rows = p.rows, pitch = p.a_pitch, lane = lane_id();
+  float* a = rest;
+  float* next = a + rows * pitch;
+  float* bz = next + rows * pitch;
+  const int64_t head = p.decoder_heads == 1 ? 0 : tile.head;
+  const float* theta = p.theta.data + head * p.theta.matrix + lane;
+  const float* step = p.step.data + head * p.step.matrix;
+
+  for (int t = 0; t < p.layers; ++t) {
+    const int64_t s_index = head * p.s_layers + (p.s_layers == 1 ? 0 : t);
+    const float* S = p.S.data + s_index * p.S.matrix + lane;
+    const float* B = p.B.data + (head * p.b_layers + t) * p.B.matrix + lane;  // read while t < b_layers
+    const float* th = theta + t * p.theta.pitch;
+    const float gain = step[t];
+    for_each_micro_tile(rows, pitch, [&](int row, int column) {
+      const int offset = row * pitch + column + lane;
+      if (t < p.b_layers) {
+        Accumulator acc = {};
+        multiply(acc, z + row * p.z_pitch, p.z_pitch, B + column, p.B.pitch, p.z_depth);
+#pragma unroll
+        for (int r = 0; r < limits::kMicroRows; ++r)
+          bz[offset + r * pitch] = acc[r][0], bz[offset + r * pitch + 32] = acc[r][1];
+      }
+      Accumulator acc = {};
+      if (t > 0) multiply(acc, a + row * pitch, pitch, S + column, p.S.pitch, pitch);
+#pragma unroll
+      for (int r = 0; r < limits::kMicroRows; ++r)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int e = offset + r * pitch + 32 * i;
+          const float old = t > 0 ? a[e] : 0.f;
+          next[e] = soft_threshold(old + gain * (acc[r][i] + bz[e] - old), th[column + 32 * i]);
+        }
+    });
+    __syncthreads();
+    float* swap = a;
+    a = next;
+    next = swap;
+  }
+
+  const float* psi = p.psi.data + head * p.psi.matrix + lane;
+  for_each_micro_tile(rows, p.output_columns, [&](int row, int column) {
+    Accumulator acc = {};
+    multiply(acc, a + row * pitch, pitch, psi + column, p.psi.pitch, pitch);
+#pragma unroll
+    for (int r = 0; r < limits::kMicroRows; ++r)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int c = column + lane + 32 * i;
+        if (row + r < tile.valid && c < p.outputs)
+          at<T>(p.out, tile.batch, tile.head, tile.first + row + r)[c * p.out.stride[3]] = from_float<T>(acc[r][i]);
+      }
+  });
+}
+
+template <typename T, bool kAttend, bool kDecode>
+__global__ void __launch_bounds__(limits::kThreads) forward_kernel(ForwardArgs p) {
+  CSAT_DYN_SMEM(float, shared);
+  const RowTile tile = row_tile_at(blockIdx.x, p.heads, p.queries, p.rows);
+  float* z = shared;
+  float* rest = z + p.rows * p.z_pitch;
+  if constexpr (kAttend) {
+    attend_rows<T>(p, tile, z, rest);
+  } else {
+    load_rows(z, p.z_pitch, p.rows, at<const T>(p.z, tile.batch, tile.head, tile.first), p.z.stride[2], p.z.stride[3],
+              tile.valid, p.features);
+    __syncthreads();
+  }
+  if constexpr (kDecode) decode_rows<T>(p, tile, z, rest);
+}
+
+template <typename T, bool kAttend, bool kDecode>
+int launch_forward(const ForwardArgs& p, int64_t blocks, int64_t shared_bytes, void* stream) {
+  auto kernel = forward_kernel<T, kAttend, kDecode>;
+  CSAT_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(limits::kThreads), static_cast<size_t>(shared_bytes),
+              stream, p);
+  return last_error();
+}
+
+}  // namespace csat

@@ -1,0 +1,40 @@
+// The launch templates that csrc/kernels/<kernel>_<dtype>.cu instantiate; everything else only refers to them.
+#pragma once
+#include "csat/attend_backward.cuh"
+#include "csat/decode_backward.cuh"
+#include "csat/forward.cuh"
+
+namespace csat {
+
+#define CSAT_FORWARD_INSTANCES(prefix, T)                                                           \
+  prefix template int launch_forward<T, true, false>(const ForwardArgs&, int64_t, int64_t, void*);  \
+  prefix template int launch_forward<T, false, true>(const ForwardArgs&, int64_t, int64_t, void*);  \
+  prefix template int launch_forward<T, true, true>(const ForwardArgs&, int64_t, int64_t, void*);
+#define CSAT_ATTEND_BACKWARD_INSTANCES(prefix, T)                                                          \
+  prefix template int launch_query_backward<T>(const AttendBackwardArgs&, int64_t, int64_t, void*);        \
+  prefix template int launch_measurement_backward<T>(const AttendBackwardArgs&, int64_t, int64_t, void*);
+#define CSAT_DECODE_BACKWARD_INSTANCES(prefix, T) \
+  prefix template int launch_decode_backward<T>(const DecodeBackwardArgs&, int64_t, int64_t, void*);
+
+#define CSAT_EXTERN(T)                      \
+  CSAT_FORWARD_INSTANCES(extern, T)         \
+  CSAT_ATTEND_BACKWARD_INSTANCES(extern, T) \
+  CSAT_DECODE_BACKWARD_INSTANCES(extern, T)
+#ifndef CSAT_INSTANTIATE
+CSAT_EXTERN(float)
+CSAT_EXTERN(bf16)
+CSAT_EXTERN(f16)
+#endif
+
+// Calls f with a value of the storage type of `dtype`.
+template <typename F>
+int with_dtype(DType dtype, F f) {
+  switch (dtype) {
+    case DType::f32: return f(float{});
+    case DType::bf16: return f(bf16{});
+    case DType::f16: return f(f16{});
+  }
+  return -1;
+}
+
+}  // namespace csat

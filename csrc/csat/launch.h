@@ -1,0 +1,112 @@
+// The framework-free entry points of the CUDA backend: plain structs of pointers, sizes and strides in elements.
+// No function allocates, synchronises with the host or reads device memory. Each takes a workspace of the size that its
+// *_workspace function asks for (256-byte aligned, never null, contents irrelevant before and after), runs on `stream`
+// (a cudaStream_t) and returns 0 or an error code that error_string() explains. What is supported is in limits.h.
+#pragma once
+#include <cstdint>
+
+namespace csat {
+
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+constexpr int64_t size_of(DType t) { return t == DType::f32 ? 4 : 2; }
+
+// A strided tensor of up to four axes, aligned right: stride[3] belongs to the last axis. A broadcast axis has stride 0.
+struct View {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t stride[4] = {0, 0, 0, 0};
+};
+
+// attend: Z = softmax(scale q kc^T + bias) vc and lse, the log-sum-exp of its rows. T = dtype of q, kc, vc, z.
+struct AttendParams {
+  View q;     // (B, H, Nq, D)
+  View kc;    // (B, Hk, M, D); head h reads head h / (H / Hk)
+  View vc;    // (B, Hk, M, R)
+  View bias;  // (B, H, M) in axes 0, 1, 3 of the view; data null: no bias
+  View z;     // (B, H, Nq, R); data null where attend_decode_forward need not return it
+  View lse;   // (B, H, Nq) in axes 0, 1, 2 of the view, float32
+  int64_t batch, heads, key_heads, queries, measurements, head_dim, features;  // B, H, Hk, Nq, M, D, R
+  float scale;
+};
+
+struct AttendBackwardParams {
+  AttendParams forward;  // z and lse are read
+  View dz;               // (B, H, Nq, R), T
+  View dq;               // (B, H, Nq, D), T
+  View dkc;              // (B, Hk, M, D), T
+  View dvc;              // (B, Hk, M, R), T
+  View dbias;            // (B, H, M) in axes 0, 1, 3 of the view, float32; data null: not wanted
+};
+
+// The learned decoder: u_t = a_t + step_t (S_t a_t + B_t z - a_t), a_{t+1} = soft(u_t, theta_t), a_0 = 0, c = psi a_T.
+// Every weight has a dtype of its own; `heads` is 1 (shared) or H.
+struct Decoder {
+  View S;      // (Hd, Ts, P, P), Ts is 1 or T
+  View B;      // (Hd, Tb, P, R), Tb is 1 or T
+  View theta;  // (Hd, T, P) in axes 0, 1, 3 of the view
+  View psi;    // (Hd, Dv, P) in axes 0, 2, 3 of the view
+  View step;   // (Hd, T) in axes 0, 3 of the view
+  int64_t heads, layers, s_layers, b_layers, coefficients, features, outputs;  // Hd, T, Ts, Tb, P, R, Dv
+};
+
+struct DecodeParams {
+  Decoder decoder;
+  View z;                          // (B, H, Nq, R), T
+  View out;                        // (B, H, Nq, Dv), T
+  int64_t batch, heads, queries;   // B, H, Nq
+};
+
+struct DecodeBackwardParams {
+  DecodeParams forward;            // out is not read
+  View dout;                       // (B, H, Nq, Dv), T
+  View dz;                         // (B, H, Nq, R), T
+  float *dS, *dB, *dtheta, *dpsi, *dstep;  // contiguous, in the weights' shapes
+};
+
+// project: y = phi x over the tokens; head h of y reads head h / (H / Hx) of x and head h (or 0) of phi.
+// A token whose `keep` is false is never read.
+struct ProjectParams {
+  View x;                      // (B, Hx, N, D), T
+  View phi;                    // (1 or B, Hp, M, N), T or float32; a broadcast batch has stride 0
+  const unsigned char* keep;   // (B, N) contiguous, or null: every token is kept
+  View y;                      // (B, H, M, D) contiguous, T
+  int64_t batch, x_heads, phi_batch, phi_heads, tokens, measurements, head_dim;  // B, Hx, 1 or B, Hp, N, M, D
+};
+
+struct ProjectBackwardParams {
+  ProjectParams forward;       // y is not read
+  View dy;                     // (B, H, M, D), T
+  View dx;                     // (B, Hx, N, D) contiguous, T; data null: not wanted
+  View dphi;                   // (1 or B, Hp, M, N) contiguous, dtype of phi; data null: not wanted
+};
+
+int64_t attend_workspace(const AttendParams& p);
+int attend_forward(const AttendParams& p, void* workspace, void* stream);
+
+int64_t attend_backward_workspace(const AttendBackwardParams& p);
+int attend_backward(const AttendBackwardParams& p, void* workspace, void* stream);
+
+int64_t decode_workspace(const DecodeParams& p);
+int decode_forward(const DecodeParams& p, void* workspace, void* stream);
+
+int64_t decode_backward_workspace(const DecodeBackwardParams& p);
+int decode_backward(const DecodeBackwardParams& p, void* workspace, void* stream);
+
+// attend and decode in one kernel: `decode.z` is ignored, the row of z never leaves shared memory unless attend.z is set.
+int64_t attend_decode_workspace(const AttendParams& attend, const DecodeParams& decode);
+int attend_decode_forward(const AttendParams& attend, const DecodeParams& decode, void* workspace, void* stream);
+
+// `blas` is a cublasHandle_t bound to `stream` (see gemm.h).
+int64_t project_workspace(const ProjectParams& p);
+int project_forward(const ProjectParams& p, void* workspace, void* blas, void* stream);
+
+int64_t project_backward_workspace(const ProjectBackwardParams& p);
+int project_backward(const ProjectBackwardParams& p, void* workspace, void* blas, void* stream);
+
+// Dynamic shared memory that a block may use on the current device, in bytes.
+int64_t shared_memory_limit();
+
+// What a return code means; never null.
+const char* error_string(int code);
+
+}  // namespace csat

@@ -1,0 +1,55 @@
+// How a launch function divides its workspace. Host code only.
+#pragma once
+#include "csat/limits.h"
+#include "csat/panel.h"
+#include "csat/tile.cuh"
+
+namespace csat {
+
+// Workspaces are carved by the same code that sizes them: with a null base only `used` advances.
+class Carver {
+ public:
+  explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
+  template <typename T = float>
+  T* take(int64_t count) {
+    T* p = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
+    return p;
+  }
+  int64_t used() const { return used_; }
+  bool sizing() const { return !base_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// Carves a panel for `count` = n0 n1 matrices and, with a real base, packs it. Strides and sizes come in `p`.
+inline int take_panel(Panel& panel, Carver& carver, PackArgs p, int64_t panel_rows, int64_t pitch, void* stream) {
+  p.panel_rows = panel_rows;
+  p.pitch = pitch;
+  p.panel = carver.take(p.n0 * p.n1 * panel_rows * pitch);
+  panel = {p.panel, pitch, panel_rows * pitch};
+  return carver.sizing() ? 0 : pack(p, stream);
+}
+
+// The operand (n0, n1, rows, columns) of a four-axis view; `transposed` swaps the last two.
+inline PackArgs operand(const View& v, int64_t n0, int64_t n1, int64_t rows, int64_t columns) {
+  return {v.data, v.dtype, n0, n1, v.stride[0], v.stride[1], rows, columns, v.stride[2], v.stride[3], nullptr, 0, 0, 0.f};
+}
+inline PackArgs transposed(PackArgs p) {
+  const int64_t rows = p.rows, row_stride = p.row_stride;
+  p.rows = p.columns;
+  p.row_stride = p.column_stride;
+  p.columns = rows;
+  p.column_stride = row_stride;
+  return p;
+}
+
+// Evaluates to the first non-zero error code of a sequence of launches.
+#define CSAT_TRY(expression)                          \
+  do {                                                \
+    if (const int code = (expression)) return code;   \
+  } while (0)
+
+}  // namespace csat

@@ -1,0 +1,323 @@
+// Argument checks of every csat op, shared by the CPU and the CUDA entry points.
+//
+// Each check_<op> validates shapes, dtypes and devices and returns the sizes the kernels need, so that no entry point
+// derives a size a second time. A violated contract throws std::invalid_argument (ValueError in Python) that names the
+// op, the argument, what came and what is accepted. Nothing here touches memory of a tensor.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cmath>
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace csat {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Sizes, in the letters of docs/architecture.md.
+struct ProjectSizes {
+  int64_t B, Hx, Hp, Hout, Bp, M, N, D;
+};
+struct AttendSizes {
+  int64_t B, H, Hk, Nq, M, D, R;
+  int64_t Bb, Hb;  // leading sizes of score_bias, each 1 or full; 0 without a bias
+};
+struct DecodeSizes {
+  int64_t B, H, Nq, Hd, T, Ts, Tb, P, R, Dv;
+};
+
+namespace detail {
+
+template <class... Args>
+[[noreturn]] void fail(const char* op, const Args&... args) {
+  std::ostringstream message;
+  message << "csat::" << op << ": ";
+  (message << ... << args);
+  throw std::invalid_argument(message.str());
+}
+
+inline std::string shape_string(const Tensor& t) {
+  std::ostringstream out;
+  out << '(';
+  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
+  out << (t.dim() == 1 ? ",)" : ")");
+  return out.str();
+}
+
+inline std::string device_string(const Tensor& t) {
+  if (t.is_cpu()) return "cpu";
+  return (t.is_cuda() ? "cuda:" : "device:") + std::to_string(t.get_device_index());
+}
+
+inline const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Bool: return "bool";
+    default: return torch::headeronly::toString(type);
+  }
+}
+
+// One tensor argument under its name: the subject of an error message.
+struct Argument {
+  const char* op;
+  const char* name;
+  const Tensor& tensor;
+
+  int64_t size(int64_t i) const { return tensor.size(i); }
+
+  void dims(int64_t count, const char* letters) const {
+    if (tensor.dim() != count)
+      fail(op, name, " must have ", count, " dimensions ", letters, "; got shape ", shape_string(tensor));
+  }
+  // The size of one axis must be among `accepted`; `letters` describes the whole shape.
+  void axis(int64_t i, std::initializer_list<int64_t> accepted, const char* letters) const {
+    for (int64_t value : accepted)
+      if (tensor.size(i) == value) return;
+    std::ostringstream values;
+    const char* separator = "";
+    int64_t last = -1;
+    for (int64_t value : accepted) {
+      if (value != last) values << separator << value;
+      last = value;
+      separator = " or ";
+    }
+    fail(op, name, " must have shape ", letters, " with size ", values.str(), " on axis ", i, "; got shape ",
+         shape_string(tensor));
+  }
+  void at_least_one(int64_t i, const char* letters) const {
+    if (tensor.size(i) < 1)
+      fail(op, name, " must have shape ", letters, " with size 1 or more on axis ", i, "; got shape ",
+           shape_string(tensor));
+  }
+  void shape(std::initializer_list<int64_t> sizes, const char* letters) const {
+    dims(static_cast<int64_t>(sizes.size()), letters);
+    int64_t i = 0;
+    for (int64_t size : sizes) axis(i++, {size}, letters);
+  }
+
+  // T of the contract: the dtype of q, k, v, x and z.
+  void data_dtype() const {
+    const ScalarType type = tensor.scalar_type();
+    const bool is_double = type == ScalarType::Double;
+    if (type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half ||
+        (is_double && !tensor.is_cuda()))
+      return;
+    fail(op, name, " must be float32, bfloat16 or float16 (float64 on the CPU only); got ", dtype_name(type), " on ",
+         device_string(tensor));
+  }
+  void dtype(ScalarType wanted, const char* why) const {
+    if (tensor.scalar_type() != wanted)
+      fail(op, name, " must be ", dtype_name(wanted), " ", why, "; got ", dtype_name(tensor.scalar_type()));
+  }
+  // A parameter is T or float32 (float64 where T is float64).
+  void parameter_dtype(ScalarType data) const {
+    const ScalarType type = tensor.scalar_type();
+    if (type == data || type == ScalarType::Float) return;
+    fail(op, name, " must be float32 or ", dtype_name(data), ", the dtype of the data; got ", dtype_name(type));
+  }
+  void same_device(const Argument& other) const {
+    const bool same = tensor.is_cpu() == other.tensor.is_cpu() && tensor.is_cuda() == other.tensor.is_cuda() &&
+                      (tensor.is_cpu() || tensor.get_device_index() == other.tensor.get_device_index());
+    if (!same)
+      fail(op, name, " must be on ", device_string(other.tensor), ", the device of ", other.name, "; got ",
+           device_string(tensor));
+  }
+  void same_kind(const Argument& other) const {
+    same_device(other);
+    if (tensor.scalar_type() != other.tensor.scalar_type())
+      fail(op, name, " must be ", dtype_name(other.tensor.scalar_type()), ", the dtype of ", other.name, "; got ",
+           dtype_name(tensor.scalar_type()));
+  }
+};
+
+inline void check_decoder(const char* op, const Argument& z, const Tensor& S, const Tensor& B, const Tensor& theta,
+                          const Tensor& psi, const Tensor& step, DecodeSizes& n) {
+  const Argument S_arg{op, "S", S}, B_arg{op, "B", B}, theta_arg{op, "theta", theta}, psi_arg{op, "psi", psi},
+      step_arg{op, "step", step};
+  constexpr const char *S_shape = "(Hd, 1 or T, P, P)", *B_shape = "(Hd, 1 or T, P, R)", *theta_shape = "(Hd, T, P)",
+                       *psi_shape = "(Hd, Dv, P)", *step_shape = "(Hd, T)";
+  theta_arg.dims(3, theta_shape);
+  theta_arg.axis(0, {1, n.H}, theta_shape);
+  theta_arg.at_least_one(1, theta_shape);
+  n.Hd = theta.size(0);
+  n.T = theta.size(1);
+  n.P = theta.size(2);
+  S_arg.dims(4, S_shape);
+  S_arg.axis(0, {n.Hd}, S_shape);
+  S_arg.axis(1, {1, n.T}, S_shape);
+  S_arg.axis(2, {n.P}, S_shape);
+  S_arg.axis(3, {n.P}, S_shape);
+  B_arg.dims(4, B_shape);
+  B_arg.axis(0, {n.Hd}, B_shape);
+  B_arg.axis(1, {1, n.T}, B_shape);
+  B_arg.axis(2, {n.P}, B_shape);
+  B_arg.axis(3, {n.R}, B_shape);
+  psi_arg.dims(3, psi_shape);
+  psi_arg.axis(0, {n.Hd}, psi_shape);
+  psi_arg.axis(2, {n.P}, psi_shape);
+  step_arg.shape({n.Hd, n.T}, step_shape);
+  n.Ts = S.size(1);
+  n.Tb = B.size(1);
+  n.Dv = psi.size(1);
+  for (const Argument* parameter : {&S_arg, &B_arg, &theta_arg, &psi_arg, &step_arg}) {
+    parameter->same_device(z);
+    parameter->parameter_dtype(z.tensor.scalar_type());
+  }
+}
+
+}  // namespace detail
+
+// The dtype of lse, of accumulators and of parameter gradients.
+inline ScalarType accumulate_dtype(ScalarType data) {
+  return data == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline ProjectSizes check_project(const char* op, const Tensor& x, const Tensor& phi,
+                                  const std::optional<Tensor>& key_mask) {
+  const detail::Argument x_arg{op, "x", x}, phi_arg{op, "phi", phi};
+  constexpr const char *x_shape = "(B, Hx, N, D)", *phi_shape = "(1 or B, Hp, M, N)";
+  x_arg.dims(4, x_shape);
+  x_arg.at_least_one(1, x_shape);
+  x_arg.data_dtype();
+  phi_arg.dims(4, phi_shape);
+  phi_arg.axis(0, {1, x.size(0)}, phi_shape);
+  phi_arg.axis(3, {x.size(2)}, phi_shape);
+  phi_arg.same_device(x_arg);
+  phi_arg.parameter_dtype(x.scalar_type());
+  ProjectSizes n{};
+  n.B = x.size(0);
+  n.Hx = x.size(1);
+  n.N = x.size(2);
+  n.D = x.size(3);
+  n.Bp = phi.size(0);
+  n.Hp = phi.size(1);
+  n.M = phi.size(2);
+  if (n.Hp != 1 && (n.Hp < 1 || n.Hp % n.Hx != 0))
+    detail::fail(op, "phi must have 1 head or a multiple of the ", n.Hx, " heads of x on axis 1; got shape ",
+                 detail::shape_string(phi));
+  n.Hout = n.Hp > n.Hx ? n.Hp : n.Hx;
+  if (key_mask) {
+    const detail::Argument mask{op, "key_mask", *key_mask};
+    mask.shape({n.B, n.N}, "(B, N)");
+    mask.dtype(ScalarType::Bool, "(True = keep)");
+    mask.same_device(x_arg);
+  }
+  return n;
+}
+
+inline ProjectSizes check_project_backward(const char* op, const Tensor& dy, const Tensor& x, const Tensor& phi,
+                                           const std::optional<Tensor>& key_mask) {
+  const ProjectSizes n = check_project(op, x, phi, key_mask);
+  const detail::Argument dy_arg{op, "dy", dy};
+  dy_arg.shape({n.B, n.Hout, n.M, n.D}, "(B, max(Hx, Hp), M, D)");
+  dy_arg.same_kind({op, "x", x});
+  return n;
+}
+
+inline AttendSizes check_attend(const char* op, const Tensor& q, const Tensor& kc, const Tensor& vc,
+                                const std::optional<Tensor>& score_bias, double scale) {
+  const detail::Argument q_arg{op, "q", q}, kc_arg{op, "kc", kc}, vc_arg{op, "vc", vc};
+  constexpr const char *q_shape = "(B, H, Nq, D)", *kc_shape = "(B, Hk, M, D)", *vc_shape = "(B, Hk, M, R)";
+  q_arg.dims(4, q_shape);
+  q_arg.at_least_one(1, q_shape);
+  q_arg.data_dtype();
+  kc_arg.dims(4, kc_shape);
+  kc_arg.axis(0, {q.size(0)}, kc_shape);
+  kc_arg.axis(3, {q.size(3)}, kc_shape);
+  kc_arg.same_kind(q_arg);
+  vc_arg.dims(4, vc_shape);
+  vc_arg.axis(0, {kc.size(0)}, vc_shape);
+  vc_arg.axis(1, {kc.size(1)}, vc_shape);
+  vc_arg.axis(2, {kc.size(2)}, vc_shape);
+  vc_arg.same_kind(q_arg);
+  AttendSizes n{};
+  n.B = q.size(0);
+  n.H = q.size(1);
+  n.Nq = q.size(2);
+  n.D = q.size(3);
+  n.Hk = kc.size(1);
+  n.M = kc.size(2);
+  n.R = vc.size(3);
+  if (n.Hk < 1 || n.H % n.Hk != 0)
+    detail::fail(op, "kc must have a number of heads that divides the ", n.H, " heads of q; got shape ",
+                 detail::shape_string(kc));
+  if (score_bias) {
+    const detail::Argument bias{op, "score_bias", *score_bias};
+    constexpr const char* bias_shape = "(1 or B, 1 or H, M)";
+    bias.dims(3, bias_shape);
+    bias.axis(0, {1, n.B}, bias_shape);
+    bias.axis(1, {1, n.H}, bias_shape);
+    bias.axis(2, {n.M}, bias_shape);
+    bias.same_device(q_arg);
+    bias.parameter_dtype(q.scalar_type());
+    n.Bb = score_bias->size(0);
+    n.Hb = score_bias->size(1);
+  }
+  if (!std::isfinite(scale)) detail::fail(op, "scale must be finite; got ", scale);
+  return n;
+}
+
+inline AttendSizes check_attend_backward(const char* op, const Tensor& dz, const Tensor& q, const Tensor& kc,
+                                         const Tensor& vc, const std::optional<Tensor>& score_bias, const Tensor& z,
+                                         const Tensor& lse, double scale) {
+  const AttendSizes n = check_attend(op, q, kc, vc, score_bias, scale);
+  const detail::Argument q_arg{op, "q", q}, dz_arg{op, "dz", dz}, z_arg{op, "z", z}, lse_arg{op, "lse", lse};
+  dz_arg.shape({n.B, n.H, n.Nq, n.R}, "(B, H, Nq, R)");
+  dz_arg.same_kind(q_arg);
+  z_arg.shape({n.B, n.H, n.Nq, n.R}, "(B, H, Nq, R)");
+  z_arg.same_kind(q_arg);
+  lse_arg.shape({n.B, n.H, n.Nq}, "(B, H, Nq)");
+  lse_arg.same_device(q_arg);
+  lse_arg.dtype(accumulate_dtype(q.scalar_type()), "(the accumulation dtype)");
+  return n;
+}
+
+inline DecodeSizes check_decode(const char* op, const Tensor& z, const Tensor& S, const Tensor& B, const Tensor& theta,
+                                const Tensor& psi, const Tensor& step) {
+  const detail::Argument z_arg{op, "z", z};
+  constexpr const char* z_shape = "(B, H, Nq, R)";
+  z_arg.dims(4, z_shape);
+  z_arg.at_least_one(1, z_shape);
+  z_arg.data_dtype();
+  DecodeSizes n{};
+  n.B = z.size(0);
+  n.H = z.size(1);
+  n.Nq = z.size(2);
+  n.R = z.size(3);
+  detail::check_decoder(op, z_arg, S, B, theta, psi, step, n);
+  return n;
+}
+
+inline DecodeSizes check_decode_backward(const char* op, const Tensor& dc, const Tensor& z, const Tensor& S,
+                                         const Tensor& B, const Tensor& theta, const Tensor& psi, const Tensor& step) {
+  const DecodeSizes n = check_decode(op, z, S, B, theta, psi, step);
+  const detail::Argument dc_arg{op, "dc", dc};
+  dc_arg.shape({n.B, n.H, n.Nq, n.Dv}, "(B, H, Nq, Dv)");
+  dc_arg.same_kind({op, "z", z});
+  return n;
+}
+
+// The decoder's part of attend_decode; z is the output of attend and exists only inside the kernel.
+inline DecodeSizes check_attend_decode(const char* op, const AttendSizes& attend, const Tensor& q, const Tensor& S,
+                                       const Tensor& B, const Tensor& theta, const Tensor& psi, const Tensor& step) {
+  DecodeSizes n{};
+  n.B = attend.B;
+  n.H = attend.H;
+  n.Nq = attend.Nq;
+  n.R = attend.R;
+  detail::check_decoder(op, {op, "q", q}, S, B, theta, psi, step, n);
+  return n;
+}
+
+}  // namespace csat

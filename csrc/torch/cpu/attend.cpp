@@ -1,0 +1,174 @@
+// attend and its backward pass. Saved from the forward pass are z and the log-sum-exp of each row; probabilities are
+// recomputed per row tile: P = exp(scale q kc^T + bias - lse), delta = rowsum(dz * z), ds = P * (dz vc^T - delta),
+// dvc = P^T dz, dq = scale ds kc, dkc = scale ds^T q, dbias = colsum(ds).
+#include "torch/cpu/attend.h"
+
+#include "torch/cpu/kernels.h"
+
+namespace csat::cpu {
+namespace {
+
+constexpr int64_t kRows = 96;          // query rows of one forward tile, a multiple of the micro kernel's 6
+constexpr int64_t kBackwardRows = 48;  // the backward tile holds two score blocks
+
+template <class R>
+void forward(const AttendOperands<R>& operands, const Array& q, const Array& z, R* lse) {
+  const AttendSizes& n = operands.n;
+  const int64_t tiles = divide_up(n.Nq, kRows);
+  parallel(n.B * n.H * tiles, kRows * n.M * (n.D + n.R), [&](int64_t first, int64_t last) {
+    Stack<R> queries(1, kRows, n.D), scores(1, kRows, n.M), out(1, kRows, n.R);
+    for (int64_t unit = first; unit < last; ++unit) {
+      const int64_t row = unit % tiles * kRows, head = unit / tiles, b = head / n.H, h = head % n.H;
+      const int64_t rows = std::min(kRows, n.Nq - row);
+      load(q.matrix(b, h, row), rows, n.D, queries[0]);
+      attend_tile(operands, b, h, rows, queries[0], scores[0], out[0], lse + head * n.Nq + row);
+      store(out[0], rows, n.R, z.matrix(b, h, row));
+    }
+  });
+}
+
+// Gradients of one head's keys, values and bias, summed over a group of row tiles.
+template <class R>
+struct KeyGradients {
+  Stack<R> keys, values, bias;
+  KeyGradients(const AttendSizes& n, int64_t count) : keys(count, n.M, n.D), values(count, n.M, n.R), bias(count, 1, n.M) {}
+};
+
+template <class R>
+struct BackwardTile {
+  Stack<R> q, dz, z, dq, probabilities, dscores;
+  explicit BackwardTile(const AttendSizes& n)
+      : q(1, kBackwardRows, n.D),
+        dz(1, kBackwardRows, n.R),
+        z(1, kBackwardRows, n.R),
+        dq(1, kBackwardRows, n.D),
+        probabilities(1, kBackwardRows, n.M),
+        dscores(1, kBackwardRows, n.M) {}
+};
+
+// Turns the loaded q, dz and z of a tile into dq and adds to the gradients of keys, values and bias.
+template <class R>
+void backward_tile(const AttendOperands<R>& operands, Block<R> keys, Block<R> values_t, const R* bias, Block<R> keys_t,
+                   int64_t rows, const R* lse, const BackwardTile<R>& tile, const KeyGradients<R>& sum, int64_t slot) {
+  const AttendSizes& n = operands.n;
+  const Block<R> p = tile.probabilities[0], ds = tile.dscores[0], q = tile.q[0], dz = tile.dz[0], z = tile.z[0];
+  multiply(rows, n.M, n.D, as_is(q), keys_t, p);
+  multiply(rows, n.M, n.R, as_is(dz), values_t, ds);
+  R* dbias = sum.bias[slot].data;
+  for (int64_t i = 0; i < rows; ++i) {
+    if (lse[i] == -std::numeric_limits<R>::infinity()) {  // an empty row: z = 0 whatever the inputs are
+      std::fill_n(p.row(i), n.M, R(0));
+      std::fill_n(ds.row(i), n.M, R(0));
+      continue;
+    }
+    micro_kernels<R>().probability_row(p.row(i), bias, operands.scale, lse[i], padded<R>(n.M));
+    R delta = 0;
+    for (int64_t c = 0; c < n.R; ++c) delta += dz.row(i)[c] * z.row(i)[c];
+    for (int64_t j = 0; j < n.M; ++j) {
+      const R d = p.row(i)[j] * (ds.row(i)[j] - delta);
+      dbias[j] += d;
+      ds.row(i)[j] = operands.scale * d;
+    }
+  }
+  multiply(rows, n.D, n.M, as_is(ds), keys, tile.dq[0]);
+  multiply_add(n.M, n.D, rows, transposed(ds), q, sum.keys[slot]);
+  multiply_add(n.M, n.R, rows, transposed(p), dz, sum.values[slot]);
+}
+
+struct BackwardArrays {
+  Array dz, q, z, dq, dkc, dvc;
+};
+
+template <class R>
+void backward(const AttendOperands<R>& operands, const Tensor& kc, const Tensor& vc, const BackwardArrays& arrays,
+              const Array& lse, const Tensor* dbias) {
+  const AttendSizes& n = operands.n;
+  const int64_t heads_per_key = n.H / n.Hk;
+  const Groups groups(divide_up(n.Nq, kBackwardRows), n.B * n.H);
+  Stack<R> keys(n.B * n.Hk, n.M, n.D), values_t(n.B * n.Hk, n.R, n.M);
+  const Array keys_array(kc), values_array(vc);
+  parallel(n.B * n.Hk, n.M * (n.D + n.R), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      load(keys_array.matrix(i / n.Hk, i % n.Hk), n.M, n.D, keys[i]);
+      load(values_array.matrix(i / n.Hk, i % n.Hk).transposed(), n.R, n.M, values_t[i]);
+    }
+  });
+
+  const KeyGradients<R> partial(n, n.B * n.H * groups.count);
+  const int64_t rows_per_group = divide_up(n.Nq, groups.count);
+  parallel(n.B * n.H * groups.count, rows_per_group * n.M * (n.D + n.R) * 3, [&](int64_t first, int64_t last) {
+    const BackwardTile<R> tile(n);
+    Stack<R> row_lse(1, 1, kBackwardRows);
+    for (int64_t unit = first; unit < last; ++unit) {
+      const int64_t group = unit % groups.count, head = unit / groups.count, b = head / n.H, h = head % n.H;
+      const int64_t key = operands.key_index(b, h);
+      for (int64_t item = groups.begin(group); item < groups.end(group); ++item) {
+        const int64_t row = item * kBackwardRows, rows = std::min(kBackwardRows, n.Nq - row);
+        load(arrays.q.matrix(b, h, row), rows, n.D, tile.q[0]);
+        load(arrays.dz.matrix(b, h, row), rows, n.R, tile.dz[0]);
+        load(arrays.z.matrix(b, h, row), rows, n.R, tile.z[0]);
+        View lse_view = lse.row(b, h);
+        lse_view.data = address(lse_view.data, lse_view.type, row * lse_view.col);
+        load(lse_view, 1, rows, row_lse[0]);
+        backward_tile(operands, keys[key], values_t[key], operands.bias_row(b, h), operands.keys_t[key], rows,
+                      row_lse[0].data, tile, partial, unit);
+        store(tile.dq[0], rows, n.D, arrays.dq.matrix(b, h, row));
+      }
+    }
+  });
+
+  parallel(n.B * n.Hk, heads_per_key * groups.count * n.M * (n.D + n.R), [&](int64_t first, int64_t last) {
+    for (int64_t key = first; key < last; ++key) {
+      const int64_t b = key / n.Hk, hk = key % n.Hk, slot = (b * n.H + hk * heads_per_key) * groups.count;
+      for (int64_t i = 1; i < heads_per_key * groups.count; ++i) {
+        add(partial.keys[slot + i], n.M, n.D, partial.keys[slot]);
+        add(partial.values[slot + i], n.M, n.R, partial.values[slot]);
+      }
+      store(partial.keys[slot], n.M, n.D, arrays.dkc.matrix(b, hk));
+      store(partial.values[slot], n.M, n.R, arrays.dvc.matrix(b, hk));
+    }
+  });
+  if (!dbias) return;
+  const Array dbias_array(*dbias);
+  for (int64_t head = 0; head < n.B * n.H; ++head) {
+    const int64_t slot = head * groups.count;
+    for (int64_t i = 1; i < groups.count; ++i) add(partial.bias[slot + i], 1, n.M, partial.bias[slot]);
+    store(partial.bias[slot], 1, n.M, dbias_array.row(head / n.H, head % n.H));
+  }
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& kc, const Tensor& vc, const MaybeTensor& score_bias,
+                                  double scale) {
+  const AttendSizes n = check_attend("attend", q, kc, vc, score_bias, scale);
+  Tensor z = torch::stable::new_empty(q, {n.B, n.H, n.Nq, n.R});
+  Tensor lse = torch::stable::new_empty(q, {n.B, n.H, n.Nq}, accumulate_dtype(q.scalar_type()));
+  with_accumulator(q, [&](auto zero) {
+    using R = decltype(zero);
+    const AttendOperands<R> operands(n, kc, vc, score_bias, scale);
+    forward<R>(operands, Array(q), Array(z), static_cast<R*>(lse.mutable_data_ptr()));
+  });
+  return {z, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attend_backward(const Tensor& dz, const Tensor& q, const Tensor& kc,
+                                                           const Tensor& vc, const MaybeTensor& score_bias,
+                                                           const Tensor& z, const Tensor& lse, double scale) {
+  const AttendSizes n = check_attend_backward("attend_backward", dz, q, kc, vc, score_bias, z, lse, scale);
+  Tensor dq = torch::stable::new_empty(q, {n.B, n.H, n.Nq, n.D});
+  Tensor dkc = torch::stable::new_empty(kc, {n.B, n.Hk, n.M, n.D});
+  Tensor dvc = torch::stable::new_empty(vc, {n.B, n.Hk, n.M, n.R});
+  const ScalarType accumulate = accumulate_dtype(q.scalar_type());
+  Tensor dbias = score_bias ? torch::stable::new_empty(q, {n.B, n.H, n.M}, accumulate)
+                            : torch::stable::new_empty(q, {0}, accumulate);
+  with_accumulator(q, [&](auto zero) {
+    using R = decltype(zero);
+    const AttendOperands<R> operands(n, kc, vc, score_bias, scale);
+    const BackwardArrays arrays{Array(dz), Array(q), Array(z), Array(dq), Array(dkc), Array(dvc)};
+    backward<R>(operands, kc, vc, arrays, Array(lse), score_bias ? &dbias : nullptr);
+  });
+  return {dq, dkc, dvc, dbias};
+}
+
+}  // namespace csat::cpu

@@ -1,0 +1,53 @@
+// attend and decode fused: z of a row tile goes from one to the other in scratch and is written only when asked for.
+#include "torch/cpu/attend.h"
+#include "torch/cpu/decode.h"
+#include "torch/cpu/kernels.h"
+
+namespace csat::cpu {
+namespace {
+
+constexpr int64_t kRows = 96;
+
+template <class R>
+void forward(const AttendOperands<R>& attend, const DecodeOperands<R>& decoder, const Array& q, const Array& out,
+             const Array* z, R* lse) {
+  const AttendSizes& n = attend.n;
+  const DecodeSizes& d = decoder.n;
+  const int64_t tiles = divide_up(n.Nq, kRows);
+  const int64_t work = kRows * (n.M * (n.D + n.R) + d.P * (d.R + d.T * d.P + d.Dv));
+  parallel(n.B * n.H * tiles, work, [&](int64_t first, int64_t last) {
+    Stack<R> queries(1, kRows, n.D), scores(1, kRows, n.M), context(1, kRows, n.R), output(1, kRows, d.Dv);
+    const DecodeTile<R> tile(d, kRows);
+    for (int64_t unit = first; unit < last; ++unit) {
+      const int64_t row = unit % tiles * kRows, head = unit / tiles, b = head / n.H, h = head % n.H;
+      const int64_t rows = std::min(kRows, n.Nq - row);
+      load(q.matrix(b, h, row), rows, n.D, queries[0]);
+      attend_tile(attend, b, h, rows, queries[0], scores[0], context[0], lse + head * n.Nq + row);
+      if (z) store(context[0], rows, n.R, z->matrix(b, h, row));
+      decode_tile(decoder, h, rows, context[0], tile, output[0]);
+      store(output[0], rows, d.Dv, out.matrix(b, h, row));
+    }
+  });
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> attend_decode(const Tensor& q, const Tensor& kc, const Tensor& vc,
+                                                 const MaybeTensor& score_bias, double scale, const Tensor& S,
+                                                 const Tensor& B, const Tensor& theta, const Tensor& psi,
+                                                 const Tensor& step, bool need_z) {
+  const AttendSizes n = check_attend("attend_decode", q, kc, vc, score_bias, scale);
+  const DecodeSizes d = check_attend_decode("attend_decode", n, q, S, B, theta, psi, step);
+  Tensor out = torch::stable::new_empty(q, {n.B, n.H, n.Nq, d.Dv});
+  Tensor z = need_z ? torch::stable::new_empty(q, {n.B, n.H, n.Nq, n.R}) : torch::stable::new_empty(q, {0});
+  Tensor lse = torch::stable::new_empty(q, {n.B, n.H, n.Nq}, accumulate_dtype(q.scalar_type()));
+  with_accumulator(q, [&](auto zero) {
+    using R = decltype(zero);
+    const Array z_array(z);
+    forward(AttendOperands<R>(n, kc, vc, score_bias, scale), DecodeOperands<R>(d, S, B, theta, psi, step), Array(q),
+            Array(out), need_z ? &z_array : nullptr, static_cast<R*>(lse.mutable_data_ptr()));
+  });
+  return {out, z, lse};
+}
+
+}  // namespace csat::cpu

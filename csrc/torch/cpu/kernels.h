@@ -1,0 +1,36 @@
+// The csat ops on CPU tensors; shapes and meaning in docs/architecture.md.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace csat::cpu {
+
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+Tensor project(const Tensor& x, const Tensor& phi, const MaybeTensor& key_mask);
+std::tuple<Tensor, Tensor> project_backward(const Tensor& dy, const Tensor& x, const Tensor& phi,
+                                            const MaybeTensor& key_mask, bool need_dx, bool need_dphi);
+
+std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& kc, const Tensor& vc, const MaybeTensor& score_bias,
+                                  double scale);
+std::tuple<Tensor, Tensor, Tensor, Tensor> attend_backward(const Tensor& dz, const Tensor& q, const Tensor& kc,
+                                                           const Tensor& vc, const MaybeTensor& score_bias,
+                                                           const Tensor& z, const Tensor& lse, double scale);
+
+Tensor decode(const Tensor& z, const Tensor& S, const Tensor& B, const Tensor& theta, const Tensor& psi,
+              const Tensor& step);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> decode_backward(const Tensor& dc, const Tensor& z,
+                                                                           const Tensor& S, const Tensor& B,
+                                                                           const Tensor& theta, const Tensor& psi,
+                                                                           const Tensor& step);
+
+std::tuple<Tensor, Tensor, Tensor> attend_decode(const Tensor& q, const Tensor& kc, const Tensor& vc,
+                                                 const MaybeTensor& score_bias, double scale, const Tensor& S,
+                                                 const Tensor& B, const Tensor& theta, const Tensor& psi,
+                                                 const Tensor& step, bool need_z);
+
+}  // namespace csat::cpu

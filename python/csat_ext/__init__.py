@@ -1,0 +1,45 @@
+"""Compressed Sensing Attention: softmax over m << n measurements of keys and values, and a sparse decoder for every row.
+
+The public names below are loaded on first use, so that `import csat_ext.reference` needs nothing compiled.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "csat_attention": "functional",
+    "SparseDecoder": "functional",
+    "LinearDecoder": "functional",
+    "CSATConfig": "config",
+    "CSATAttention": "module",
+    "measurement": "measurements",
+    "measurement_matrix": "measurements",
+    "Measurement": "measurements",
+    "dictionary": "dictionaries",
+}
+_MODULES = ("config", "deepspeed", "diagnostics", "dictionaries", "functional", "measurements", "module", "ops", "reference")
+
+__all__ = ["__version__", *_HOME, *_MODULES]
+
+if TYPE_CHECKING:
+    from csat_ext.config import CSATConfig as CSATConfig
+    from csat_ext.dictionaries import dictionary as dictionary
+    from csat_ext.functional import LinearDecoder as LinearDecoder
+    from csat_ext.functional import SparseDecoder as SparseDecoder
+    from csat_ext.functional import csat_attention as csat_attention
+    from csat_ext.measurements import Measurement as Measurement
+    from csat_ext.measurements import measurement as measurement
+    from csat_ext.measurements import measurement_matrix as measurement_matrix
+    from csat_ext.module import CSATAttention as CSATAttention
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"csat_ext.{_HOME[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"csat_ext.{name}")
+    raise AttributeError(f"module 'csat_ext' has no attribute {name!r}")

@@ -1,0 +1,179 @@
+"""The csat operators in plain torch: what runs on a device that csat has no kernels for.
+
+Same formulas, same accumulation type and same rules as the kernels (see docs/architecture.md); only slower, and the scores are
+stored whole. Registered under CompositeExplicitAutograd, so that a kernel for the device always comes first.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from csat_ext._library import backend_of
+
+_warned: set[str] = set()
+
+
+def _announced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Says once per device type that plain torch runs, and why."""
+
+    def announcing(first: Tensor, *args: Any) -> Any:
+        device_type = first.device.type
+        if device_type not in _warned:
+            _warned.add(device_type)
+            warnings.warn(f"csat_ext on {device_type} tensors: {backend_of(device_type)}", stacklevel=2)
+        return function(first, *args)
+
+    return announcing
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _accumulate(like: Tensor, *tensors: Tensor) -> list[Tensor]:
+    return [t.to(accumulate_dtype(like.dtype)) for t in tensors]
+
+
+def _to_heads(x: Tensor, heads: int) -> Tensor:
+    """Output head h reads head h / (heads / Hx) of x."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _from_heads(dx: Tensor, heads: int) -> Tensor:
+    """The transpose of `_to_heads`."""
+    return dx if dx.shape[1] == heads else dx.unflatten(1, (heads, dx.shape[1] // heads)).sum(2)
+
+
+def _unmasked(x: Tensor, key_mask: Tensor | None) -> Tensor:
+    return x if key_mask is None else x.masked_fill(~key_mask[:, None, :, None], 0)
+
+
+def project(x: Tensor, phi: Tensor, key_mask: Tensor | None) -> Tensor:
+    heads = max(x.shape[1], phi.shape[1])
+    tokens, weights = _accumulate(x, _to_heads(_unmasked(x, key_mask), heads), phi)
+    return (weights @ tokens).to(x.dtype)
+
+
+def project_backward(
+    dy: Tensor, x: Tensor, phi: Tensor, key_mask: Tensor | None, need_dx: bool, need_dphi: bool
+) -> tuple[Tensor, Tensor]:
+    grad, tokens, weights = _accumulate(x, dy, _to_heads(_unmasked(x, key_mask), dy.shape[1]), phi)
+    dx, dphi = x.new_empty(0), phi.new_empty(0)
+    if need_dx:
+        dx = _unmasked(_from_heads(weights.mT @ grad, x.shape[1]), key_mask).to(x.dtype)
+    if need_dphi:
+        dphi = (grad @ tokens.mT).sum_to_size(phi.shape).to(phi.dtype)
+    return dx, dphi
+
+
+def _scores(q: Tensor, kc: Tensor, score_bias: Tensor | None, scale: float) -> Tensor:
+    queries, keys = _accumulate(q, q, _to_heads(kc, q.shape[1]))
+    scores = scale * (queries @ keys.mT)
+    return scores if score_bias is None else scores + score_bias.to(scores.dtype).unsqueeze(-2)
+
+
+def attend(q: Tensor, kc: Tensor, vc: Tensor, score_bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    scores = _scores(q, kc, score_bias, scale)
+    lse = scores.logsumexp(-1)
+    (values,) = _accumulate(q, _to_heads(vc, q.shape[1]))
+    empty = lse.isneginf().unsqueeze(-1)
+    z = (scores - lse.unsqueeze(-1)).exp().masked_fill(empty, 0) @ values
+    return z.masked_fill(empty, 0).to(q.dtype), lse
+
+
+def attend_backward(
+    dz: Tensor,
+    q: Tensor,
+    kc: Tensor,
+    vc: Tensor,
+    score_bias: Tensor | None,
+    z: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    heads = q.shape[1]
+    grad, queries, keys, values, out = _accumulate(q, dz, q, _to_heads(kc, heads), _to_heads(vc, heads), z)
+    empty = lse.isneginf().unsqueeze(-1)
+    p = (_scores(q, kc, score_bias, scale) - lse.unsqueeze(-1)).exp().masked_fill(empty, 0)
+    ds = (p * (grad @ values.mT - (grad * out).sum(-1, keepdim=True))).masked_fill(empty, 0)
+    dkc = _from_heads(scale * (ds.mT @ queries), kc.shape[1])
+    dvc = _from_heads(p.mT @ grad, vc.shape[1])
+    dbias = lse.new_empty(0) if score_bias is None else ds.sum(-2)
+    return (scale * (ds @ keys)).to(q.dtype), dkc.to(q.dtype), dvc.to(q.dtype), dbias
+
+
+def _layer(weights: Tensor, t: int) -> Tensor:
+    """Layer t of S or B, which are tied when their layer axis is 1."""
+    return weights[:, t if weights.shape[1] > 1 else 0]
+
+
+def _iterates(
+    z: Tensor, S: Tensor, B: Tensor, theta: Tensor, step: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """a_0 .. a_T and the changes y_t = S_t a_t + B_t z - a_t."""
+    iterates = [z.new_zeros((*z.shape[:-1], theta.shape[-1]))]
+    changes = []
+    for t in range(theta.shape[1]):
+        a = iterates[-1]
+        changes.append(a @ _layer(S, t).mT + z @ _layer(B, t).mT - a)
+        u = a + step[:, t, None, None] * changes[-1]
+        iterates.append(u.sign() * (u.abs() - theta[:, t, None]).clamp_min(0))
+    return iterates, changes
+
+
+def decode(z: Tensor, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor, step: Tensor) -> Tensor:
+    rows, S, B, theta, psi, step = _accumulate(z, z, S, B, theta, psi, step)
+    return (_iterates(rows, S, B, theta, step)[0][-1] @ psi.mT).to(z.dtype)
+
+
+def decode_backward(
+    dc: Tensor, z: Tensor, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor, step: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad, rows, S, B, theta, psi, step = _accumulate(z, dc, z, S, B, theta, psi, step)
+    iterates, changes = _iterates(rows, S, B, theta, step)
+    head_axis = (0,) if S.shape[0] > 1 else (0, 1)  # batch, and the heads that share a decoder
+
+    def summed(per_head: Tensor) -> Tensor:
+        return per_head.sum(head_axis).reshape(S.shape[0], *per_head.shape[2:])
+
+    dS, dB, dtheta, dstep = (torch.zeros_like(t) for t in (S, B, theta, step))
+    dpsi = summed(grad.mT @ iterates[-1])
+    g, dz = grad @ psi, torch.zeros_like(rows)
+    for t in reversed(range(theta.shape[1])):
+        e = g * (iterates[t + 1] != 0)
+        dtheta[:, t] = -summed((e * iterates[t + 1].sign()).sum(-2))
+        dstep[:, t] = summed((e * changes[t]).sum((-2, -1)))
+        scaled = step[:, t, None, None] * e
+        _layer(dS, t).add_(summed(scaled.mT @ iterates[t]))
+        _layer(dB, t).add_(summed(scaled.mT @ rows))
+        dz += scaled @ _layer(B, t)
+        g = e - scaled + scaled @ _layer(S, t)
+    return dz.to(z.dtype), dS, dB, dtheta, dpsi, dstep
+
+
+def attend_decode(
+    q: Tensor,
+    kc: Tensor,
+    vc: Tensor,
+    score_bias: Tensor | None,
+    scale: float,
+    S: Tensor,
+    B: Tensor,
+    theta: Tensor,
+    psi: Tensor,
+    step: Tensor,
+    need_z: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    z, lse = attend(q, kc, vc, score_bias, scale)
+    return decode(z, S, B, theta, psi, step), z if need_z else z.new_empty(0), lse
+
+
+_IMPLEMENTATIONS = torch.library.Library("csat", "IMPL")
+for _function in (project, project_backward, attend, attend_backward, decode, decode_backward, attend_decode):
+    _IMPLEMENTATIONS.impl(_function.__name__, _announced(_function), "CompositeExplicitAutograd")

@@ -1,0 +1,116 @@
+"""The `csat` command. Heavy imports stay inside the commands, so that `csat --help` is immediate."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import typer
+except ImportError:
+    sys.exit("csat: the command line needs the extra 'pretrain': pip install 'csat_ext[pretrain]'")
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Compressed Sensing Attention: pretraining, evaluation, reports.",
+)
+
+USER_ERRORS = (FileNotFoundError, FileExistsError, FloatingPointError, ValueError, TypeError)
+
+
+@app.command()
+def pretrain(
+    config: Annotated[Path, typer.Option(help="YAML file: model sizes, data, schedule.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, wins over the file.")] = None,
+    deepspeed: Annotated[
+        Path | None,
+        typer.Option(help="DeepSpeed JSON, wins over the YAML's; its csat_attention section chooses the attention."),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option(help="Folder of the run: metrics, TensorBoard, checkpoints, evaluation.")
+    ] = Path("runs/pretrain"),
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, wins over train.steps.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in --output.")] = False,
+    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
+) -> None:
+    """Pretrain the vision-language model; under torchrun or deepspeed on many ranks, else on one."""
+    from csat_ext.pretrain import config as configs
+
+    if local_rank is not None:  # the deepspeed launcher passes it; torchrun sets the variable instead
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    chosen = list(overrides or []) + ([] if steps is None else [f"train.steps={steps}"])
+    settings = configs.load(config, chosen, None if deepspeed is None else str(deepspeed))
+    from csat_ext.pretrain import train
+
+    run = train.read_run(settings)
+    train.pretrain(run, output, resume=resume)
+    if settings.train.evaluate and os.environ["RANK"] == "0":
+        _evaluate(output, None)
+    train.leave_process_group()
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[Path, typer.Option(help="Output folder of csat pretrain.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the results; CHECKPOINT/evaluation by default.")
+    ] = None,
+) -> None:
+    """Retrieval and captioning on the held-out split; writes results.json and examples.png."""
+    _evaluate(checkpoint, output)
+
+
+@app.command("ds-report")
+def ds_report() -> None:
+    """DeepSpeed's ds_report with our operator in its list."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.env_report import main as report
+
+    import csat_ext.deepspeed
+
+    csat_ext.deepspeed.register()
+    report()
+
+
+@app.command()
+def info() -> None:
+    """Versions, compiled architectures, device, and which backend runs and why: what to paste into an issue."""
+    from csat_ext.info import info as facts
+
+    typer.echo(facts())
+
+
+def _evaluate(checkpoint: Path, output: Path | None) -> None:
+    from csat_ext.pretrain.evaluate import PICTURE, RESULTS, evaluate, table
+
+    results = evaluate(checkpoint, output)
+    typer.echo(table(results))
+    folder = output or checkpoint / "evaluation"
+    typer.echo(f"written: {folder / RESULTS}, {folder / PICTURE}")
+
+
+def main() -> Any:
+    """Entry point: exit code 0, 1 with one line for what the user can mend, 2 for a wrong command line."""
+    try:
+        return app()
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("csat_ext"):
+            raise
+        sys.exit(
+            f"csat: {error.name} is not installed; this needs the extra 'pretrain': pip install 'csat_ext[pretrain]'"
+        )
+    except USER_ERRORS as error:
+        if os.environ.get("CSAT_TRACEBACK"):
+            raise
+        sys.exit(f"csat: {error}")
+
+
+if __name__ == "__main__":
+    main()

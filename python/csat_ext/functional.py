@@ -1,0 +1,430 @@
+"""`csat_attention` and its decoders: every check of the public contract, then `torch.ops.csat`.
+
+The operator in two halves, so that integrations can work between them (an all-reduce over sequence shards, a gain per
+head): `measure` compresses K and V to m measurements, `recover` attends over them and decodes every row.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from csat_ext import ops as _ops  # noqa: F401  (registers fakes, autograd and autocast of torch.ops.csat)
+from csat_ext.reference.attention import renormalise_rows
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class SparseDecoder:
+    """Weights of the unrolled sparse decoder (DESIGN section 1; LISTA of the paper, section 3.3).
+
+    ``a_0 = 0``; ``u_t = a_t + step_t ((S_t - I) a_t + B_t z)``; ``a_{t+1} = sign(u_t) max(|u_t| - theta_t, 0)``;
+    output ``c = Psi a_T``. Every tensor may carry a head axis in front (1 or H).
+
+    Args:
+        S: (1 or T, P, P). First axis 1: tied over the layers.
+        B: (1 or T, P, R).
+        theta: (T, P), soft thresholds, not negative.
+        psi: (Dv, P), the dictionary.
+        step: (T,), 1 when absent.
+
+    All tensors share one device and are contiguous; each is float32 or has the dtype of the query. ``check_values=False``
+    skips reading theta (on a GPU the check synchronises once; a compiled graph always skips it).
+
+    Raises:
+        TypeError: not a floating point tensor.
+        ValueError: a shape, device or layout that does not fit, a NaN or negative theta.
+    """
+
+    S: Tensor
+    B: Tensor
+    theta: Tensor
+    psi: Tensor
+    step: Tensor | None = None
+    check_values: bool = True
+
+    def __post_init__(self) -> None:
+        for name, dims in (("S", 3), ("B", 3), ("theta", 2), ("psi", 2), ("step", 1)):
+            value = getattr(self, name)
+            if name == "step" and value is None:
+                continue
+            _check_parameter(f"decoder.{name}", value, (dims, dims + 1))
+        layers, atoms = self.theta.shape[-2:]
+        dv, rank = self.psi.shape[-2], self.B.shape[-1]
+        _check_sizes("decoder.theta", self.theta, 2, {-2: ("T", None), -1: ("P", None)}, least=1)
+        _check_sizes("decoder.S", self.S, 3, {-3: ("1 or T", (1, layers)), -2: ("P", (atoms,)), -1: ("P", (atoms,))})
+        _check_sizes("decoder.B", self.B, 3, {-3: ("1 or T", (1, layers)), -2: ("P", (atoms,)), -1: ("R", (rank,))}, least=1)
+        _check_sizes("decoder.psi", self.psi, 2, {-2: ("Dv", (dv,)), -1: ("P", (atoms,))}, least=1)
+        if self.step is not None:
+            _check_sizes("decoder.step", self.step, 1, {-1: ("T", (layers,))})
+        _check_heads(self)
+        for name in ("S", "B", "psi", "step"):
+            value = getattr(self, name)
+            if value is not None and value.device != self.theta.device:
+                raise ValueError(f"decoder.{name} is on {value.device}, decoder.theta on {self.theta.device}: one device is needed")
+        if self.check_values and not torch.compiler.is_compiling():
+            _check_thresholds(self.theta)
+
+    @property
+    def heads(self) -> int:
+        """Size of the head axis: 1 when the weights are shared by all heads."""
+        return max(t.shape[0] if t.dim() > d else 1 for t, d in self._with_dims())
+
+    def _with_dims(self) -> list[tuple[Tensor, int]]:
+        pairs = [(self.S, 3), (self.B, 3), (self.theta, 2), (self.psi, 2)]
+        return pairs if self.step is None else [*pairs, (self.step, 1)]
+
+    def with_head_axis(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(S, B, theta, psi, step), each with a head axis of one common size, step filled in: what the ops take."""
+        heads = self.heads
+        step = self.step if self.step is not None else torch.ones_like(self.theta[..., 0])
+        pairs = [(self.S, 3), (self.B, 3), (self.theta, 2), (self.psi, 2), (step, 1)]
+        s, b, theta, psi, step = (
+            (t if t.dim() > d else t.unsqueeze(0)).expand(heads, *t.shape[t.dim() - d :]) for t, d in pairs
+        )
+        return s, b, theta, psi, step
+
+
+@dataclass(frozen=True, eq=False)
+class LinearDecoder:
+    """The control of the sparse decoder: ``c = z W``.
+
+    Args:
+        weight: (R, Dv) or (1 or H, R, Dv), float32 or the dtype of the query, contiguous.
+    """
+
+    weight: Tensor
+
+    def __post_init__(self) -> None:
+        _check_parameter("decoder.weight", self.weight, (2, 3))
+
+
+Decoder = SparseDecoder | LinearDecoder
+
+
+def csat_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    phi_k: Tensor,
+    phi_v: Tensor | None = None,
+    *,
+    decoder: Decoder | None = None,
+    feature_sensing: Tensor | None = None,
+    scale: float | None = None,
+    score_bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """Compressed sensing attention (Kiruluta, Raju and Burity 2025, section 3; DESIGN section 1).
+
+    ``Kc = Phi_K K``, ``Vc = Phi_V V F^T``, ``Z = softmax(scale Q Kc^T + score_bias) Vc``, then the decoder on every row of Z.
+    The paper writes Z_i = Phi_V Psi alpha_i with shapes that do not match; here tokens are measured by Phi, features by F,
+    and the decoder inverts F Psi.
+
+    Args:
+        query: (B, H, Nq, D); float32, bfloat16, float16, or float64 on CPU. Any strides.
+        key: (B, Hk, N, D), Hk divides H (grouped-query attention). Same dtype and device as the query.
+        value: (B, Hk, N, Dv).
+        phi_k: measurement matrix of the keys, (M, N), (1, Hk or H, M, N without the batch axis) or with a batch axis
+            (1 or B, 1, Hk or H, M, N); M <= N; float32 or the dtype of the query; contiguous.
+        phi_v: the same for the values; ``phi_k`` when absent.
+        decoder: `SparseDecoder`, `LinearDecoder` or None (the output is Z).
+        feature_sensing: F, (R, Dv) or (1, Hk or H, R, Dv), R <= Dv; absent is F = I.
+        scale: tau, a finite number; 1 / sqrt(D) when absent.
+        score_bias: (M,), (1 or H, M) or (1 or B, 1 or H, M); 0 when absent, -inf switches a measurement off.
+        key_mask: (B, N) bool, True = keep. A masked token is never read, and the rows of Phi are renormalised: a row
+            without negative entries keeps its sum, any other is multiplied by sqrt(N / kept). Rows left empty get bias -inf.
+        is_causal: must be False: a measurement mixes tokens along the sequence, so it would mix the future in.
+
+    Returns:
+        (B, H, Nq, Dv), or (B, H, Nq, R) without a decoder; dtype of the query. 0 where every token is masked.
+
+    Raises:
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: shapes, devices or values that do not fit. The message names the argument, what came and what is accepted.
+    """
+    if is_causal:
+        raise ValueError(
+            "is_causal=True: plain CSAT mixes tokens along the sequence and would leak the future into the past. "
+            "The exact causal forms are causal='block' and causal='prefix' (DESIGN section 3)"
+        )
+    query, key, value = _autocast(query, key, value)
+    _check_attention(query, key, value)
+    kc, vc, score_bias = measure(key, value, phi_k, phi_v, feature_sensing, score_bias, key_mask, heads=query.shape[1])
+    return recover(query, kc, vc, decoder=decoder, scale=scale, score_bias=score_bias)
+
+
+def measure(
+    key: Tensor,
+    value: Tensor,
+    phi_k: Tensor,
+    phi_v: Tensor | None = None,
+    feature_sensing: Tensor | None = None,
+    score_bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    *,
+    heads: int,
+    renormalise: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """First half of `csat_attention`: (Kc, Vc, score bias) from K and V. Arguments as there; ``heads`` is H.
+
+    ``renormalise=False``: Phi and the bias were made for this ``key_mask`` (`measurement(..., key_mask=)`); masked tokens are
+    skipped and nothing else is done.
+
+    Returns:
+        Kc (B, Hc, M, D), Vc (B, Hc, M, R) with Hc = Hk or H, and the score bias (1 or B, 1 or H, M), in which rows of Phi that
+        ``key_mask`` left empty are -inf, or None.
+    """
+    phi_k = _canonical_phi("phi_k", phi_k, key, heads)
+    same = phi_v is None
+    phi_v = phi_k if phi_v is None else _canonical_phi("phi_v", phi_v, value, heads)
+    if phi_v.shape[-2] != phi_k.shape[-2]:
+        raise ValueError(f"phi_v has {phi_v.shape[-2]} measurements, phi_k has {phi_k.shape[-2]}: they must agree")
+    bias = _canonical_bias(score_bias, key, heads, phi_k.shape[-2])
+    kc = torch.ops.csat.project(key, phi_k, key_mask if key_mask is None else _checked_mask(key_mask, key))
+    vc = torch.ops.csat.project(value, phi_v, key_mask)
+    if key_mask is not None and renormalise:
+        ratio_k, empty = renormalise_rows(phi_k, key_mask)
+        ratio_v = ratio_k if same else renormalise_rows(phi_v, key_mask)[0]
+        kc = _scale_rows(kc, ratio_k)
+        vc = _scale_rows(vc, ratio_v)
+        bias = _silence(bias, empty, heads)
+    if feature_sensing is not None:
+        vc = _sense_features(vc, feature_sensing, value, heads)
+    return *_match_heads(kc, vc, heads), bias
+
+
+def recover(
+    query: Tensor,
+    kc: Tensor,
+    vc: Tensor,
+    *,
+    decoder: Decoder | None = None,
+    scale: float | None = None,
+    score_bias: Tensor | None = None,
+) -> Tensor:
+    """Second half of `csat_attention`: attend over the measurements (B, Hc, M, D), (B, Hc, M, R) and decode every row."""
+    tau = _canonical_scale(scale, query)
+    _check_decoder(decoder, query, vc)
+    if isinstance(decoder, SparseDecoder):
+        weights = decoder.with_head_axis()
+        need_z = torch.is_grad_enabled()
+        return torch.ops.csat.attend_decode(query, kc, vc, score_bias, tau, *weights, need_z)[0]
+    z = torch.ops.csat.attend(query, kc, vc, score_bias, tau)[0]
+    return z if decoder is None else z @ decoder.weight.to(z.dtype)
+
+
+# ---- the pieces of `measure` ------------------------------------------------------------------------------------------
+
+
+def _scale_rows(measured: Tensor, ratio: Tensor) -> Tensor:
+    """Multiply measurement rows (B, Hc, M, D) by ratio (B, Hp, M), Hp in (1, Hc)."""
+    return (measured * ratio.unsqueeze(-1)).to(measured.dtype)
+
+
+def _silence(bias: Tensor | None, empty: Tensor, heads: int) -> Tensor:
+    """Score bias with -inf at the rows of Phi that hold no token; empty is (B, Hp, M)."""
+    if empty.shape[1] not in (1, heads):
+        empty = empty.repeat_interleave(heads // empty.shape[1], dim=1)
+    dtype = torch.float32 if bias is None else bias.dtype
+    start = torch.zeros((), dtype=dtype, device=empty.device) if bias is None else bias
+    return torch.where(empty, torch.full((), -math.inf, dtype=dtype, device=empty.device), start)
+
+
+def _sense_features(vc: Tensor, feature_sensing: Tensor, value: Tensor, heads: int) -> Tensor:
+    """Vc F^T: (B, Hc, M, Dv) -> (B, Hc or H, M, R)."""
+    _check_parameter("feature_sensing", feature_sensing, (2, 3))
+    _check_dtype_device("feature_sensing", feature_sensing, value, "value")
+    rank, width = feature_sensing.shape[-2:]
+    if width != value.shape[-1] or not 1 <= rank <= width:
+        raise ValueError(
+            f"feature_sensing has shape {tuple(feature_sensing.shape)}; accepted: (R, {value.shape[-1]}) with 1 <= R <= "
+            f"{value.shape[-1]}, with or without a head axis in front"
+        )
+    f = feature_sensing if feature_sensing.dim() == 3 else feature_sensing.unsqueeze(0)
+    if f.shape[0] not in (1, value.shape[1], heads):
+        raise ValueError(f"feature_sensing has {f.shape[0]} heads; accepted: 1, {value.shape[1]} (keys) or {heads} (queries)")
+    if f.shape[0] != 1 and f.shape[0] != vc.shape[1]:
+        vc = _repeat_heads(vc, heads)
+        f = f if f.shape[0] == heads else f.repeat_interleave(heads // f.shape[0], dim=0)
+    return vc @ f.to(vc.dtype).mT
+
+
+def _repeat_heads(x: Tensor, heads: int) -> Tensor:
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _match_heads(kc: Tensor, vc: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """One head count for both: the ops read K and V measurements through one grouped head index."""
+    if kc.shape[1] == vc.shape[1]:
+        return kc, vc
+    return _repeat_heads(kc, heads), _repeat_heads(vc, heads)
+
+
+# ---- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def _check_parameter(name: str, value: object, dims: tuple[int, ...]) -> None:
+    _check_tensor(name, value)
+    assert isinstance(value, Tensor)
+    if value.dtype not in _DTYPES:
+        raise TypeError(f"{name} has dtype {value.dtype}; accepted: float32 or the dtype of the query")
+    if value.dim() not in dims:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; accepted: {' or '.join(map(str, dims))} dimensions")
+    if not value.is_contiguous():
+        raise ValueError(f"{name} is not contiguous (strides {value.stride()}); pass {name}.contiguous()")
+
+
+def _check_dtype_device(name: str, value: Tensor, like: Tensor, like_name: str) -> None:
+    if value.dtype not in (torch.float32, like.dtype):
+        raise TypeError(f"{name} has dtype {value.dtype}; accepted: float32 or {like.dtype}, the dtype of {like_name}")
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}, {like_name} on {like.device}: one device is needed")
+
+
+def _check_sizes(
+    name: str, value: Tensor, dims: int, accepted: dict[int, tuple[str, tuple[int, ...] | None]], least: int = 0
+) -> None:
+    for axis, (label, sizes) in accepted.items():
+        size = value.shape[axis]
+        if (sizes is not None and size not in sizes) or size < least:
+            expected = f"at least {least}" if sizes is None else " or ".join(map(str, sizes))
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; axis {axis} ({label}) must be {expected}, got {size}")
+
+
+def _check_heads(decoder: SparseDecoder) -> None:
+    heads = decoder.heads
+    for name, dims in (("S", 3), ("B", 3), ("theta", 2), ("psi", 2), ("step", 1)):
+        value = getattr(decoder, name)
+        if value is not None and value.dim() > dims and value.shape[0] not in (1, heads):
+            raise ValueError(f"decoder.{name} has {value.shape[0]} heads where another weight has {heads}; accepted: 1 or {heads}")
+
+
+def _check_thresholds(theta: Tensor) -> None:
+    theta = theta.detach()
+    if theta.device.type == "meta" or isinstance(theta, FakeTensor):
+        return
+    if not bool((theta >= 0).all()):
+        bad = "NaN" if bool(theta.isnan().any()) else f"{float(theta.min()):g}"
+        raise ValueError(f"decoder.theta holds {bad}; accepted: soft thresholds >= 0")
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast the inputs take its dtype, as those of a matrix product do; parameters stay as they are."""
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors)
+
+
+def _check_attention(query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        _check_tensor(name, tensor)
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; accepted: float32, bfloat16, float16 or float64 (CPU)")
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; accepted: (batch, heads, tokens, features)")
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}, query has {query.dtype}: they must agree")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device}, query on {query.device}: one device is needed")
+        if tensor.shape[0] != query.shape[0]:
+            raise ValueError(f"{name} has batch size {tensor.shape[0]}, query has {query.shape[0]}: they must agree")
+    if query.dtype == torch.float64 and query.device.type == "cuda":
+        raise TypeError("query has dtype torch.float64; accepted on CUDA: float32, bfloat16, float16")
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(f"key has {key.shape[-1]} features, query has {query.shape[-1]}: they must agree")
+    if query.shape[-1] < 1 or value.shape[-1] < 1:
+        raise ValueError(f"query and value need at least one feature, got {query.shape[-1]} and {value.shape[-1]}")
+    if value.shape[1:3] != key.shape[1:3]:
+        raise ValueError(f"value has (heads, tokens) {tuple(value.shape[1:3])}, key has {tuple(key.shape[1:3])}: they must agree")
+    if key.shape[1] < 1 or query.shape[1] % key.shape[1]:
+        raise ValueError(f"query has {query.shape[1]} heads, key {key.shape[1]}: the first must be a multiple of the second")
+
+
+def _canonical_phi(name: str, phi: Tensor, x: Tensor, heads: int) -> Tensor:
+    """phi with batch and head axes, (1 or B, Hp, M, N), checked against the tokens x (B, Hk, N, D)."""
+    _check_parameter(name, phi, (2, 3, 4))
+    _check_dtype_device(name, phi, x, "the query")
+    m, n = phi.shape[-2:]
+    if n != x.shape[2]:
+        raise ValueError(f"{name} has {n} columns, key has {x.shape[2]} tokens: they must agree")
+    if not 1 <= m <= n:
+        raise ValueError(f"{name} has m = {m} measurements of n = {n} tokens; accepted: 1 <= m <= n")
+    phi = phi.reshape((1,) * (4 - phi.dim()) + phi.shape)
+    if phi.shape[1] not in (1, x.shape[1], heads):
+        raise ValueError(f"{name} has {phi.shape[1]} heads; accepted: 1, {x.shape[1]} (keys) or {heads} (queries)")
+    if phi.shape[0] not in (1, x.shape[0]):
+        raise ValueError(f"{name} has batch size {phi.shape[0]}; accepted: 1 or {x.shape[0]}")
+    return phi
+
+
+def _canonical_bias(bias: Tensor | None, key: Tensor, heads: int, m: int) -> Tensor | None:
+    if bias is None:
+        return None
+    _check_parameter("score_bias", bias, (1, 2, 3))
+    _check_dtype_device("score_bias", bias, key, "the query")
+    bias = bias.reshape((1,) * (3 - bias.dim()) + bias.shape)
+    if bias.shape[2] != m or bias.shape[1] not in (1, heads) or bias.shape[0] not in (1, key.shape[0]):
+        raise ValueError(
+            f"score_bias has shape {tuple(bias.shape)}; accepted: ({m},), (1 or {heads}, {m}) or (1 or {key.shape[0]}, 1 or {heads}, {m})"
+        )
+    return bias
+
+
+def _checked_mask(mask: Tensor, key: Tensor) -> Tensor:
+    _check_tensor("key_mask", mask)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"key_mask has dtype {mask.dtype}; accepted: torch.bool, True = keep (additive masks are not)")
+    if mask.shape != (key.shape[0], key.shape[2]):
+        raise ValueError(
+            f"key_mask has shape {tuple(mask.shape)}; accepted: (batch, tokens) = {(key.shape[0], key.shape[2])}; "
+            "masks per query or per head cannot be applied to measurements"
+        )
+    if mask.device != key.device:
+        raise ValueError(f"key_mask is on {mask.device}, key on {key.device}: one device is needed")
+    return mask
+
+
+def _canonical_scale(scale: float | None, query: Tensor) -> float:
+    if scale is None:
+        return float(query.shape[-1]) ** -0.5
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    return float(scale)
+
+
+def _check_decoder(decoder: Decoder | None, query: Tensor, vc: Tensor) -> None:
+    if decoder is None:
+        return
+    heads, rank = query.shape[1], vc.shape[-1]
+    if isinstance(decoder, LinearDecoder):
+        weight = decoder.weight
+        _check_dtype_device("decoder.weight", weight, query, "the query")
+        if weight.shape[-2] != rank or (weight.dim() == 3 and weight.shape[0] not in (1, heads)):
+            raise ValueError(f"decoder.weight has shape {tuple(weight.shape)}; accepted: ({rank}, Dv) or (1 or {heads}, {rank}, Dv)")
+        return
+    if not isinstance(decoder, SparseDecoder):
+        raise TypeError(f"decoder must be a SparseDecoder, a LinearDecoder or None, got {type(decoder).__name__}")
+    for name in ("S", "B", "theta", "psi", "step"):
+        weight = getattr(decoder, name)
+        if weight is not None:
+            _check_dtype_device(f"decoder.{name}", weight, query, "the query")
+    if decoder.B.shape[-1] != rank:
+        raise ValueError(f"decoder.B takes R = {decoder.B.shape[-1]} features, the measured values have {rank}: they must agree")
+    if decoder.heads not in (1, heads):
+        raise ValueError(f"decoder has {decoder.heads} heads; accepted: 1 or {heads}")

@@ -1,0 +1,352 @@
+"""`CSATAttention`: multi-head self- and cross-attention whose keys and values are measured, attended and decoded."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from csat_ext.config import CSATConfig
+from csat_ext.dictionaries import dictionary
+from csat_ext.functional import Decoder, LinearDecoder, SparseDecoder, measure, recover
+from csat_ext.measurements import ENSEMBLES, Measurement, measurement
+from csat_ext.philox import GENERATOR_VERSION
+from csat_ext.reference.lista import DecoderWeights, alista_weights, analytic_weight, coupled_start, coupled_weights
+
+_INDEPENDENT_PHI_V = 1 << 32
+"""Offset of the seed of Phi_V when K and V do not share one (config seeds are used as they are for Phi_K)."""
+
+
+class CSATAttention(nn.Module):
+    """Attention over m measurements of the keys and values (DESIGN section 1), with input and output projections.
+
+    A fixed Phi is never stored: the state dict holds ``measurement_key`` = (generator version, ensemble, seed, layer) as
+    int64, which a cast to bfloat16 leaves alone, and Phi is made in float32 from it, for any length and on any device.
+    Parameters beside the four projections, each with a leading head axis H (no parameter is 0-dimensional):
+
+    - ``gain`` (H,): factor on the score scale;
+    - ``phi`` (H, M, N), ``score_bias`` (H, M): with ``config.learned``;
+    - ``feature_sensing`` (H, R, Dv): with ``config.feature_rank``; call `calibrate` once to start it at the principal components;
+    - ``threshold`` (H, T, P), ``step`` (H, T) and the weights of the decoder: ``decoder_w`` (H, R, P) of the coupled form,
+      ``decoder_s`` (H, T, P, P) and ``decoder_b`` (H, T, P, R) of the untied one, ``linear_weight`` (H, R, Dv) of the control.
+
+    Args:
+        embed_dim: width of the queries and the output; a multiple of ``num_heads``.
+        num_heads: H.
+        config: what is computed.
+        kv_dim: width of the context of cross-attention; ``embed_dim`` when absent.
+        bias: the projections have biases.
+    """
+
+    measurement_key: Tensor
+
+    def __init__(
+        self, embed_dim: int, num_heads: int, config: CSATConfig, kv_dim: int | None = None, *, bias: bool = True
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
+            raise ValueError(f"embed_dim = {embed_dim} must be a positive multiple of num_heads = {num_heads}")
+        self.embed_dim, self.num_heads, self.config = embed_dim, num_heads, config
+        self.head_dim = embed_dim // num_heads
+        self.kv_dim = embed_dim if kv_dim is None else kv_dim
+        self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+        self.k_proj = nn.Linear(self.kv_dim, embed_dim, bias=bias)
+        self.v_proj = nn.Linear(self.kv_dim, embed_dim, bias=bias)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+        key = (GENERATOR_VERSION, _ensemble_code(config.ensemble), config.seed, config.layer)
+        self.register_buffer("measurement_key", torch.tensor(key, dtype=torch.int64))
+        self._fixed: dict[tuple[Any, ...], Any] = {}
+        self._create_parameters()
+
+    # ---- parameters ---------------------------------------------------------------------------------------------------
+
+    def _create_parameters(self) -> None:
+        config, heads = self.config, self.num_heads
+        if config.gain:
+            self.gain = nn.Parameter(torch.ones(heads))
+        if config.learned:
+            assert config.length is not None
+            start = self._draw(config.length, torch.device("cpu"), None)
+            self.phi = nn.Parameter(start.phi.expand(heads, -1, -1).clone())
+            bias = torch.zeros(1, config.measurements) if start.score_bias is None else start.score_bias
+            self.score_bias = nn.Parameter(bias.expand(heads, -1).clone())
+        if config.feature_rank is not None:
+            if config.feature_rank > self.head_dim:
+                raise ValueError(f"feature_rank = {config.feature_rank} exceeds the head width {self.head_dim}")
+            rows = torch.eye(config.feature_rank, self.head_dim)
+            self.feature_sensing = nn.Parameter(rows.expand(heads, -1, -1).clone())
+        if config.dictionary == "learned" and config.decoder not in ("none", "linear"):
+            psi = dictionary("learned", self.head_dim, config.atoms, seed=config.seed)
+            self.psi = nn.Parameter(psi.expand(heads, -1, -1).clone())
+        self._create_decoder()
+
+    def _create_decoder(self) -> None:
+        config, heads, rank = self.config, self.num_heads, self.config.feature_rank or self.head_dim
+        if config.decoder == "none":
+            return
+        if config.decoder == "linear":
+            self.linear_weight = nn.Parameter(torch.eye(rank, self.head_dim).expand(heads, -1, -1).clone())
+            return
+        w, sensing, _, _ = coupled_start(self._sensing_matrix().detach().float(), 0.0, config.iterations)
+        atoms, layers = sensing.shape[-1], config.iterations
+        self.threshold = nn.Parameter(torch.full((heads, layers, atoms), config.threshold))
+        if config.decoder == "lista_untied":
+            s = torch.eye(atoms) - w.mT @ sensing
+            self.decoder_s = nn.Parameter(s.unsqueeze(1).repeat(1, layers, 1, 1))
+            self.decoder_b = nn.Parameter(w.mT.unsqueeze(1).repeat(1, layers, 1, 1))
+            return
+        if config.decoder == "lista":
+            self.decoder_w = nn.Parameter(w.clone())
+        if config.decoder in ("lista", "alista"):
+            self.step = nn.Parameter(torch.ones(heads, layers))
+
+    def _psi(self) -> Tensor:
+        """The dictionary, (1 or H, Dv, P) in float32."""
+        if self.config.dictionary == "learned":
+            return self.psi.float()
+        device = self.q_proj.weight.device
+        return self._remember(
+            ("psi", device),
+            lambda: dictionary(
+                self.config.dictionary, self.head_dim, self.config.atoms, seed=self.config.seed, device=device
+            ).unsqueeze(0),
+        )
+
+    def _sensing_matrix(self) -> Tensor:
+        """A = F Psi, (H, R, P) in float32."""
+        psi = self._psi().expand(self.num_heads, -1, -1)
+        return psi if self.config.feature_rank is None else self.feature_sensing.float() @ psi
+
+    def decoder(self) -> Decoder | None:
+        """The decoder at the parameters' present values, its weights in float32, or None."""
+        config = self.config
+        if config.decoder == "none":
+            return None
+        if config.decoder == "linear":
+            return LinearDecoder(self.linear_weight)
+        # The forward clamps at 0, the backward passes: a threshold pushed below 0 can come back.
+        raw = self.threshold.float()
+        theta = raw + (raw.clamp(min=0) - raw).detach()
+        weights = self._decoder_weights(theta)
+        return SparseDecoder(*(t.contiguous() for t in weights), check_values=False)
+
+    def _decoder_weights(self, theta: Tensor) -> DecoderWeights:
+        config, a = self.config, self._sensing_matrix()
+        psi = self._psi().expand(self.num_heads, -1, -1)
+        if config.decoder == "lista_untied":
+            return DecoderWeights(self.decoder_s.float(), self.decoder_b.float(), theta, psi, torch.ones_like(theta[..., 0]))
+        if config.decoder == "lista":
+            return coupled_weights(self.decoder_w.float(), a, theta, self.step.float(), psi)
+        if config.decoder == "alista":
+            return alista_weights(a, theta, self.step.float(), self._analytic_weight(a), psi)
+        start, _, _, step = coupled_start(a, 0.0, config.iterations)
+        return coupled_weights(start, a, theta, step, psi)
+
+    def _analytic_weight(self, a: Tensor) -> Tensor:
+        """ALISTA's W, scaled so that step 1 is the ISTA-sized step; computed once where A is fixed."""
+        def compute() -> Tensor:
+            with torch.no_grad():
+                lipschitz = torch.linalg.matrix_norm(a, ord=2).square()
+                return analytic_weight(a.detach()) / lipschitz[:, None, None]
+
+        if self.config.dictionary == "learned" or self.config.feature_rank is not None:
+            return compute()
+        return self._remember(("analytic", a.device), compute)
+
+    # ---- measurement --------------------------------------------------------------------------------------------------
+
+    def _remember(self, key: tuple[Any, ...], make: Any) -> Any:
+        """A fixed tensor, made once for every key; made anew inside a compiled graph, which must not depend on a length."""
+        if torch.compiler.is_compiling():
+            return make()
+        if key not in self._fixed:
+            if len(self._fixed) >= 16:  # many lengths in one run: keep memory bounded
+                self._fixed.clear()
+            with torch.no_grad():
+                self._fixed[key] = make()
+        return self._fixed[key]
+
+    def _draw(self, n: int, device: torch.device, key_mask: Tensor | None, seed_offset: int = 0) -> Measurement:
+        config = self.config
+        shifts = "head_shift" in ENSEMBLES[config.ensemble].options and config.head_shift
+        return measurement(
+            config.ensemble,
+            config.measurements,
+            n,
+            seed=config.seed + seed_offset,
+            layer=config.layer,
+            heads=self.num_heads,
+            device=device,
+            anchors=config.anchors,
+            grid=config.grid,
+            head_shift=shifts,
+            key_mask=key_mask,
+        )
+
+    def measurement(self, n: int, device: torch.device, key_mask: Tensor | None = None) -> Measurement:
+        """Phi (and the score bias) that keys of length n meet, in float32; with a key mask one for each batch element."""
+        if self.config.learned:
+            return Measurement(self.phi, self.score_bias)
+        if key_mask is not None:
+            return self._draw(n, device, key_mask)
+        return self._remember(("phi", n, device), lambda: self._draw(n, device, None))
+
+    def _phi_v(self, n: int, device: torch.device, key_mask: Tensor | None) -> Tensor | None:
+        if self.config.share_kv:
+            return None
+        if key_mask is not None:
+            return self._draw(n, device, key_mask, _INDEPENDENT_PHI_V).phi
+        return self._remember(("phi_v", n, device), lambda: self._draw(n, device, None, _INDEPENDENT_PHI_V)).phi
+
+    def _measure(self, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        config, n = self.config, k.shape[2]
+        if config.learned and n != config.length:
+            raise ValueError(f"a learned Phi takes keys of length {config.length}, got {n}; learned=False takes any length")
+        if n <= config.measurements and not config.learned:
+            if not config.exact_when_short:
+                raise ValueError(
+                    f"keys of length {n} are no longer than the {config.measurements} measurements and exact_when_short is False"
+                )
+            return self._exact(k, v, key_mask)
+        drawn = self.measurement(n, k.device, key_mask)
+        bias = drawn.score_bias if config.log_mass or config.learned or key_mask is not None else None
+        if bias is not None and not (config.log_mass or config.learned):
+            bias = torch.zeros_like(bias).masked_fill(bias == -torch.inf, -torch.inf)
+        phi_v = self._phi_v(n, k.device, key_mask)
+        return measure(
+            k, v, drawn.phi, phi_v, self._f(), bias, key_mask, heads=self.num_heads, renormalise=config.learned
+        )
+
+    def _exact(self, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Phi = I: the tokens are their own measurements, masked ones zeroed and silenced."""
+        bias = None
+        if key_mask is not None:
+            keep = key_mask[:, None, :, None]
+            k, v = torch.where(keep, k, 0), torch.where(keep, v, 0)
+            bias = torch.zeros(key_mask.shape, device=k.device).masked_fill(~key_mask, -torch.inf).unsqueeze(1)
+        f = self._f()
+        return k, v if f is None else v @ f.to(v.dtype).mT, bias
+
+    def _f(self) -> Tensor | None:
+        return None if self.config.feature_rank is None else self.feature_sensing
+
+    # ---- forward ------------------------------------------------------------------------------------------------------
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, *, key_mask: Tensor | None = None) -> Tensor:
+        """Attend from x to ``context`` (to x itself when absent).
+
+        Args:
+            x: (B, Nq, embed_dim).
+            context: (B, N, kv_dim).
+            key_mask: (B, N) bool, True = keep.
+
+        Returns:
+            (B, Nq, embed_dim).
+
+        Raises:
+            TypeError, ValueError: naming the argument, what came and what is accepted.
+        """
+        context = x if context is None else context
+        for name, tensor, width in (("x", x, self.embed_dim), ("context", context, self.kv_dim)):
+            if tensor.dim() != 3 or tensor.shape[-1] != width:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; accepted: (batch, tokens, {width})")
+        q, k, v = self._heads(self.q_proj(x)), self._heads(self.k_proj(context)), self._heads(self.v_proj(context))
+        kc, vc, bias = self._measure(k, v, key_mask)
+        if self.config.gain:
+            kc = kc * self.gain.to(kc.dtype)[:, None, None]
+        rows = recover(q, kc, vc, decoder=self.decoder(), score_bias=bias)
+        return self.out_proj(rows.transpose(1, 2).flatten(2))
+
+    @torch.no_grad()
+    def calibrate(self, context: Tensor) -> None:
+        """Start F at the principal directions of the values that ``context`` (B, N, kv_dim) gives (random F always lost).
+
+        The decoder that inverts F Psi starts anew at its analytic weights.
+
+        Raises:
+            ValueError: the config has no ``feature_rank``.
+        """
+        if self.config.feature_rank is None:
+            raise ValueError("calibrate sets the feature sensing F: the config has feature_rank = None")
+        values = self._heads(self.v_proj(context)).float().transpose(0, 1).flatten(1, 2)
+        _, directions = torch.linalg.eigh(values.mT @ values)
+        principal = directions[..., -self.config.feature_rank :].flip(-1).mT
+        self.feature_sensing.copy_(principal)
+        self._fixed.clear()
+        if self.config.decoder == "linear":
+            self.linear_weight.copy_(principal)
+        elif self.config.decoder in ("lista", "lista_untied"):
+            w, sensing, _, _ = coupled_start(self._sensing_matrix(), 0.0, self.config.iterations)
+            if self.config.decoder == "lista":
+                self.decoder_w.copy_(w)
+            else:
+                self.decoder_b.copy_(w.mT.unsqueeze(1).expand_as(self.decoder_b))
+                self.decoder_s.copy_((torch.eye(sensing.shape[-1], device=w.device) - w.mT @ sensing).unsqueeze(1).expand_as(self.decoder_s))
+
+    # ---- state --------------------------------------------------------------------------------------------------------
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """The seed of the checkpoint wins over that of the config: the weights were trained with its Phi."""
+        stored = state_dict.get(prefix + "measurement_key")
+        if stored is not None:
+            version, ensemble, seed, layer = (int(v) for v in stored)
+            here = _ensemble_code(self.config.ensemble)
+            if version != GENERATOR_VERSION or ensemble != here:
+                raise ValueError(
+                    f"{prefix}measurement_key: the checkpoint was made with generator version {version} and ensemble "
+                    f"{_ensemble_name(ensemble)!r}; this module has version {GENERATOR_VERSION} and {self.config.ensemble!r}"
+                )
+            self.config = self.config.replace(seed=seed, layer=layer)
+            self._fixed.clear()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_fixed": {}}
+
+    def extra_repr(self) -> str:
+        c = self.config
+        return f"{self.embed_dim}, heads={self.num_heads}, m={c.measurements}, ensemble={c.ensemble}, decoder={c.decoder}"
+
+
+def _ensemble_code(name: str) -> int:
+    """A number for the ensemble in `measurement_key` that no reordering of the registry changes."""
+    return zlib.crc32(name.encode())
+
+
+def _ensemble_name(code: int) -> str:
+    return {_ensemble_code(name): name for name in ENSEMBLES}.get(code, f"unknown (code {code})")
+
+
+def parameter_groups(
+    model: nn.Module, *, lr: float, weight_decay: float = 0.0, threshold_lr_scale: float = 10.0
+) -> list[dict[str, Any]]:
+    """Optimizer groups: matrices with weight decay; biases, norms, gains, Phi without; soft thresholds with a rate of their own.
+
+    With the common rate thresholds barely move (DESIGN section 2), so theirs is ``threshold_lr_scale`` times ``lr``.
+    """
+    thresholds, undecayed = set(), set()
+    for module in model.modules():
+        if isinstance(module, CSATAttention):
+            thresholds |= {id(p) for p in _named(module, ("threshold",))}
+            undecayed |= {id(p) for p in _named(module, ("gain", "step", "phi", "score_bias"))}
+    groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "threshold": []}
+    for p in model.parameters():
+        if p.requires_grad:
+            kind = "threshold" if id(p) in thresholds else "no_decay" if id(p) in undecayed or p.dim() < 2 else "decay"
+            groups[kind].append(p)
+    rates = {"decay": (lr, weight_decay), "no_decay": (lr, 0.0), "threshold": (lr * threshold_lr_scale, 0.0)}
+    return [
+        {"params": params, "lr": rates[kind][0], "weight_decay": rates[kind][1], "name": kind}
+        for kind, params in groups.items()
+        if params
+    ]
+
+
+def _named(module: nn.Module, names: tuple[str, ...]) -> Iterator[nn.Parameter]:
+    return (p for name, p in module.named_parameters(recurse=False) if name in names)

@@ -1,0 +1,211 @@
+"""What torch must know about `torch.ops.csat.*` beyond the kernels: fakes, autograd and autocast rules.
+
+The operators, their shapes and dtypes are listed in docs/architecture.md; arguments are checked at the binding. First derivatives
+exist for `project`, `attend`, `decode` and `attend_decode`; a second derivative raises NotImplementedError. The log-sum-exp
+that `attend` and `attend_decode` return carries no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from csat_ext import _composite
+from csat_ext._composite import accumulate_dtype
+
+_csat = torch.ops.csat
+
+# ---- fakes: shapes and dtypes of the results ---------------------------------------------------------------------------
+
+
+def _register_fake(name: str) -> Callable[[Callable[..., Any]], None]:
+    """Registers a fake that refuses tensors on different devices: of all bad input only this comes here before the binding."""
+    arguments = [argument.name for argument in getattr(_csat, name).default._schema.arguments]
+
+    def register(fake: Callable[..., Any]) -> None:
+        def checked(*args: Any) -> Any:
+            tensors = [(n, t) for n, t in zip(arguments, args, strict=True) if isinstance(t, Tensor)]
+            first, device = tensors[0][0], tensors[0][1].device
+            for other, tensor in tensors[1:]:
+                if tensor.device != device:
+                    raise ValueError(
+                        f"csat::{name}: {other} must be on {device}, the device of {first}; got {tensor.device}"
+                    )
+            return fake(*args)
+
+        torch.library.register_fake(f"csat::{name}", checked)
+
+    return register
+
+
+@_register_fake("project")
+def _(x: Tensor, phi: Tensor, key_mask: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], max(x.shape[1], phi.shape[1]), phi.shape[2], x.shape[3]))
+
+
+@_register_fake("project_backward")
+def _(
+    dy: Tensor, x: Tensor, phi: Tensor, key_mask: Tensor | None, need_dx: bool, need_dphi: bool
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape if need_dx else 0), phi.new_empty(phi.shape if need_dphi else 0)
+
+
+@_register_fake("attend")
+def _(q: Tensor, kc: Tensor, vc: Tensor, score_bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
+    return q.new_empty((*q.shape[:3], vc.shape[3])), lse
+
+
+@_register_fake("attend_backward")
+def _(
+    dz: Tensor, q: Tensor, kc: Tensor, vc: Tensor, score_bias: Tensor | None, z: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    bias_shape = (0,) if score_bias is None else (*q.shape[:2], kc.shape[2])
+    dbias = q.new_empty(bias_shape, dtype=accumulate_dtype(q.dtype))
+    return q.new_empty(q.shape), kc.new_empty(kc.shape), vc.new_empty(vc.shape), dbias
+
+
+@_register_fake("decode")
+def _(z: Tensor, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor, step: Tensor) -> Tensor:
+    return z.new_empty((*z.shape[:3], psi.shape[1]))
+
+
+@_register_fake("decode_backward")
+def _(
+    dc: Tensor, z: Tensor, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor, step: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = accumulate_dtype(z.dtype)
+    dS, dB, dtheta, dpsi, dstep = (t.new_empty(t.shape, dtype=dtype) for t in (S, B, theta, psi, step))
+    return z.new_empty(z.shape), dS, dB, dtheta, dpsi, dstep
+
+
+@_register_fake("attend_decode")
+def _(
+    q: Tensor,
+    kc: Tensor,
+    vc: Tensor,
+    score_bias: Tensor | None,
+    scale: float,
+    S: Tensor,
+    B: Tensor,
+    theta: Tensor,
+    psi: Tensor,
+    step: Tensor,
+    need_z: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = q.shape[:3]
+    z = q.new_empty((*rows, vc.shape[3]) if need_z else 0)
+    return q.new_empty((*rows, psi.shape[1])), z, q.new_empty(rows, dtype=accumulate_dtype(q.dtype))
+
+
+# ---- autograd ----------------------------------------------------------------------------------------------------------
+
+
+def _if_needed(needs: tuple[bool, ...], gradients: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> list[Tensor | None]:
+    """Gradients in the dtype of their inputs, None where nobody asked."""
+    return [g.to(x.dtype) if need else None for need, g, x in zip(needs, gradients, inputs, strict=True)]
+
+
+def _project_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _project_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, phi, key_mask = ctx.saved_tensors
+    need_dx, need_dphi, _ = ctx.needs_input_grad
+    dx, dphi = _csat.project_backward(dy, x, phi, key_mask, need_dx, need_dphi)
+    return dx if need_dx else None, dphi if need_dphi else None, None
+
+
+def _attend_gradients(
+    needs: tuple[bool, ...], dz: Tensor, q: Tensor, kc: Tensor, vc: Tensor, bias: Tensor | None, z: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor | None, ...]:
+    """Gradients of (q, kc, vc, score_bias, scale)."""
+    dq, dkc, dvc, dbias = _csat.attend_backward(dz, q, kc, vc, bias, z, lse, scale)
+    if bias is not None and needs[3]:
+        return *_if_needed(needs[:3], (dq, dkc, dvc), (q, kc, vc)), dbias.sum_to_size(bias.shape).to(bias.dtype), None
+    return *_if_needed(needs[:3], (dq, dkc, dvc), (q, kc, vc)), None, None
+
+
+def _attend_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, kc, vc, score_bias, ctx.scale = inputs
+    z, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, kc, vc, score_bias, z, lse)
+
+
+def _attend_backward(ctx: Any, dz: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
+    return _attend_gradients(ctx.needs_input_grad, dz, *ctx.saved_tensors, ctx.scale)
+
+
+def _decode_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _decode_backward(ctx: Any, dc: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = _csat.decode_backward(dc, *ctx.saved_tensors)
+    return tuple(_if_needed(ctx.needs_input_grad, gradients, ctx.saved_tensors))
+
+
+def _attend_decode_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, kc, vc, score_bias, ctx.scale, *weights, ctx.need_z = inputs
+    _, z, lse = output
+    ctx.mark_non_differentiable(z, lse)
+    ctx.save_for_backward(q, kc, vc, score_bias, z, lse, *weights)
+
+
+def _attend_decode_backward(ctx: Any, dc: Tensor, _dz: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
+    q, kc, vc, bias, z, lse, *weights = ctx.saved_tensors
+    if not ctx.need_z:  # one more forward pass instead of the memory
+        z, lse = _csat.attend(q, kc, vc, bias, ctx.scale)
+    dz, *dweights = _csat.decode_backward(dc, z, *weights)
+    needs = ctx.needs_input_grad
+    of_attend: tuple[Tensor | None, ...] = (None,) * 5
+    if any(needs[:4]):
+        of_attend = _attend_gradients(needs[:4], dz, q, kc, vc, bias, z, lse, ctx.scale)
+    return *of_attend, *_if_needed(needs[5:10], tuple(dweights), tuple(weights)), None
+
+
+def _no_second_derivative(name: str) -> Callable[..., Any]:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError(
+            f"csat::{name} has no derivative: csat operators are differentiable once; csat_ext.reference is for any order"
+        )
+
+    return backward
+
+
+torch.library.register_autograd("csat::project", _project_backward, setup_context=_project_context)
+torch.library.register_autograd("csat::attend", _attend_backward, setup_context=_attend_context)
+torch.library.register_autograd("csat::decode", _decode_backward, setup_context=_decode_context)
+torch.library.register_autograd("csat::attend_decode", _attend_decode_backward, setup_context=_attend_decode_context)
+for _name in ("project_backward", "attend_backward", "decode_backward"):
+    torch.library.register_autograd(f"csat::{_name}", _no_second_derivative(_name))
+
+# ---- autocast: data in the autocast dtype, parameters as they are ------------------------------------------------------
+
+# The arguments cast under autocast: x, q, kc, vc, z. float64 is left alone, as everywhere in torch's autocast.
+_AUTOCAST_ARGUMENTS = {"project": 1, "attend": 3, "decode": 1, "attend_decode": 3}
+
+
+def _autocast_rule(op: Any, device_type: str, leading: int) -> Callable[..., Any]:
+    key = getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}")
+
+    def rule(*args: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device_type)
+        data = [t if t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype) for t in args[:leading]]
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            return op(*data, *args[leading:])
+
+    return rule
+
+
+_AUTOCAST = torch.library.Library("csat", "IMPL")
+for _name, _leading in _AUTOCAST_ARGUMENTS.items():
+    for _device_type in ("cpu", "cuda"):
+        _rule = _autocast_rule(getattr(_csat, _name).default, _device_type, _leading)
+        _AUTOCAST.impl(_name, _rule, f"Autocast{_device_type.upper()}")
+del _composite  # imported for its registrations

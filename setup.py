@@ -1,0 +1,175 @@
+"""Builds csat_ext: `_C` (schemas, CPU kernels, Python bindings) and, with nvcc and a CUDA torch, `_cuda`.
+
+Environment:
+    CSAT_WITH_CUDA   0 | 1 | auto (default). 1 makes a missing CUDA toolkit or a CPU-only torch an error.
+    CSAT_CUDA_ARCHS  architectures, default "80;90a"; PTX of the highest is added for later GPUs.
+    MAX_JOBS         upper bound of parallel compilers; lowered where memory (3 GiB a compiler) is short.
+
+Everything else about the package stands in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+DEFAULT_ARCHS = "80;90a"
+GIB = 1 << 30
+BYTES_PER_JOB = 3 * GIB
+# The oldest torch whose stable ABI the libraries use: 2.11.
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
+CXX_FLAGS = ["-O3", "-std=c++20", "-g0", "-fvisibility=hidden", "-fno-math-errno", *STABLE_ABI]
+
+
+class BuildError(RuntimeError):
+    """A build setting that cannot be honoured."""
+
+
+def cuda_choice(setting: str, torch_cuda: str | None, cuda_home: str | None) -> tuple[bool, str]:
+    """Whether `_cuda` is built, and the reason to tell the user when it is not ("" when there is nothing to tell)."""
+    if setting not in ("0", "1", "auto"):
+        raise BuildError(f"CSAT_WITH_CUDA must be 0, 1 or auto; got {setting!r}")
+    if setting == "0":
+        return False, ""
+    missing = []
+    if not torch_cuda:
+        missing.append("the torch of this build has no CUDA")
+    if not cuda_home:
+        missing.append("no nvcc was found (CUDA_HOME is not set and nvcc is not on PATH)")
+    if not missing:
+        return True, ""
+    reason = " and ".join(missing)
+    if setting == "1":
+        raise BuildError(f"CSAT_WITH_CUDA=1, but {reason}; install them, or set CSAT_WITH_CUDA=0 for the CPU kernels")
+    return False, f"csat_ext: building the CPU kernels only, because {reason}"
+
+
+def parse_archs(setting: str) -> list[str]:
+    """Architectures such as ["80", "90a"] from "80;90a", in ascending order."""
+    archs = [arch for arch in re.split(r"[;,\s]+", setting.strip()) if arch]
+    wrong = [arch for arch in archs if not re.fullmatch(r"\d{2,3}[af]?", arch)]
+    if wrong or not archs:
+        raise BuildError(f"CSAT_CUDA_ARCHS must list architectures such as {DEFAULT_ARCHS!r}; got {setting!r}")
+    return sorted(set(archs), key=lambda arch: (int(arch.rstrip("af")), arch))
+
+
+def gencode_flags(archs: list[str]) -> list[str]:
+    """nvcc flags: machine code of every architecture, and PTX of the highest, which later GPUs compile at load."""
+    top = archs[-1].rstrip("af")  # the PTX of an "a" target runs on that architecture alone
+    machine_code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return [*machine_code, f"-gencode=arch=compute_{top},code=compute_{top}"]
+
+
+def available_memory() -> int | None:
+    """Bytes that can be allocated now, the control group's limit included; None where the system does not say."""
+    limits = []
+    try:
+        text = Path("/proc/meminfo").read_text()
+        limits.append(int(re.search(r"MemAvailable:\s+(\d+) kB", text)[1]) * 1024)  # type: ignore[index]
+    except (OSError, TypeError):
+        pass
+    try:
+        group = Path("/sys/fs/cgroup")
+        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        pass
+    return min(limits, default=None)
+
+
+def job_count(cpus: int, memory: int | None, user: str | None) -> int:
+    """Parallel compilers: one per CPU, 3 GiB each, never more than MAX_JOBS says."""
+    jobs = cpus
+    if user is not None:
+        if not user.isdigit() or int(user) < 1:
+            raise BuildError(f"MAX_JOBS must be a positive integer; got {user!r}")
+        jobs = int(user)
+    if memory is not None:
+        jobs = min(jobs, memory // BYTES_PER_JOB)
+    return max(1, jobs)
+
+
+def package_version() -> str:
+    return re.search(r'^version = "([^"]+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]  # type: ignore[index]
+
+
+def git_revision() -> str:
+    """Short commit hash, "" outside a checkout of this project."""
+    if not (ROOT / ".git").exists():
+        return ""
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def cublas_of_wheel(torch_file: str, torch_cuda: str) -> tuple[list[str], list[str], list[str]]:
+    """(include, library dirs, link flags) of the cuBLAS that torch brought; the toolkit's own where there is none."""
+    major = torch_cuda.split(".")[0]
+    home = Path(torch_file).parents[1] / "nvidia" / f"cu{major}"
+    if (home / "lib" / f"libcublas.so.{major}").exists():
+        return [str(home / "include")], [str(home / "lib")], [f"-l:libcublas.so.{major}"]
+    return [], [], ["-lcublas"]
+
+
+def sources(*patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+
+
+def extensions(environment: Mapping[str, str]) -> list:
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, CppExtension, CUDAExtension
+
+    facts: list[tuple[str, str | None]] = [("CSAT_VERSION", package_version())]
+    if revision := git_revision():
+        facts.append(("CSAT_REVISION", revision))
+    include = [str(ROOT / "csrc")]
+    built = [
+        CppExtension(
+            "csat_ext._C",
+            sources("csrc/torch/library.cpp", "csrc/torch/cpu/*.cpp"),
+            include_dirs=include,
+            define_macros=facts,
+            extra_compile_args={"cxx": CXX_FLAGS},
+            extra_link_args=["-s"],
+        )
+    ]
+    with_cuda, message = cuda_choice(environment.get("CSAT_WITH_CUDA", "auto"), torch.version.cuda, CUDA_HOME)
+    if message:
+        print(message, file=sys.stderr)
+    if with_cuda:
+        archs = parse_archs(environment.get("CSAT_CUDA_ARCHS", DEFAULT_ARCHS))
+        cublas_include, cublas_dirs, cublas_link = cublas_of_wheel(torch.__file__, torch.version.cuda)
+        nvcc_flags = ["-O3", "-std=c++20", *STABLE_ABI, "-Xcompiler=-fvisibility=hidden", *gencode_flags(archs)]
+        built.append(
+            CUDAExtension(
+                "csat_ext._cuda",
+                sources("csrc/torch/ops_cuda.cpp", "csrc/kernels/*.cpp", "csrc/kernels/*.cu"),
+                include_dirs=[*include, *cublas_include],
+                library_dirs=cublas_dirs,
+                # USE_CUDA declares the CUDA part of torch's stable shims.
+                define_macros=[*facts, ("USE_CUDA", "1"), ("CSAT_CUDA_ARCHS", ".".join(archs))],
+                extra_compile_args={"cxx": CXX_FLAGS, "nvcc": nvcc_flags},
+                extra_link_args=["-s", *cublas_link],
+            )
+        )
+    return built
+
+
+def main() -> None:
+    from setuptools import setup
+    from torch.utils.cpp_extension import BuildExtension
+
+    os.environ["MAX_JOBS"] = str(
+        job_count(len(os.sched_getaffinity(0)), available_memory(), os.environ.get("MAX_JOBS"))
+    )
+    setup(ext_modules=extensions(os.environ), cmdclass={"build_ext": BuildExtension})
+
+
+if __name__ == "__main__":
+    main()

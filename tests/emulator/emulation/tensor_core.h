@@ -1,0 +1,71 @@
+// Tensor-core and asynchronous-copy instructions under the names that prims.cuh gives them.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "emulation/intrinsics.h"
+#include "emulation/types.h"
+
+namespace emulator {
+
+struct LdmatrixOperand {
+  uint32_t* result;
+  const void* row;
+  int matrices;
+};
+struct MmaOperand {
+  float* c;           // (16, 8) accumulator: 4 values a lane
+  const uint32_t* a;  // (16, 16): 4 pairs a lane
+  uint32_t b[2];      // (16, 8): 2 pairs a lane
+};
+void ldmatrix(uint32_t mask, void* const* operands);
+void ldmatrix_transposed(uint32_t mask, void* const* operands);
+void mma_m16n8k16_bf16(uint32_t mask, void* const* operands);
+void mma_m16n8k16_f16(uint32_t mask, void* const* operands);
+
+}  // namespace emulator
+
+namespace csat {
+
+inline void cp_async16(void* shared, const void* global) { emulator::async_copy(shared, global, 16, 16); }
+// Copies `valid` bytes (0..16) and fills up with zeros.
+inline void cp_async16_zfill(void* shared, const void* global, int valid) { emulator::async_copy(shared, global, 16, valid); }
+inline void cp_async_commit() { emulator::async_commit(); }
+template <int kGroupsLeft>
+inline void cp_async_wait() {
+  emulator::async_wait(kGroupsLeft);
+}
+
+// ldmatrix: lane l gives the address of row l % 8 of matrix l / 8 (8 x 8 elements of 16 bits).
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+  emulator::LdmatrixOperand operand{r, row, 4};
+  emulator::warp_collective("ldmatrix", emulator::ldmatrix, emulator::kFullMask, &operand);
+}
+inline void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row) {
+  emulator::LdmatrixOperand operand{r, row, 4};
+  emulator::warp_collective("ldmatrix.trans", emulator::ldmatrix_transposed, emulator::kFullMask, &operand);
+}
+
+// c (16, 8) += a (16, 16) b (16, 8), accumulated in float32.
+template <typename T>
+inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulator::MmaOperand operand{c, a, {b0, b1}};
+  constexpr bool is_bf16 = std::is_same_v<T, __nv_bfloat16>;
+  static_assert(is_bf16 || std::is_same_v<T, __half>, "mma.sync.m16n8k16 takes bf16 or fp16");
+  emulator::warp_collective("mma.sync", is_bf16 ? emulator::mma_m16n8k16_bf16 : emulator::mma_m16n8k16_f16, emulator::kFullMask,
+                            &operand);
+}
+
+// Two floats rounded to one register, the first in the low half.
+template <typename T>
+inline uint32_t pack2(float low, float high) {
+  return uint32_t(T(low).bits) | uint32_t(T(high).bits) << 16;
+}
+
+inline void named_barrier_sync(int id, int threads, int line = __builtin_LINE()) { emulator::named_barrier(id, threads, true, line); }
+inline void named_barrier_arrive(int id, int threads, int line = __builtin_LINE()) {
+  emulator::named_barrier(id, threads, false, line);
+}
+
+}  // namespace csat

@@ -1,0 +1,396 @@
+// Runs a grid: blocks one after another, the threads of a block as fibers that run until they have to wait.
+#include "runtime/scheduler.h"
+
+#include <algorithm>
+#include <array>
+#include <deque>
+#include <numeric>
+#include <random>
+#include <string>
+
+#include "runtime/bank_conflicts.h"
+#include "runtime/emulator.h"
+#include "runtime/shadow.h"
+#include "runtime/static_shared.h"
+
+namespace emulator {
+
+Thread* running = nullptr;
+
+size_t device_bytes_used();
+
+namespace {
+
+struct Warp {
+  uint32_t clock;                            // ticks at each of its barriers
+  std::array<uint32_t, kMaxWarps> learned;   // clocks of the other warps whose accesses are ordered before its own
+};
+
+// Threads that have come to a meeting point and wait for the others.
+struct Meeting {
+  WarpFunction function = nullptr;
+  uint32_t mask = 0, arrived = 0;
+  std::array<void*, kWarpSize> operands{};
+};
+
+struct Barrier {
+  int expected = 0, arrived = 0;
+  std::vector<Thread*> waiting;
+  std::array<uint32_t, kMaxWarps> learned{};  // what the arrived warps knew, joined
+};
+
+uint32_t clock_now = kFirstClock;
+int launch_error = 0;
+
+// One block. Constructed once and reused: fibers keep their stacks.
+class Block {
+ public:
+  void run(dim3 grid, dim3 shape, dim3 index, unsigned number, const std::function<void()>& body);
+
+  void meet_warp(const char* name, WarpFunction function, uint32_t mask, void* operand);
+  void meet_block(int line, bool predicate);
+  void meet_named(int id, int expected, bool wait, int line);
+  int predicates_true() const { return predicate_count_; }
+  Thread& thread(int id) { return threads_[id]; }
+  Warp& warp(int number) { return warps_[number]; }
+
+ private:
+  static void entry();
+  bool step(int warp);
+  void finish_block_barrier();
+  void wait(const char* what, uint32_t with, int line);
+  void tick(int warp);
+  void report_stuck();
+  void join_all();
+
+  std::array<Thread, kMaxThreads> threads_;
+  std::array<Warp, kMaxWarps> warps_;
+  std::array<std::vector<Meeting>, kMaxWarps> meetings_;
+  std::array<Barrier, kNamedBarriers> named_;
+  int thread_count_ = 0, warp_count_ = 0, exited_ = 0;
+  int at_barrier_ = 0, barrier_line_ = 0, predicates_now_ = 0, predicate_count_ = 0;
+  std::mt19937 random_;
+  const std::function<void()>* body_ = nullptr;
+};
+
+Block& block() {
+  static Block instance;
+  return instance;
+}
+
+void Block::entry() {
+  (*block().body_)();
+  Thread& self = *running;
+  if (!self.open.empty() || !self.pending.empty()) {
+    report.add(Fault::missing_wait, nullptr, format("thread %d ends with asynchronous copies in flight", self.id));
+  }
+  self.state = Thread::State::exited;
+  ++block().exited_;
+  self.fiber.suspend();
+  __builtin_unreachable();
+}
+
+void Block::run(dim3 grid, dim3 shape, dim3 index, unsigned number, const std::function<void()>& body) {
+  thread_count_ = int(shape.x * shape.y * shape.z);
+  warp_count_ = (thread_count_ + kWarpSize - 1) / kWarpSize;
+  exited_ = at_barrier_ = predicates_now_ = 0;
+  body_ = &body;
+  random_.seed(options.seed * 7919u + number);
+  const uint32_t start = ++clock_now;
+  observer.block_start = start;
+  observer.block = number;
+  for (int i = 0; i < thread_count_; ++i) {
+    Thread& t = threads_[i];
+    const unsigned u = unsigned(i);
+    t.index = {dim3(u % shape.x, u / shape.x % shape.y, u / shape.x / shape.y), index, shape, grid};
+    t.id = i;
+    t.warp = i / kWarpSize;
+    t.lane = i % kWarpSize;
+    t.state = Thread::State::ready;
+    t.lanes_ordered = start - 1;
+    t.open.clear();
+    t.pending.clear();
+    t.shared_log.clear();
+    t.fiber.prepare(&Block::entry);
+  }
+  for (int w = 0; w < warp_count_; ++w) {
+    warps_[w].clock = start;
+    warps_[w].learned.fill(start - 1);
+    meetings_[w].clear();
+  }
+  for (Barrier& barrier : named_) barrier = Barrier{};
+
+  std::vector<int> order(warp_count_);
+  std::iota(order.begin(), order.end(), 0);
+  while (exited_ < thread_count_) {
+    if (options.seed) std::shuffle(order.begin(), order.end(), random_);
+    bool progress = false;
+    for (const int w : order) {
+      while (step(w)) progress = true;
+    }
+    if (at_barrier_ > 0 && at_barrier_ + exited_ == thread_count_) {
+      finish_block_barrier();
+    } else if (!progress && exited_ < thread_count_) {
+      report_stuck();
+      break;
+    }
+  }
+  join_all();
+}
+
+// Runs every ready lane of a warp until it waits. False if there was none.
+bool Block::step(int warp) {
+  const int first = warp * kWarpSize, count = std::min(kWarpSize, thread_count_ - first);
+  std::array<uint8_t, kWarpSize> order;
+  std::iota(order.begin(), order.end(), uint8_t(0));
+  if (options.seed) std::shuffle(order.begin(), order.begin() + count, random_);
+  bool any = false;
+  for (int i = 0; i < count; ++i) {
+    Thread& t = threads_[first + order[i]];
+    if (t.state != Thread::State::ready) continue;
+    any = true;
+    impersonate(t);
+    observer.running = true;
+    t.fiber.resume();
+    observer.running = false;
+  }
+  return any;
+}
+
+void Block::wait(const char* what, uint32_t with, int line) {
+  Thread& self = *running;
+  self.state = Thread::State::waiting;
+  self.waits_for = what;
+  self.waits_with = with;
+  self.line = line;
+  self.fiber.suspend();
+}
+
+// The last lane to arrive runs the function in the name of all and goes on without a switch.
+void Block::meet_warp(const char* name, WarpFunction function, uint32_t mask, void* operand) {
+  Thread& self = *running;
+  if (!(mask >> self.lane & 1)) {
+    report.add(Fault::divergence, nullptr, format("%s: thread %d is not in its own mask %08x", name, self.id, mask));
+    return;
+  }
+  std::vector<Meeting>& meetings = meetings_[self.warp];
+  auto meeting = std::find_if(meetings.begin(), meetings.end(),
+                              [&](const Meeting& m) { return m.function == function && m.mask == mask; });
+  if (meeting == meetings.end()) {
+    meetings.push_back({function, mask, 0, {}});
+    meeting = meetings.end() - 1;
+  }
+  meeting->arrived |= 1u << self.lane;
+  meeting->operands[self.lane] = operand;
+  if (meeting->arrived != mask) return wait(name, mask, 0);
+  const Meeting complete = *meeting;
+  meetings.erase(meeting);
+  if (options.count_bank_conflicts && mask == kFullMask) count_bank_conflicts(&threads_[self.warp * kWarpSize], kWarpSize);
+  function(mask, complete.operands.data());
+  impersonate(self);
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    if (mask >> lane & 1) threads_[self.warp * kWarpSize + lane].state = Thread::State::ready;
+  }
+}
+
+void Block::tick(int w) {
+  for (int i = w * kWarpSize; i < std::min(thread_count_, (w + 1) * kWarpSize); ++i) threads_[i].lanes_ordered = warps_[w].clock;
+  warps_[w].clock = clock_now;
+}
+
+void Block::meet_block(int line, bool predicate) {
+  if (at_barrier_ == 0) {
+    barrier_line_ = line;
+  } else if (barrier_line_ != line) {
+    report.add(Fault::divergence, nullptr,
+               format("thread %d is at the __syncthreads of line %d, others at that of line %d", running->id, line, barrier_line_));
+  }
+  ++at_barrier_;
+  predicates_now_ += predicate;
+  wait("__syncthreads", 0, line);
+}
+
+void Block::finish_block_barrier() {
+  if (exited_ > 0) {
+    report.add(Fault::divergence, nullptr,
+               format("__syncthreads of line %d: %d of %d threads have returned", barrier_line_, exited_, thread_count_));
+  }
+  join_all();
+  predicate_count_ = predicates_now_;
+  at_barrier_ = predicates_now_ = 0;
+  ++report.counters.barriers;
+  for (int i = 0; i < thread_count_; ++i) {
+    if (threads_[i].state == Thread::State::waiting) threads_[i].state = Thread::State::ready;
+  }
+}
+
+void Block::join_all() {
+  if (options.count_bank_conflicts) {
+    for (int w = 0; w < warp_count_; ++w) {
+      const int first = w * kWarpSize;
+      count_bank_conflicts(&threads_[first], std::min(kWarpSize, thread_count_ - first));
+    }
+  }
+  ++clock_now;
+  for (int w = 0; w < warp_count_; ++w) warps_[w].learned.fill(clock_now - 1);
+  for (int w = 0; w < warp_count_; ++w) tick(w);
+}
+
+void Block::meet_named(int id, int expected, bool wait_here, int line) {
+  Thread& self = *running;
+  if (id < 0 || id >= kNamedBarriers || expected <= 0 || expected % kWarpSize) {
+    report.add(Fault::divergence, nullptr, format("barrier %d for %d threads: 0..15 and whole warps are allowed", id, expected));
+    return;
+  }
+  Barrier& barrier = named_[id];
+  if (barrier.arrived == 0) {
+    barrier.expected = expected;
+    barrier.learned.fill(0);
+  } else if (barrier.expected != expected) {
+    report.add(Fault::divergence, nullptr, format("barrier %d: thread %d expects %d threads, others expect %d", id, self.id, expected,
+                                                  barrier.expected));
+  }
+  Warp& mine = warps_[self.warp];
+  for (int w = 0; w < warp_count_; ++w) barrier.learned[w] = std::max(barrier.learned[w], mine.learned[w]);
+  barrier.learned[self.warp] = std::max(barrier.learned[self.warp], mine.clock);
+  const bool last = ++barrier.arrived == barrier.expected;
+  if (!wait_here) {  // later accesses of this warp are not covered by what it brought
+    ++clock_now;
+    mine.clock = clock_now;
+    impersonate(self);
+  } else if (!last) {
+    barrier.waiting.push_back(&self);
+    return wait("named barrier", uint32_t(id), line);
+  } else {
+    barrier.waiting.push_back(&self);
+  }
+  if (!last) return;
+  ++clock_now;
+  for (Thread* t : barrier.waiting) {
+    Warp& w = warps_[t->warp];
+    for (int u = 0; u < warp_count_; ++u) w.learned[u] = std::max(w.learned[u], barrier.learned[u]);
+    t->lanes_ordered = std::max(t->lanes_ordered, barrier.learned[t->warp]);
+    t->state = Thread::State::ready;
+  }
+  for (Thread* t : barrier.waiting) warps_[t->warp].clock = clock_now;
+  barrier = Barrier{};
+  ++report.counters.barriers;
+  impersonate(self);
+}
+
+void Block::report_stuck() {
+  std::string who;
+  int named = 0;
+  for (int i = 0; i < thread_count_ && named < 3; ++i) {
+    const Thread& t = threads_[i];
+    if (t.state != Thread::State::waiting) continue;
+    const bool same = named > 0 && i > 0 && threads_[i - 1].state == Thread::State::waiting &&
+                      threads_[i - 1].waits_for == t.waits_for && threads_[i - 1].waits_with == t.waits_with;
+    if (same) continue;
+    who += format("; from thread %d: %s %08x line %d", i, t.waits_for, t.waits_with, t.line);
+    ++named;
+  }
+  report.add(Fault::deadlock, nullptr,
+             format("block %u stands still, %d of %d threads have returned%s", observer.block, exited_, thread_count_, who.c_str()));
+}
+
+// What a launch must satisfy on every device that is supported.
+std::string refusal(dim3 grid, dim3 block, size_t dynamic_shared_bytes) {
+  const uint64_t threads = uint64_t(block.x) * block.y * block.z;
+  if (threads == 0 || threads > kMaxThreads || block.z > 64) return format("%llu threads a block", (unsigned long long)threads);
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
+    return format("grid of (%u, %u, %u)", grid.x, grid.y, grid.z);
+  }
+  if (dynamic_shared_bytes > options.shared_bytes_per_block) {
+    return format("%zu bytes of shared memory, a block has %zu", dynamic_shared_bytes, options.shared_bytes_per_block);
+  }
+  return "";
+}
+
+}  // namespace
+
+dim3 thread_index() { return running->index.thread; }
+dim3 block_index() { return running->index.block; }
+dim3 block_dim() { return running->index.block_dim; }
+dim3 grid_dim() { return running->index.grid_dim; }
+
+Thread& lane_of_running_warp(int lane) { return block().thread(running->warp * kWarpSize + lane); }
+
+void impersonate(Thread& thread) {
+  const Warp& warp = block().warp(thread.warp);
+  running = &thread;
+  observer.thread = thread.id;
+  observer.warp = thread.warp;
+  observer.clock = warp.clock;
+  observer.lanes_ordered = thread.lanes_ordered;
+  observer.learned = warp.learned.data();
+}
+
+void block_barrier(int line) { block().meet_block(line, false); }
+
+int block_barrier_count(bool predicate, int line) {
+  block().meet_block(line, predicate);
+  return block().predicates_true();
+}
+
+void named_barrier(int id, int threads, bool wait, int line) { block().meet_named(id, threads, wait, line); }
+
+void warp_collective(const char* name, WarpFunction function, uint32_t mask, void* operand) {
+  block().meet_warp(name, function, mask, operand);
+}
+
+namespace {
+void order_lanes(uint32_t mask, void* const*) {
+  Warp& warp = block().warp(running->warp);
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    if (mask >> lane & 1) lane_of_running_warp(lane).lanes_ordered = warp.clock;
+  }
+  warp.clock = ++clock_now;
+}
+}  // namespace
+
+void warp_barrier(uint32_t mask) { warp_collective("__syncwarp", order_lanes, mask, nullptr); }
+
+int launch(const char* kernel, dim3 grid, dim3 shape, size_t dynamic_shared_bytes, const std::function<void()>& body) {
+  reserve_memory();
+  find_static_shared_memory();
+  report.kernel = kernel;
+  if (const std::string why = refusal(grid, shape, dynamic_shared_bytes); !why.empty()) {
+    report.add(Fault::budget, nullptr, why);
+    return launch_error = 9;
+  }
+  if (clock_now > kMaxClock / 2) {
+    shadow_restart_clocks(device_bytes_used());
+    clock_now = kFirstClock;
+  }
+  memory_map.shared_bytes = dynamic_shared_bytes;
+  observer.launch_start = ++clock_now;
+  const unsigned blocks = grid.x * grid.y * grid.z;
+  std::vector<unsigned> order(blocks);
+  std::iota(order.begin(), order.end(), 0u);
+  if (options.seed) std::shuffle(order.begin(), order.end(), std::mt19937(options.seed));
+  for (const unsigned number : order) {
+    block().run(grid, shape, dim3(number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y), number, body);
+    if (clock_now > kMaxClock - kMaxWarps) {
+      report.add(Fault::budget, nullptr, "more barriers in one launch than the emulator can tell apart");
+      break;
+    }
+  }
+  const size_t static_bytes = static_shared_bytes_touched();
+  if (static_bytes > kMaxStaticSharedBytes || static_bytes + dynamic_shared_bytes > options.shared_bytes_per_block) {
+    report.add(Fault::budget, nullptr, format("%zu bytes of static and %zu of dynamic shared memory", static_bytes,
+                                              dynamic_shared_bytes));
+  }
+  ++report.counters.launches;
+  report.counters.blocks += blocks;
+  running = nullptr;
+  return 0;
+}
+
+int last_error() {
+  const int error = launch_error;
+  launch_error = 0;
+  return error;
+}
+
+}  // namespace emulator

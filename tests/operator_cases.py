@@ -1,0 +1,192 @@
+"""Random inputs of `csat_attention` at one shape, as leaves that gradients are asked of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from csat_ext import LinearDecoder, SparseDecoder, reference
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of one call. ``phi_heads`` 0 means no head axis; ``decoder`` is none, sparse, untied or linear."""
+
+    batch: int = 2
+    heads: int = 4
+    kv_heads: int = 4
+    queries: int = 63
+    tokens: int = 65
+    m: int = 9
+    d: int = 16
+    dv: int = 24
+    phi_heads: int = 4
+    phi_batch: int = 0
+    rank: int = 0
+    decoder: str = "none"
+    atoms: int = 33
+    layers: int = 3
+    decoder_heads: int = 0
+    bias: bool = False
+    mask: bool = False
+    signed: bool = False
+    separate_phi_v: bool = False
+
+    def __str__(self) -> str:
+        default = Case()
+        return ",".join(f"{k}={v}" for k, v in self.__dict__.items() if v != getattr(default, k)) or "default"
+
+
+@dataclass
+class Inputs:
+    """Leaves by name, the key mask, and the call that uses them."""
+
+    case: Case
+    leaves: dict[str, Tensor]
+    key_mask: Tensor | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def as_dtype(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Inputs:
+        """The same values in another dtype: tokens in it, parameters too (float32 at least where the dtype is 16 bits wide)."""
+        wide = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+        leaves = {
+            name: t.detach().to(device, dtype if name in ("query", "key", "value") else wide).clone().requires_grad_()
+            for name, t in self.leaves.items()
+        }
+        return Inputs(self.case, leaves, None if self.key_mask is None else self.key_mask.to(device))
+
+    def rounded_to(self, dtype: torch.dtype) -> Inputs:
+        """Values that ``dtype`` holds exactly, so that only arithmetic differs between the oracle and a kernel."""
+        return self.as_dtype(dtype).as_dtype(torch.float64)
+
+    def with_settled_thresholds(self) -> Inputs:
+        """Thresholds of 0 or 100, so that every atom is surely on or surely off.
+
+        The derivative of a soft threshold jumps at |u| = theta: at random thresholds a 16-bit rounding of z moves some
+        coefficients across, in plain torch as in a kernel, and the error of a gradient is the luck of which.
+        """
+        if "theta" in self.leaves:
+            atom = torch.arange(self.leaves["theta"].shape[-1])
+            self.leaves["theta"] = torch.where(atom % 3 == 0, 100.0, 0.0).expand_as(self.leaves["theta"]).double().clone()
+        return self
+
+    def decoder(self) -> Any:
+        get = self.leaves.get
+        if self.case.decoder == "none":
+            return None
+        if self.case.decoder == "linear":
+            return LinearDecoder(self.leaves["weight"])
+        return SparseDecoder(self.leaves["S"], self.leaves["B"], self.leaves["theta"], self.leaves["psi"], get("step"))
+
+    def call(self, attention: Any) -> Tensor:
+        get = self.leaves.get
+        return attention(
+            self.leaves["query"],
+            self.leaves["key"],
+            self.leaves["value"],
+            self.leaves["phi_k"],
+            get("phi_v"),
+            decoder=self.decoder(),
+            feature_sensing=get("feature_sensing"),
+            score_bias=get("score_bias"),
+            key_mask=self.key_mask,
+        )
+
+    def gradients(self, attention: Any, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        out = self.call(attention)
+        grads = torch.autograd.grad(out, list(self.leaves.values()), weight.to(out.device, out.dtype), allow_unused=True)
+        return out, {n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(self.leaves.items(), grads, strict=True)}
+
+
+def make_inputs(case: Case, seed: int = 0) -> Inputs:
+    """Inputs in float64. Thresholds are small against the coefficients, so that about a third of them are zeroed."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    c = case
+    phi_shape = ((c.phi_batch,) if c.phi_batch else ()) + ((c.phi_heads,) if c.phi_heads else ()) + (c.m, c.tokens)
+    leaves = {
+        "query": normal(c.batch, c.heads, c.queries, c.d),
+        "key": normal(c.batch, c.kv_heads, c.tokens, c.d),
+        "value": normal(c.batch, c.kv_heads, c.tokens, c.dv),
+        "phi_k": _phi(normal(*phi_shape), c),
+    }
+    if c.separate_phi_v:
+        leaves["phi_v"] = _phi(normal(*phi_shape), c)
+    if c.rank:
+        leaves["feature_sensing"] = normal(c.rank, c.dv) / c.dv**0.5
+    if c.bias:
+        leaves["score_bias"] = normal(c.heads, c.m)
+    leaves |= _decoder_leaves(c, normal)
+    mask = None
+    if c.mask:
+        mask = torch.rand(c.batch, c.tokens, generator=g) < 0.7
+        mask[:, 0] = True
+    return Inputs(c, leaves, mask)
+
+
+def _phi(raw: Tensor, case: Case) -> Tensor:
+    return raw / case.tokens**0.5 if case.signed else torch.softmax(raw, -1)
+
+
+def _decoder_leaves(c: Case, normal: Any) -> dict[str, Tensor]:
+    rank = c.rank or c.dv
+    head = (c.decoder_heads,) if c.decoder_heads else ()
+    if c.decoder == "linear":
+        return {"weight": normal(*head, rank, c.dv) / rank**0.5}
+    if c.decoder not in ("sparse", "untied"):
+        return {}
+    depth = c.layers if c.decoder == "untied" else 1
+    return {
+        "S": 0.3 * normal(*head, depth, c.atoms, c.atoms) / c.atoms**0.5,
+        "B": normal(*head, depth, c.atoms, rank) / rank**0.5,
+        "theta": 0.05 * normal(*head, c.layers, c.atoms).abs(),
+        "psi": normal(*head, c.dv, c.atoms) / c.atoms**0.5,
+        "step": 1 + 0.2 * normal(*head, c.layers),
+    }
+
+
+def plain_torch_attention(
+    query: Tensor, key: Tensor, value: Tensor, phi_k: Tensor, phi_v: Tensor | None = None, *, decoder: Any = None,
+    feature_sensing: Tensor | None = None, score_bias: Tensor | None = None, key_mask: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """What a user would write: the same formulas in stock torch operations, every one rounded to the dtype of the query."""
+    dtype, heads = query.dtype, query.shape[1]
+
+    def measured(x: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
+        phi = phi.reshape((1,) * (4 - phi.dim()) + phi.shape)
+        factor, empty = torch.ones(1, 1, 1), torch.zeros(1, 1, 1, dtype=torch.bool)
+        if key_mask is not None:
+            factor, empty = reference.renormalise_rows(phi, key_mask)
+            x = x.masked_fill(~key_mask[:, None, :, None], 0)
+        rows = (phi.to(dtype).repeat_interleave(max(1, x.shape[1] // phi.shape[1]), 1) @ grouped(x, phi.shape[1])).to(dtype)
+        return rows * factor.to(dtype).unsqueeze(-1), empty
+
+    def grouped(x: Tensor, count: int) -> Tensor:
+        return x if x.shape[1] >= count else x.repeat_interleave(count // x.shape[1], 1)
+
+    kc, empty = measured(key, phi_k)
+    vc, _ = measured(value, phi_k if phi_v is None else phi_v)
+    if feature_sensing is not None:
+        vc = vc @ feature_sensing.to(dtype).mT
+    scores = query @ grouped(kc, heads).mT * query.shape[-1] ** -0.5
+    if score_bias is not None:
+        scores = scores + score_bias.to(dtype)[:, None]
+    scores = scores.masked_fill(empty.repeat_interleave(heads // empty.shape[1], 1)[:, :, None], float("-inf"))
+    z = torch.softmax(scores, -1) @ grouped(vc, heads)
+    if decoder is None:
+        return z
+    if isinstance(decoder, LinearDecoder):
+        return z @ decoder.weight.to(dtype)
+    s, b, theta, psi, step = (t.to(dtype) for t in decoder.with_head_axis())
+    a = z.new_zeros(*z.shape[:-1], theta.shape[-1])
+    for t in range(theta.shape[1]):
+        s_t, b_t = s[:, t % s.shape[1]], b[:, t % b.shape[1]]
+        u = a + step[:, t, None, None] * (a @ s_t.mT - a + z @ b_t.mT)
+        a = torch.sign(u) * torch.relu(u.abs() - theta[:, t, None])
+    return a @ psi.mT

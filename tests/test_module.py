@@ -1,0 +1,222 @@
+"""`CSATAttention`: starts as what it approximates, keeps seeds instead of Phi, and round-trips bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from csat_ext import CSATAttention, CSATConfig
+from csat_ext.config import DECODERS
+from csat_ext.measurements import ENSEMBLES
+from csat_ext.module import parameter_groups
+
+E, H = 24, 3
+
+
+def attention(kv_dim: int | None = None, **config: object) -> CSATAttention:
+    torch.manual_seed(0)
+    return CSATAttention(E, H, CSATConfig.from_dict({"measurements": 8, **config}), kv_dim)
+
+
+def exact(module: CSATAttention, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    q, k, v = (module._heads(p(t)) for p, t in ((module.q_proj, x), (module.k_proj, context), (module.v_proj, context)))
+    return module.out_proj(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_every_decoder_starts_as_the_identity(decoder: str) -> None:
+    x = torch.randn(2, 20, E)
+    plain, decoded = attention(decoder="none"), attention(decoder=decoder)
+    torch.testing.assert_close(decoded(x), plain(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dictionary", ["dct", "haar", "overcomplete", "learned"])
+def test_other_dictionaries_run_and_orthonormal_ones_are_the_identity(dictionary: str) -> None:
+    x = torch.randn(2, 20, E)
+    out = attention(dictionary=dictionary)(x)
+    if dictionary != "overcomplete":
+        torch.testing.assert_close(out, attention(decoder="none")(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ensemble", ENSEMBLES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_ensemble_trains(ensemble: str, masked: bool) -> None:
+    module, x = attention(ensemble=ensemble), torch.randn(2, 20, E)
+    mask = torch.arange(20) < torch.tensor([[20], [13]]) if masked else None
+    if mask is not None:
+        x[1, 13:] = torch.nan
+    out = module(torch.nan_to_num(x), x, key_mask=mask)
+    out.square().mean().backward()
+    used = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+    assert {"gain", "step", "decoder_w", "q_proj.weight"} <= set(used)
+    for name, grad in used.items():
+        if name.startswith(("k_proj.weight", "v_proj.weight")):
+            continue  # the input itself is NaN there: Linear's own weight gradient is not ours to save
+        assert bool(grad.isfinite().all()), name
+
+
+def test_short_keys_are_attended_exactly_or_refused() -> None:
+    module, x = attention(), torch.randn(2, 8, E)
+    torch.testing.assert_close(module(x), exact(module, x, x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="exact_when_short is False"):
+        attention(exact_when_short=False)(x)
+
+
+def test_a_mask_on_short_keys_removes_tokens() -> None:
+    module, x = attention(decoder="none"), torch.randn(1, 8, E)
+    mask = torch.tensor([[True] * 5 + [False] * 3])
+    torch.testing.assert_close(module(x, key_mask=mask), exact(module, x, x[:, :5]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ensemble", ["pool", "bucket"])
+def test_padding_does_not_change_the_output(ensemble: str) -> None:
+    """For pools the padded sequence equals the short one exactly: segments divide the valid tokens."""
+    module, x = attention(ensemble=ensemble, decoder="none"), torch.randn(1, 20, E)
+    mask = torch.ones(1, 31, dtype=torch.bool)
+    mask[:, 20:] = False
+    padded = torch.cat([x, torch.full((1, 11, E), 1e4)], 1)
+    out = module(x, padded, key_mask=mask)
+    if ensemble == "pool":
+        torch.testing.assert_close(out, module(x), rtol=1e-4, atol=1e-5)
+    changed = padded.clone()
+    changed[:, 20:] = -7.0
+    assert torch.equal(out, module(x, changed, key_mask=mask))
+
+
+def test_constant_tokens_per_segment_are_exact() -> None:
+    """m = 10 anchored pool over 2 + 8 * 4 tokens, keys equal within each segment: log-mass makes it exact attention."""
+    module = attention(measurements=10, decoder="none", head_shift=False)
+    middle = torch.randn(2, 8, E).repeat_interleave(4, 1)
+    x = torch.cat([torch.randn(2, 1, E), middle, torch.randn(2, 1, E)], 1)
+    torch.testing.assert_close(module(x), exact(module, x, x), rtol=1e-4, atol=1e-5)
+    without = attention(measurements=10, decoder="none", head_shift=False, log_mass=False)
+    assert not torch.allclose(without(x), exact(without, x, x), rtol=1e-2, atol=1e-3)
+
+
+def test_image_grid_with_cls_anchor() -> None:
+    module = attention(measurements=5, anchors=["first"], grid=[4, 4], head_shift=False)
+    phi = module.measurement(17, torch.device("cpu")).phi
+    assert phi.shape[-2:] == (5, 17)
+    assert bool((phi[0, 1:, 1:] > 0).sum(-1).eq(4).all())
+    assert module(torch.randn(2, 17, E)).shape == (2, 17, E)
+
+
+def test_cross_attention_of_another_width() -> None:
+    module = attention(kv_dim=10)
+    x, context = torch.randn(2, 5, E), torch.randn(2, 30, 10)
+    assert module(x, context).shape == (2, 5, E)
+    with pytest.raises(ValueError, match="context has shape"):
+        module(x, torch.randn(2, 30, E))
+    with pytest.raises(ValueError, match="x has shape"):
+        module(torch.randn(5, E))
+
+
+def test_learned_phi_trains_and_takes_one_length() -> None:
+    module = attention(learned=True, length=20)
+    module(torch.randn(2, 20, E)).square().mean().backward()
+    assert module.phi.grad is not None and float(module.phi.grad.abs().max()) > 0
+    assert module.score_bias.grad is not None
+    with pytest.raises(ValueError, match="length 20, got 21"):
+        module(torch.randn(2, 21, E))
+
+
+def test_feature_sensing_calibrated_by_principal_components_beats_truncation() -> None:
+    torch.manual_seed(3)
+    x = torch.randn(4, 30, 3) @ torch.randn(3, E)
+    module, full = attention(feature_rank=4), attention()
+    module.load_state_dict({k: v for k, v in full.state_dict().items() if "decoder" not in k}, strict=False)
+    before = float((module(x) - full(x)).norm())
+    module.calibrate(x)
+    after = float((module(x) - full(x)).norm())
+    assert after < 1e-3 * before
+    with pytest.raises(ValueError, match="feature_rank = None"):
+        full.calibrate(x)
+
+
+@pytest.mark.parametrize("ensemble", ["gaussian", "bucket", "srht", "pool"])
+def test_state_dict_holds_the_seed_and_restores_bit_for_bit(ensemble: str) -> None:
+    module, x = attention(ensemble=ensemble, seed=11, layer=2), torch.randn(2, 40, E)
+    state = module.state_dict()
+    assert not any(t.shape[-1:] == (40,) or "phi" in n for n, t in state.items())
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    other = attention(ensemble=ensemble, seed=5)
+    other(x)  # fills its cache with another Phi
+    other.load_state_dict(torch.load(file))
+    assert other.config.seed == 11 and other.config.layer == 2
+    assert torch.equal(other(x), module(x))
+    assert torch.equal(copy.deepcopy(module)(x), module(x))
+
+
+def test_another_ensemble_in_the_checkpoint_is_refused() -> None:
+    with pytest.raises(ValueError, match="'srht'.*'pool'"):
+        attention().load_state_dict(attention(ensemble="srht").state_dict())
+
+
+def test_casting_the_module_keeps_phi_in_float32() -> None:
+    module = attention(ensemble="gaussian", seed=3)
+    before = module.measurement(33, torch.device("cpu")).phi
+    half = copy.deepcopy(module).bfloat16()
+    after = half.measurement(33, torch.device("cpu")).phi
+    assert after.dtype == torch.float32 and torch.equal(before, after)
+    assert half(torch.randn(2, 33, E, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_global_random_state_is_neither_read_nor_moved() -> None:
+    module = attention(ensemble="gaussian")
+    torch.manual_seed(1)
+    a = module.measurement(33, torch.device("cpu")).phi
+    state = torch.get_rng_state()
+    module._fixed.clear()
+    torch.manual_seed(2)
+    assert torch.equal(a, module.measurement(33, torch.device("cpu")).phi)
+    torch.manual_seed(1)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_heads_and_layers_draw_different_columns() -> None:
+    phi = attention(ensemble="rademacher").measurement(33, torch.device("cpu")).phi
+    other = attention(ensemble="rademacher", layer=1).measurement(33, torch.device("cpu")).phi
+    assert not torch.equal(phi[0, 2:], phi[1, 2:]) and not torch.equal(phi, other)
+
+
+def test_autocast_runs_in_its_dtype() -> None:
+    module, x = attention(), torch.randn(2, 20, E)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = module(x)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), module(x), rtol=5e-2, atol=2e-2)
+    out.sum().backward()
+
+
+def test_thresholds_have_their_own_rate_and_can_return_from_below_zero() -> None:
+    module = attention(threshold=0.1)
+    groups = {g["name"]: g for g in parameter_groups(module, lr=1e-3, weight_decay=0.1, threshold_lr_scale=20.0)}
+    assert groups["threshold"]["lr"] == pytest.approx(2e-2) and groups["threshold"]["weight_decay"] == 0
+    assert sum(len(g["params"]) for g in groups.values()) == len(list(module.parameters()))
+    with torch.no_grad():
+        module.threshold.fill_(-0.5)
+    assert bool((module.decoder().theta == 0).all())  # type: ignore[union-attr]
+    module(torch.randn(2, 20, E)).square().mean().backward()
+    assert module.threshold.grad is not None and float(module.threshold.grad.abs().max()) > 0
+
+
+def test_no_parameter_is_zero_dimensional() -> None:
+    for decoder in DECODERS:
+        assert all(p.dim() > 0 for p in attention(decoder=decoder, feature_rank=4).parameters())
+
+
+def test_compiles_fullgraph_and_does_not_recompile_per_length() -> None:
+    torch._dynamo.reset()
+    module = attention(ensemble="pool")
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        for n in (20, 33, 47, 64):
+            x = torch.randn(2, n, E)
+            torch.testing.assert_close(compiled(x), module(x), rtol=1e-4, atol=1e-5)
+            compiled(x).sum().backward()

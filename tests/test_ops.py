@@ -1,0 +1,492 @@
+"""`torch.ops.csat.*` against the formulas in plain torch and float64: values, gradients, registrations, bad input."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import csat_ext.ops  # noqa: F401  (registers fakes, autograd and autocast)
+
+csat = torch.ops.csat
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+RMS_LIMIT = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+# ---- the operators as formulas -----------------------------------------------------------------------------------------
+
+
+def naive_project(x: Tensor, phi: Tensor, key_mask: Tensor | None) -> Tensor:
+    heads = max(x.shape[1], phi.shape[1])
+    if key_mask is not None:
+        x = torch.where(key_mask[:, None, :, None], x, torch.zeros_like(x))
+    return phi @ x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def naive_attend(q: Tensor, kc: Tensor, vc: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    kc, vc = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (kc, vc))
+    scores = scale * (q @ kc.mT)
+    if bias is not None:
+        scores = scores + bias.unsqueeze(-2)
+        empty = bias.isneginf().all(-1)[..., None, None]
+        scores = torch.where(empty, torch.zeros_like(scores), scores)
+        return torch.where(empty, 0.0, scores.softmax(-1)) @ vc
+    return scores.softmax(-1) @ vc
+
+
+def naive_decode(z: Tensor, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor, step: Tensor) -> Tensor:
+    a = z.new_zeros((*z.shape[:-1], theta.shape[-1]))
+    for t in range(theta.shape[1]):
+        S_t, B_t = (w[:, t if w.shape[1] > 1 else 0] for w in (S, B))
+        u = a + step[:, t, None, None] * (a @ S_t.mT + z @ B_t.mT - a)
+        a = u.sign() * (u.abs() - theta[:, t, None]).relu()
+    return a @ psi.mT
+
+
+def naive_attend_decode(q, kc, vc, bias, scale, *weights):  # type: ignore[no-untyped-def]
+    return naive_decode(naive_attend(q, kc, vc, bias, scale), *weights)
+
+
+# ---- inputs ------------------------------------------------------------------------------------------------------------
+
+
+def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def decoder(
+    r: int, p: int, dv: int, layers: int = 3, heads: int = 1, s_layers: int = 1, b_layers: int = 1, dtype=torch.float64
+) -> list[Tensor]:
+    S = torch.eye(p, dtype=torch.float64) + 0.3 * randn(heads, s_layers, p, p, seed=11) / p**0.5
+    B = randn(heads, b_layers, p, r, seed=12) / r**0.5
+    theta = 0.05 + 0.1 * randn(heads, layers, p, seed=13).abs()
+    psi = randn(heads, dv, p, seed=14) / p**0.5
+    step = 1 + 0.2 * randn(heads, layers, seed=15)
+    return [t.to(dtype) for t in (S, B, theta, psi, step)]
+
+
+def attend_inputs(b=2, h=4, hk=2, nq=63, m=33, d=17, r=19, dtype=torch.float64) -> list[Tensor]:  # type: ignore[no-untyped-def]
+    shapes = ((b, h, nq, d), (b, hk, m, d), (b, hk, m, r))
+    return [randn(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes)]
+
+
+def strided(t: Tensor) -> Tensor:
+    """The same values as a (B, H, N, D) view of (B, N, H, D) storage."""
+    return t.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+# ---- values and gradients ----------------------------------------------------------------------------------------------
+
+
+def rms(t: Tensor) -> float:
+    return float(t.detach().double().square().mean().sqrt()) if t.numel() else 0.0
+
+
+def assert_close(name: str, got: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    assert got.shape == exact.shape, name
+    assert got.isfinite().all(), f"{name} is not finite"
+    error, size = rms(got.double() - exact), rms(exact)
+    assert error <= RMS_LIMIT[dtype] * size + 1e-14, f"{name}: RMS ratio {error / max(size, 1e-30):.2e}"
+
+
+def compare(op: Callable[..., Any], naive: Callable[..., Tensor], args: list[Any], dtype: torch.dtype) -> None:
+    """Output and every gradient of `op` against `naive` in float64 on the same (rounded) values."""
+    leaves = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()]
+    ours, exact = list(args), list(args)
+    for i in leaves:
+        ours[i] = args[i].detach().requires_grad_()
+        exact[i] = args[i].detach().double().requires_grad_()
+    out, expected = op(*ours), naive(*exact)
+    assert_close("output", out, expected, dtype)
+    assert out.dtype == dtype
+    weight = randn(*out.shape, seed=99, dtype=dtype)
+    got = torch.autograd.grad(out, [ours[i] for i in leaves], weight)
+    wanted = torch.autograd.grad(expected, [exact[i] for i in leaves], weight.double())
+    for i, a, b in zip(leaves, got, wanted, strict=True):
+        assert a.dtype == args[i].dtype
+        # A parameter's gradient sums over all rows; one in low precision is rounded once more.
+        assert_close(f"gradient of argument {i}", a, b, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", [(2, 1), (2, 2), (2, 4), (1, 3)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 63, 257])
+def test_project(dtype: torch.dtype, heads: tuple[int, int], tokens: int) -> None:
+    x = strided(randn(2, heads[0], tokens, 18, seed=1, dtype=dtype))
+    phi = randn(1 if heads[1] < 4 else 2, heads[1], 7, tokens, seed=2, dtype=dtype) / 4
+    compare(csat.project, naive_project, [x, phi, None], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_project_never_reads_masked_tokens(dtype: torch.dtype) -> None:
+    mask = randn(3, 200, seed=5) > 0.3
+    mask[1] = False
+    x, phi = randn(3, 2, 200, 9, seed=1, dtype=dtype), randn(1, 2, 5, 200, seed=2, dtype=dtype) / 8
+    clean = torch.where(mask[:, None, :, None], x, torch.zeros_like(x))
+    compare(lambda x, phi: csat.project(x, phi, mask), lambda x, phi: naive_project(x, phi, mask), [clean, phi], dtype)
+
+    junk = torch.where(mask[:, None, :, None], x, torch.full_like(x, float("nan")))
+    assert torch.equal(csat.project(junk, phi, mask), csat.project(clean, phi, mask))
+    dy = randn(3, 2, 5, 9, seed=3, dtype=dtype)
+    for a, b in zip(
+        csat.project_backward(dy, junk, phi, mask, True, True),
+        csat.project_backward(dy, clean, phi, mask, True, True),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+    dx = csat.project_backward(dy, junk, phi, mask, True, False)[0]
+    assert (dx[~mask[:, None, :].expand(3, 2, 200)] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias_shape", [None, (1, 1), (1, 4), (2, 1), (2, 4)], ids=str)
+def test_attend(dtype: torch.dtype, bias_shape: tuple[int, int] | None) -> None:
+    q, kc, vc = attend_inputs(dtype=dtype)
+    bias = None if bias_shape is None else randn(*bias_shape, 33, seed=7, dtype=dtype)
+    args = [strided(q), strided(kc), strided(vc), bias, 0.25]
+    compare(lambda *a: csat.attend(*a)[0], naive_attend, args, dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 257])
+@pytest.mark.parametrize("m", [2, 130])
+def test_attend_odd_sizes(rows: int, m: int) -> None:
+    q, kc, vc = attend_inputs(b=1, h=3, hk=1, nq=rows, m=m, d=5, r=3, dtype=torch.float32)
+    compare(lambda *a: csat.attend(*a)[0], naive_attend, [q, kc, vc, None, 0.4], torch.float32)
+
+
+def test_attend_one_measurement() -> None:
+    """The softmax over one score is 1: z is the value and the scores have no gradient."""
+    q, kc, vc = (t.requires_grad_() for t in attend_inputs(m=1, hk=4, dtype=torch.float32))
+    z = csat.attend(q, kc, vc, None, 0.4)[0]
+    assert torch.equal(z, vc.expand_as(z))
+    dq, dkc, dvc = torch.autograd.grad(z.sum(), (q, kc, vc))
+    torch.testing.assert_close(dvc, torch.full_like(dvc, 63.0))
+    assert dq.abs().max() < 1e-5 and dkc.abs().max() < 1e-4
+
+
+def test_attend_log_sum_exp() -> None:
+    q, kc, vc = attend_inputs()
+    bias = randn(1, 4, 33, seed=7)
+    lse = csat.attend(q, kc, vc, bias, 0.25)[1]
+    scores = 0.25 * q @ kc.repeat_interleave(2, 1).mT + bias.unsqueeze(-2)
+    torch.testing.assert_close(lse, scores.logsumexp(-1))
+    assert csat.attend(q.bfloat16(), kc.bfloat16(), vc.bfloat16(), None, 0.25)[1].dtype == torch.float32
+
+
+def test_attend_rows_without_a_measurement() -> None:
+    """Some biases -inf: left out. All of them: z = 0, lse = -inf, gradients 0, even from vc that is not finite."""
+    q, kc, vc = attend_inputs()
+    bias = randn(1, 4, 33, seed=7)
+    bias[0, 0] = -float("inf")
+    bias[0, 1, ::2] = -float("inf")
+    compare(lambda q, k, v: csat.attend(q, k, v, bias, 0.25)[0], lambda q, k, v: naive_attend(q, k, v, bias, 0.25), [q, kc, vc], torch.float64)
+    leaves = [t.clone().requires_grad_() for t in (q, kc, vc, bias)]
+    z, lse = csat.attend(*leaves, 0.25)
+    assert (z[:, 0] == 0).all() and lse[:, 0].isneginf().all() and lse[:, 1:].isfinite().all()
+    gradients = torch.autograd.grad(z.sum(), leaves)
+    assert all(g.isfinite().all() for g in gradients)
+    assert (gradients[0][:, 0] == 0).all() and (gradients[3][0, 0] == 0).all()
+    single = torch.full((1, 1, 33), -float("inf"), dtype=torch.float64)
+    assert (csat.attend(q, kc, torch.full_like(vc, float("nan")), single, 0.25)[0] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attend_large_scores_stay_finite(dtype: torch.dtype) -> None:
+    q, kc, vc = attend_inputs(dtype=dtype)
+    q, kc = 100 * q.sign(), 100 * kc.sign()
+    z, lse = csat.attend(q, kc, vc, None, 1.0)
+    assert z.isfinite().all() and lse.isfinite().all() and lse.max() > 1e4
+    assert_close("z", z, naive_attend(q.double(), kc.double(), vc.double(), None, 1.0), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layers", [(1, 1, 1), (3, 1, 1), (3, 3, 1), (3, 1, 3), (3, 3, 3)], ids=str)
+@pytest.mark.parametrize("heads", [1, 3])
+def test_decode(dtype: torch.dtype, layers: tuple[int, int, int], heads: int) -> None:
+    z = strided(randn(2, 3, 61, 12, seed=1, dtype=dtype))
+    weights = decoder(12, 21, 14, layers[0], heads, layers[1], layers[2])
+    parameter = torch.float64 if dtype == torch.float64 else torch.float32
+    compare(csat.decode, naive_decode, [z, *(w.to(parameter) for w in weights)], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("need_z", [True, False])
+def test_attend_decode(dtype: torch.dtype, need_z: bool) -> None:
+    q, kc, vc = attend_inputs(nq=257, r=12, dtype=dtype)
+    parameter = torch.float64 if dtype == torch.float64 else torch.float32
+    bias = randn(1, 4, 33, seed=7, dtype=parameter)
+    weights = decoder(12, 21, 14, 3, 4, 3, 1, parameter)
+    op = lambda *a: csat.attend_decode(*a, need_z)[0]  # noqa: E731
+    # In low precision z is rounded between the forward pass and its backward pass: an iterate near its threshold may change
+    # sides there, so only the values are held to the tolerance of one rounding.
+    if dtype in (torch.float64, torch.float32):
+        compare(op, naive_attend_decode, [q, kc, vc, bias, 0.25, *weights], dtype)
+    exact = [t.double() for t in (q, kc, vc, bias)], [w.double() for w in weights]
+    out, z, lse = csat.attend_decode(q, kc, vc, bias, 0.25, *weights, need_z)
+    assert_close("out", out, naive_attend_decode(*exact[0], 0.25, *exact[1]), dtype)
+    separate_z, separate_lse = csat.attend(q, kc, vc, bias, 0.25)
+    assert torch.equal(lse, separate_lse)
+    assert torch.equal(z, separate_z) if need_z else z.shape == (0,)
+
+
+def test_parameters_may_mix_dtypes() -> None:
+    q, kc, vc = attend_inputs(r=12, dtype=torch.bfloat16)
+    S, B, theta, psi, step = decoder(12, 21, 14)
+    mixed = [S.bfloat16(), B.float(), theta.bfloat16(), psi.float(), step.bfloat16()]
+    leaves = [w.requires_grad_() for w in mixed]
+    out = csat.attend_decode(q, kc, vc, randn(1, 1, 33, seed=1).float(), 0.25, *leaves, True)[0]
+    gradients = torch.autograd.grad(out.float().sum(), leaves)
+    assert [g.dtype for g in gradients] == [w.dtype for w in mixed]
+    with pytest.raises(ValueError, match="S must be float32 or bfloat16"):
+        csat.attend_decode(q, kc, vc, None, 0.25, S.double(), *mixed[1:], True)
+
+
+def test_empty_tensors() -> None:
+    weights = decoder(4, 6, 5, dtype=torch.float32)
+    for b, nq, m in [(0, 3, 2), (2, 0, 2), (2, 3, 0)]:
+        q, kc, vc = attend_inputs(b=b, nq=nq, m=m, d=3, r=4, dtype=torch.float32)
+        leaves = [t.requires_grad_() for t in (q, kc, vc)] + [w.clone().requires_grad_() for w in weights]
+        out, z, lse = csat.attend_decode(*leaves[:3], None, 1.0, *leaves[3:], True)
+        assert out.shape == (b, 4, nq, 5) and z.shape == (b, 4, nq, 4) and (m > 0 or lse.isneginf().all())
+        assert all((g == 0).all() for g in torch.autograd.grad(out.sum(), leaves))
+    x, phi = torch.randn(2, 1, 0, 3, requires_grad=True), torch.randn(1, 1, 4, 0, requires_grad=True)
+    y = csat.project(x, phi, None)
+    assert (y == 0).all() and y.shape == (2, 1, 4, 3)
+    assert [g.shape for g in torch.autograd.grad(y.sum(), (x, phi))] == [x.shape, phi.shape]
+
+
+# ---- registrations -----------------------------------------------------------------------------------------------------
+
+
+def samples(dtype: torch.dtype = torch.float64, grad: bool = True) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """One call of every differentiable op."""
+    leaf = lambda t: t.to(dtype).requires_grad_(grad)  # noqa: E731
+    q, kc, vc = (leaf(t) for t in attend_inputs(1, 2, 1, 5, 4, 3, 3))
+    bias = leaf(randn(1, 2, 4, seed=7))
+    weights = [leaf(w) for w in decoder(3, 4, 3, 2, 2, 2, 1)]
+    mask = torch.tensor([[True, True, False, True, True, False]])
+    return {
+        "project": (csat.project.default, (leaf(randn(1, 2, 6, 3, seed=3)), leaf(randn(1, 4, 4, 6, seed=4)), mask)),
+        "attend": (csat.attend.default, (q, kc, vc, bias, 0.5)),
+        "decode": (csat.decode.default, (leaf(randn(1, 2, 5, 3, seed=5)), *weights)),
+        "attend_decode": (csat.attend_decode.default, (q, kc, vc, bias, 0.5, *weights, True)),
+    }
+
+
+@pytest.mark.parametrize("name", list(samples()))
+def test_gradcheck(name: str) -> None:
+    op, args = samples()[name]
+
+    def first(*a: Any) -> Tensor:
+        out = op(*a)
+        return out if isinstance(out, Tensor) else out[0]
+
+    assert torch.autograd.gradcheck(first, args)
+    with pytest.raises(NotImplementedError, match="differentiable once"):
+        leaves = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+        first_order = torch.autograd.grad(first(*args).square().sum(), leaves[0], create_graph=True)[0]
+        first_order.sum().backward()
+
+
+@pytest.mark.own_memory
+@pytest.mark.parametrize("name", list(samples()))
+def test_opcheck(name: str) -> None:
+    op, args = samples(torch.float32)[name]
+    torch.library.opcheck(op, args)
+
+
+@pytest.mark.own_memory
+def test_opcheck_of_backward_ops() -> None:
+    plain = lambda args: tuple(a.detach() if isinstance(a, Tensor) else a for a in args)  # noqa: E731
+    all_samples = samples(torch.float32)
+    x, phi, mask = plain(all_samples["project"][1])
+    torch.library.opcheck(csat.project_backward.default, (torch.randn(1, 4, 4, 3), x, phi, mask, True, False))
+    q, kc, vc, bias, scale = plain(all_samples["attend"][1])
+    z, lse = csat.attend(q, kc, vc, bias, scale)
+    torch.library.opcheck(csat.attend_backward.default, (z, q, kc, vc, bias, z, lse, scale))
+    torch.library.opcheck(csat.attend_backward.default, (z, q, kc, vc, None, z, lse, scale))
+    z, *weights = plain(all_samples["decode"][1])
+    torch.library.opcheck(csat.decode_backward.default, (torch.randn(1, 2, 5, 3), z, *weights))
+
+
+@pytest.mark.own_memory
+def test_compile_fullgraph_one_graph_for_all_lengths() -> None:
+    weights = [w.requires_grad_() for w in decoder(8, 12, 8, 2, 1, 1, 1, torch.float32)]
+
+    def whole(q: Tensor, x: Tensor, phi: Tensor, mask: Tensor) -> Tensor:
+        kc = csat.project(x, phi, mask)
+        out = csat.attend_decode(q, kc, kc, None, 0.3, *weights, True)[0]
+        return out + csat.attend(q, kc, kc, None, 0.3)[0]
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(whole, fullgraph=True, dynamic=True, backend=counter)
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        for n in (40, 57, 129, 256):
+            q, x = randn(2, 3, n, 8, seed=n, dtype=torch.float32), randn(2, 3, n + 3, 8, seed=1, dtype=torch.float32)
+            phi, mask = randn(1, 1, 6, n + 3, seed=2, dtype=torch.float32), randn(2, n + 3, seed=3) > 0
+            out = compiled(q.requires_grad_(), x, phi, mask)
+            expected = whole(q, x, phi, mask)
+            torch.testing.assert_close(out, expected)
+            got, wanted = (torch.autograd.grad(t.square().sum(), [q, *weights]) for t in (out, expected))
+            torch.testing.assert_close(got, wanted)
+    assert counter.frame_count == 1
+
+
+def test_autocast_casts_data_and_leaves_parameters() -> None:
+    samples32 = samples(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        for name, (op, args) in samples32.items():
+            out = op(*args)
+            first = out if isinstance(out, Tensor) else out[0]
+            assert first.dtype == torch.bfloat16, name
+            leaves = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+            gradients = torch.autograd.grad(first.float().sum(), leaves)
+            assert all(g.dtype == torch.float32 for g in gradients), name
+    op, args = samples32["project"]
+    x, phi, mask = args
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(op(x, phi, mask), op(x.bfloat16(), phi, mask))
+
+
+def test_composite_agrees_with_the_kernels() -> None:
+    """What runs on a device without kernels computes the same."""
+    from csat_ext import _composite
+
+    for name, (op, args) in samples(grad=False).items():
+        with warnings.catch_warnings():
+            got, expected = getattr(_composite, name)(*args), op(*args)
+        torch.testing.assert_close(got, expected)
+    _, (x, phi, mask) = samples(grad=False)["project"]
+    dy = randn(1, 4, 4, 3, seed=8)
+    pairs = [("project_backward", (dy, x, phi, mask, True, True))]
+    _, (q, kc, vc, bias, scale) = samples(grad=False)["attend"]
+    z, lse = csat.attend(q, kc, vc, bias, scale)
+    pairs.append(("attend_backward", (torch.ones_like(z), q, kc, vc, bias, z, lse, scale)))
+    _, args = samples(grad=False)["decode"]
+    for weights in (args[1:], tuple(decoder(3, 4, 3, 2, 1, 1, 2))):
+        pairs.append(("decode_backward", (randn(1, 2, 5, 3, seed=9), args[0], *weights)))
+    for name, arguments in pairs:
+        torch.testing.assert_close(getattr(_composite, name)(*arguments), getattr(csat, name)(*arguments))
+
+
+def test_deterministic_for_any_number_of_threads() -> None:
+    q, kc, vc = attend_inputs(b=2, h=4, hk=2, nq=600, m=40, d=32, r=32, dtype=torch.float32)
+    x, phi = randn(2, 4, 700, 32, seed=1, dtype=torch.float32), randn(1, 1, 40, 700, seed=2, dtype=torch.float32)
+    weights = decoder(32, 48, 32, 4, 1, 1, 4, torch.float32)
+
+    def run() -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (q, kc, vc, x, phi, *weights)]
+        out = csat.attend_decode(*leaves[:3], None, 0.2, *leaves[5:], True)[0]
+        y = csat.project(leaves[3], leaves[4], None)
+        gradients = torch.autograd.grad((out.square().sum() + y.square().sum()), leaves)
+        return [out, y, *gradients]
+
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(run())
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+# ---- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def full_calls() -> dict[str, dict[str, Any]]:
+    """A valid call of every op by argument name, float32."""
+    s = samples(torch.float32, grad=False)
+    project = dict(zip(("x", "phi", "key_mask"), s["project"][1], strict=True))
+    attend = dict(zip(("q", "kc", "vc", "score_bias", "scale"), s["attend"][1], strict=True))
+    names = ("S", "B", "theta", "psi", "step")
+    decode = dict(zip(("z", *names), s["decode"][1], strict=True))
+    z, lse = csat.attend(*attend.values())
+    return {
+        "project": project,
+        "project_backward": {"dy": randn(1, 4, 4, 3, seed=8).float(), **project, "need_dx": True, "need_dphi": True},
+        "attend": attend,
+        "attend_backward": {"dz": z, **dict(list(attend.items())[:4]), "z": z, "lse": lse, "scale": 0.5},
+        "decode": decode,
+        "decode_backward": {"dc": randn(1, 2, 5, 3, seed=9).float(), **decode},
+        "attend_decode": {**attend, **{n: decode[n] for n in names}, "need_z": True},
+    }
+
+
+CALLS = full_calls()
+TENSOR_ARGUMENTS = [(op, name) for op, call in CALLS.items() for name, a in call.items() if isinstance(a, Tensor)]
+
+
+def refused(op: str, name: str, value: Any) -> str:
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        getattr(csat, op)(**{**CALLS[op], name: value})
+    return str(caught.value)
+
+
+# Axes that no other argument fixes in the calls above.
+FREE_AXES = {
+    ("project", "x", 3),
+    ("project", "phi", 2),
+    ("attend", "q", 2),
+    ("attend", "vc", 3),
+    ("decode", "z", 0),
+    ("decode", "z", 2),
+    ("decode", "psi", 1),
+    ("attend_decode", "q", 2),
+    ("attend_decode", "psi", 1),
+}
+# The first tensor of an op sets the dtype, so that another argument is named when it differs.
+SETS_DTYPE = {("project", "x"), ("attend", "q"), ("decode", "z"), ("attend_decode", "q")}
+
+
+@pytest.mark.parametrize(("op", "name"), TENSOR_ARGUMENTS)
+def test_wrong_argument_is_named(op: str, name: str) -> None:
+    good = CALLS[op][name]
+    message = refused(op, name, good.unsqueeze(0))
+    assert f"csat::{op}: {name} must have" in message and str(tuple(good.unsqueeze(0).shape)) in message
+    assert "Long" in refused(op, name, good.to(torch.int64))
+    if (op, name) not in SETS_DTYPE:
+        other = torch.float16 if good.dtype != torch.bool else torch.float32
+        assert name in refused(op, name, good.to(other))
+
+
+@pytest.mark.parametrize(("op", "name"), TENSOR_ARGUMENTS)
+def test_wrong_size_is_refused(op: str, name: str) -> None:
+    """Three more along one axis contradicts another argument, or is an axis that nothing else fixes."""
+    good = CALLS[op][name]
+    for axis in range(good.dim()):
+        sizes = list(good.shape)
+        sizes[axis] += 3
+        grown = good.new_ones(sizes)
+        if (op, name, axis) in FREE_AXES:
+            getattr(csat, op)(**{**CALLS[op], name: grown})
+        else:
+            assert f"csat::{op}: " in refused(op, name, grown)
+
+
+@pytest.mark.parametrize(("op", "name"), TENSOR_ARGUMENTS)
+def test_other_device_is_refused(op: str, name: str) -> None:
+    assert "must be on" in refused(op, name, CALLS[op][name].to("meta"))
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_scale_must_be_finite(scale: float) -> None:
+    assert "scale must be finite" in refused("attend", "scale", scale)
+
+
+def test_head_counts_and_layers() -> None:
+    assert "phi must have 1 head or a multiple of the 2 heads of x" in refused("project", "phi", torch.zeros(1, 3, 4, 6))
+    call = {**CALLS["attend"], "kc": torch.zeros(1, 3, 4, 3), "vc": torch.zeros(1, 3, 4, 3)}
+    with pytest.raises(ValueError, match="kc must have a number of heads that divides the 2 heads of q"):
+        csat.attend(**call)
+    assert "theta must have shape" in refused("decode", "theta", torch.zeros(2, 0, 4))
+    assert "S must have shape" in refused("decode", "S", torch.zeros(2, 5, 4, 4))
+    with pytest.raises(ValueError, match="x must have shape .* with size 1 or more"):
+        csat.project(torch.zeros(1, 0, 6, 3), torch.zeros(1, 1, 4, 6), None)
