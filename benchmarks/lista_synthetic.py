@@ -11,7 +11,7 @@ selection, which the operator does not have.
     python benchmarks/lista_synthetic.py --methods alista      # one method, the others of the file are kept
     python benchmarks/lista_synthetic.py --quick --output FILE # a small problem, seconds
 
-What is trained is the operator's own parametrisation: every iterate goes through ``csat_ext.reference.decode``.
+What is trained is the operator itself: every estimate and every gradient goes through ``torch.ops.csat.decode``.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import csat_ext.ops  # noqa: F401  (loads torch.ops.csat)
 import machine
 import torch
-from csat_ext.reference import attention, lista, solvers
+from csat_ext.reference import lista, solvers
 from torch import Tensor
 
 RESULT = Path(__file__).parent / "results" / "lista_synthetic.json"
@@ -108,7 +109,7 @@ METHODS = {
         "ALISTA: W analytic; theta and step learned (2 T numbers)",
         lambda A: [],
         _alista,
-        Schedule(per_layer=160, together=3000, rate=1e-3),
+        Schedule(per_layer=150, together=3000, rate=1e-3),
     ),
     "coupled_tied": Method(
         "coupled, tied: S = I - W^T A, B = W^T; W, theta, step learned, W from the analytic one",
@@ -127,7 +128,7 @@ METHODS = {
 
 def decode(z: Tensor, weights: lista.DecoderWeights) -> Tensor:
     """Rows z (rows, R) through the library's decoder: (rows, P)."""
-    return attention.decode(z[None, None], *weights)[0, 0]
+    return torch.ops.csat.decode(z[None, None], *weights)[0, 0]
 
 
 def nmse(estimate: Tensor, truth: Tensor) -> float:
@@ -240,12 +241,11 @@ def plot(result: dict[str, dict[str, Row]], path: Path) -> None:
 
 
 def save(path: Path, problem: Problem, rows: dict[str, Row]) -> None:
-    """Merges ``rows`` into the file (rows of another problem are dropped) and redraws the picture beside it."""
+    """Merges ``rows`` into the file; rows of another problem are dropped."""
     old = json.loads(path.read_text()) if path.exists() else {}
     kept = old.get("methods", {}) if old.get("problem") == asdict(problem) else {}
     result = {"problem": asdict(problem), "methods": {**kept, **rows}}
     path.write_text(json.dumps(result, indent=1) + "\n")
-    plot(result, path.with_suffix(".png"))
 
 
 def main() -> None:
@@ -267,6 +267,7 @@ def main() -> None:
             continue
         method = replace(METHODS[name], schedule=METHODS[name].schedule.shortened(shorten))
         train(name, method, problem, arguments.output)
+    plot(json.loads(arguments.output.read_text()), arguments.output.with_suffix(".png"))
 
 
 def train(name: str, method: Method, problem: Problem, output: Path) -> None:

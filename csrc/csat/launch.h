@@ -106,6 +106,9 @@ int project_backward(const ProjectBackwardParams& p, void* workspace, void* blas
 // Dynamic shared memory that a block may use on the current device, in bytes.
 int64_t shared_memory_limit();
 
+// The architectures, the compiler and the kind of build of these kernels, in one line.
+const char* build_info();
+
 // What a return code means; never null.
 const char* error_string(int code);
 

@@ -1,8 +1,27 @@
-// What the host asks about the device and about errors.
+// What the host asks about the device, the build and errors.
 #include "csat/gemm.h"
 #include "csat/prims.cuh"
 
+#define CSAT_TEXT_OF(x) #x
+#define CSAT_TEXT(x) CSAT_TEXT_OF(x)
+#ifndef CSAT_CUDA_ARCHS  // 80.90a, say: set by the build
+#define CSAT_CUDA_ARCHS unknown
+#endif
+#ifdef __CUDACC_VER_MAJOR__
+#define CSAT_COMPILER            \
+  "nvcc " CSAT_TEXT(__CUDACC_VER_MAJOR__) "." CSAT_TEXT(__CUDACC_VER_MINOR__) "." CSAT_TEXT(__CUDACC_VER_BUILD__)
+#else
+#define CSAT_COMPILER "the emulator's C++ compiler"
+#endif
+#ifdef NDEBUG
+#define CSAT_BUILD_TYPE "release"
+#else
+#define CSAT_BUILD_TYPE "with assertions"
+#endif
+
 namespace csat {
+
+const char* build_info() { return "sm " CSAT_TEXT(CSAT_CUDA_ARCHS) ", " CSAT_COMPILER ", " CSAT_BUILD_TYPE; }
 
 int64_t shared_memory_limit() { return max_shared_bytes(); }
 

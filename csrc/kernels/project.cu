@@ -36,7 +36,7 @@ int multiply(const BatchedProduct& p, void* blas) {
   const bool grouped = p.a.group > 1 || p.b.group > 1;
   const bool flat = p.batch == 1 || (p.a.batch == p.heads * p.a.head && p.b.batch == p.heads * p.b.head &&
                                      p.c_batch == p.heads * p.c_head);
-  const bool over_heads = !grouped && (flat || p.batch <= p.heads || p.heads == 1);
+  const bool over_heads = !grouped && (flat || p.batch < p.heads);
   const int64_t calls = over_heads ? (flat ? 1 : p.batch) : p.heads;
   const int64_t count = p.batch * p.heads / calls;
   for (int64_t i = 0; i < calls; ++i) {

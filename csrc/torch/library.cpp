@@ -62,8 +62,8 @@ py::dict build_info() {
   py::dict info;
   info["version"] = C10_STRINGIZE(CSAT_VERSION);
   info["revision"] = C10_STRINGIZE(CSAT_REVISION);
-  info["torch"] = C10_STRINGIZE(TORCH_VERSION_MAJOR) "." C10_STRINGIZE(TORCH_VERSION_MINOR) "." C10_STRINGIZE(
-      TORCH_VERSION_PATCH);
+  info["torch"] =
+      C10_STRINGIZE(TORCH_VERSION_MAJOR) "." C10_STRINGIZE(TORCH_VERSION_MINOR) "." C10_STRINGIZE(TORCH_VERSION_PATCH);
 #if defined(__clang__)
   info["compiler"] = "clang " __clang_version__;
 #else
@@ -78,8 +78,8 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CSAT operators on the CPU; every function is torch.ops.csat.* of the same name.";
-  for (const char* name : {"project", "project_backward", "attend", "attend_backward", "decode", "decode_backward",
-                           "attend_decode"})
+  for (const char* name :
+       {"project", "project_backward", "attend", "attend_backward", "decode", "decode_backward", "attend_decode"})
     expose(m, name);
   m.def("build_info", &build_info, "What this library was built from and for.");
 }

@@ -1,6 +1,9 @@
 // attend and its backward pass. Saved from the forward pass are z and the log-sum-exp of each row; probabilities are
-// recomputed per row tile: P = exp(scale q kc^T + bias - lse), delta = rowsum(dz * z), ds = P * (dz vc^T - delta),
-// dvc = P^T dz, dq = scale ds kc, dkc = scale ds^T q, dbias = colsum(ds).
+// recomputed per row tile: P = exp(scale q kc^T + bias - lse), dP = dz vc^T, delta = rowsum(P * dP) / rowsum(P),
+// ds = P * (dP - delta), dvc = P^T dz, dq = scale ds kc, dkc = scale ds^T q, dbias = colsum(ds).
+// delta is rowsum(dz * z) too, but z has been rounded to the dtype of q, and where measured values are alike ds is a small
+// difference that this rounding would swamp. For the same reason what all of a row of dP has in common (its first entry)
+// is taken off before the sums, and delta is divided by the sum of probabilities that a rounded lse leaves near 1.
 #include "torch/cpu/attend.h"
 
 #include "torch/cpu/kernels.h"
@@ -8,18 +11,17 @@
 namespace csat::cpu {
 namespace {
 
-constexpr int64_t kRows = 96;          // query rows of one forward tile, a multiple of the micro kernel's 6
 constexpr int64_t kBackwardRows = 48;  // the backward tile holds two score blocks
 
 template <class R>
 void forward(const AttendOperands<R>& operands, const Array& q, const Array& z, R* lse) {
   const AttendSizes& n = operands.n;
-  const int64_t tiles = divide_up(n.Nq, kRows);
-  parallel(n.B * n.H * tiles, kRows * n.M * (n.D + n.R), [&](int64_t first, int64_t last) {
-    Stack<R> queries(1, kRows, n.D), scores(1, kRows, n.M), out(1, kRows, n.R);
+  const int64_t tiles = divide_up(n.Nq, kAttendRows);
+  parallel(n.B * n.H * tiles, kAttendRows * n.M * (n.D + n.R), [&](int64_t first, int64_t last) {
+    Stack<R> queries(1, kAttendRows, n.D), scores(1, kAttendRows, n.M), out(1, kAttendRows, n.R);
     for (int64_t unit = first; unit < last; ++unit) {
-      const int64_t row = unit % tiles * kRows, head = unit / tiles, b = head / n.H, h = head % n.H;
-      const int64_t rows = std::min(kRows, n.Nq - row);
+      const int64_t row = unit % tiles * kAttendRows, head = unit / tiles, b = head / n.H, h = head % n.H;
+      const int64_t rows = std::min(kAttendRows, n.Nq - row);
       load(q.matrix(b, h, row), rows, n.D, queries[0]);
       attend_tile(operands, b, h, rows, queries[0], scores[0], out[0], lse + head * n.Nq + row);
       store(out[0], rows, n.R, z.matrix(b, h, row));
@@ -31,27 +33,27 @@ void forward(const AttendOperands<R>& operands, const Array& q, const Array& z, 
 template <class R>
 struct KeyGradients {
   Stack<R> keys, values, bias;
-  KeyGradients(const AttendSizes& n, int64_t count) : keys(count, n.M, n.D), values(count, n.M, n.R), bias(count, 1, n.M) {}
+  KeyGradients(const AttendSizes& n, int64_t count)
+      : keys(count, n.M, n.D), values(count, n.M, n.R), bias(count, 1, n.M) {}
 };
 
 template <class R>
 struct BackwardTile {
-  Stack<R> q, dz, z, dq, probabilities, dscores;
+  Stack<R> q, dz, dq, probabilities, dscores;
   explicit BackwardTile(const AttendSizes& n)
       : q(1, kBackwardRows, n.D),
         dz(1, kBackwardRows, n.R),
-        z(1, kBackwardRows, n.R),
         dq(1, kBackwardRows, n.D),
         probabilities(1, kBackwardRows, n.M),
         dscores(1, kBackwardRows, n.M) {}
 };
 
-// Turns the loaded q, dz and z of a tile into dq and adds to the gradients of keys, values and bias.
+// Turns the loaded q and dz of a tile into dq and adds to the gradients of keys, values and bias.
 template <class R>
 void backward_tile(const AttendOperands<R>& operands, Block<R> keys, Block<R> values_t, const R* bias, Block<R> keys_t,
                    int64_t rows, const R* lse, const BackwardTile<R>& tile, const KeyGradients<R>& sum, int64_t slot) {
   const AttendSizes& n = operands.n;
-  const Block<R> p = tile.probabilities[0], ds = tile.dscores[0], q = tile.q[0], dz = tile.dz[0], z = tile.z[0];
+  const Block<R> p = tile.probabilities[0], ds = tile.dscores[0], q = tile.q[0], dz = tile.dz[0];
   multiply(rows, n.M, n.D, as_is(q), keys_t, p);
   multiply(rows, n.M, n.R, as_is(dz), values_t, ds);
   R* dbias = sum.bias[slot].data;
@@ -62,13 +64,15 @@ void backward_tile(const AttendOperands<R>& operands, Block<R> keys, Block<R> va
       continue;
     }
     micro_kernels<R>().probability_row(p.row(i), bias, operands.scale, lse[i], padded<R>(n.M));
-    R delta = 0;
-    for (int64_t c = 0; c < n.R; ++c) delta += dz.row(i)[c] * z.row(i)[c];
+    R delta = 0, mass = 0;
+    const R common = ds.row(i)[0];
     for (int64_t j = 0; j < n.M; ++j) {
-      const R d = p.row(i)[j] * (ds.row(i)[j] - delta);
-      dbias[j] += d;
-      ds.row(i)[j] = operands.scale * d;
+      ds.row(i)[j] -= common;
+      delta += p.row(i)[j] * ds.row(i)[j];
+      mass += p.row(i)[j];
     }
+    delta /= mass;
+    micro_kernels<R>().score_gradient_row(p.row(i), delta, operands.scale, padded<R>(n.M), ds.row(i), dbias);
   }
   multiply(rows, n.D, n.M, as_is(ds), keys, tile.dq[0]);
   multiply_add(n.M, n.D, rows, transposed(ds), q, sum.keys[slot]);
@@ -76,7 +80,7 @@ void backward_tile(const AttendOperands<R>& operands, Block<R> keys, Block<R> va
 }
 
 struct BackwardArrays {
-  Array dz, q, z, dq, dkc, dvc;
+  Array dz, q, dq, dkc, dvc;
 };
 
 template <class R>
@@ -106,7 +110,6 @@ void backward(const AttendOperands<R>& operands, const Tensor& kc, const Tensor&
         const int64_t row = item * kBackwardRows, rows = std::min(kBackwardRows, n.Nq - row);
         load(arrays.q.matrix(b, h, row), rows, n.D, tile.q[0]);
         load(arrays.dz.matrix(b, h, row), rows, n.R, tile.dz[0]);
-        load(arrays.z.matrix(b, h, row), rows, n.R, tile.z[0]);
         View lse_view = lse.row(b, h);
         lse_view.data = address(lse_view.data, lse_view.type, row * lse_view.col);
         load(lse_view, 1, rows, row_lse[0]);
@@ -165,7 +168,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_backward(const Tensor& dz, con
   with_accumulator(q, [&](auto zero) {
     using R = decltype(zero);
     const AttendOperands<R> operands(n, kc, vc, score_bias, scale);
-    const BackwardArrays arrays{Array(dz), Array(q), Array(z), Array(dq), Array(dkc), Array(dvc)};
+    const BackwardArrays arrays{Array(dz), Array(q), Array(dq), Array(dkc), Array(dvc)};
     backward<R>(operands, kc, vc, arrays, Array(lse), score_bias ? &dbias : nullptr);
   });
   return {dq, dkc, dvc, dbias};

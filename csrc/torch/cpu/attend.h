@@ -43,6 +43,8 @@ struct AttendOperands {
   }
 };
 
+constexpr int64_t kAttendRows = 96;  // query rows of one forward tile, a multiple of the micro kernel's 6
+
 // z (rows, R) and lse of one tile of query rows; `scores` is scratch of (rows, M).
 template <class R>
 void attend_tile(const AttendOperands<R>& operands, int64_t b, int64_t h, int64_t rows, Block<R> q, Block<R> scores,
@@ -50,17 +52,23 @@ void attend_tile(const AttendOperands<R>& operands, int64_t b, int64_t h, int64_
   const AttendSizes& n = operands.n;
   const int64_t key = operands.key_index(b, h);
   const R* bias = operands.bias_row(b, h);
+  R sums[kAttendRows];
   multiply(rows, n.M, n.D, as_is(q), operands.keys_t[key], scores);
   for (int64_t i = 0; i < rows; ++i) {
     R max, sum;
     micro_kernels<R>().exponentiate_row(scores.row(i), bias, operands.scale, padded<R>(n.M), &max, &sum);
-    const R inverse = sum == R(0) ? R(0) : R(1) / sum;
-    for (int64_t j = 0; j < n.M; ++j) scores.row(i)[j] *= inverse;
+    sums[i] = sum;
     lse[i] = sum == R(0) ? -std::numeric_limits<R>::infinity() : max + std::log(sum);
   }
   multiply(rows, n.R, n.M, as_is(scores), operands.values[key], z);
-  for (int64_t i = 0; i < rows; ++i)
-    if (lse[i] == -std::numeric_limits<R>::infinity()) std::fill_n(z.row(i), n.R, R(0));
+  for (int64_t i = 0; i < rows; ++i) {
+    if (sums[i] == R(0)) {  // no measurement to look at, whatever the values are
+      std::fill_n(z.row(i), n.R, R(0));
+    } else {
+      const R inverse = R(1) / sums[i];
+      for (int64_t j = 0; j < n.R; ++j) z.row(i)[j] *= inverse;
+    }
+  }
 }
 
 }  // namespace csat::cpu

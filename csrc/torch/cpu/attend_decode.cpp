@@ -6,21 +6,20 @@
 namespace csat::cpu {
 namespace {
 
-constexpr int64_t kRows = 96;
-
 template <class R>
 void forward(const AttendOperands<R>& attend, const DecodeOperands<R>& decoder, const Array& q, const Array& out,
              const Array* z, R* lse) {
   const AttendSizes& n = attend.n;
   const DecodeSizes& d = decoder.n;
-  const int64_t tiles = divide_up(n.Nq, kRows);
-  const int64_t work = kRows * (n.M * (n.D + n.R) + d.P * (d.R + d.T * d.P + d.Dv));
+  const int64_t tiles = divide_up(n.Nq, kAttendRows);
+  const int64_t work = kAttendRows * (n.M * (n.D + n.R) + d.P * (d.R + d.T * d.P + d.Dv));
   parallel(n.B * n.H * tiles, work, [&](int64_t first, int64_t last) {
-    Stack<R> queries(1, kRows, n.D), scores(1, kRows, n.M), context(1, kRows, n.R), output(1, kRows, d.Dv);
-    const DecodeTile<R> tile(d, kRows);
+    Stack<R> queries(1, kAttendRows, n.D), scores(1, kAttendRows, n.M), context(1, kAttendRows, n.R),
+        output(1, kAttendRows, d.Dv);
+    const DecodeTile<R> tile(d, kAttendRows);
     for (int64_t unit = first; unit < last; ++unit) {
-      const int64_t row = unit % tiles * kRows, head = unit / tiles, b = head / n.H, h = head % n.H;
-      const int64_t rows = std::min(kRows, n.Nq - row);
+      const int64_t row = unit % tiles * kAttendRows, head = unit / tiles, b = head / n.H, h = head % n.H;
+      const int64_t rows = std::min(kAttendRows, n.Nq - row);
       load(q.matrix(b, h, row), rows, n.D, queries[0]);
       attend_tile(attend, b, h, rows, queries[0], scores[0], context[0], lse + head * n.Nq + row);
       if (z) store(context[0], rows, n.R, z->matrix(b, h, row));

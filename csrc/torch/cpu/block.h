@@ -55,7 +55,8 @@ class Stack {
  public:
   Stack(int64_t count, int64_t rows, int64_t columns)
       : ld_(leading_dimension(columns)), stride_(rows * ld_), size_(count * rows * ld_) {
-    data_.reset(static_cast<R*>(::operator new(std::max<int64_t>(size_, 1) * sizeof(R), std::align_val_t(kPanelBytes))));
+    data_.reset(
+        static_cast<R*>(::operator new(std::max<int64_t>(size_, 1) * sizeof(R), std::align_val_t(kPanelBytes))));
     std::fill_n(data_.get(), size_, R(0));
   }
   Block<R> operator[](int64_t i) const { return {data_.get() + i * stride_, ld_}; }
@@ -121,11 +122,16 @@ class Array {
 template <class F>
 void with_storage(ScalarType type, F&& f) {
   switch (type) {
-    case ScalarType::Float: return f(static_cast<float*>(nullptr));
-    case ScalarType::Double: return f(static_cast<double*>(nullptr));
-    case ScalarType::BFloat16: return f(static_cast<c10::BFloat16*>(nullptr));
-    case ScalarType::Half: return f(static_cast<c10::Half*>(nullptr));
-    default: throw std::logic_error("csat: storage type not checked at the binding");
+    case ScalarType::Float:
+      return f(static_cast<float*>(nullptr));
+    case ScalarType::Double:
+      return f(static_cast<double*>(nullptr));
+    case ScalarType::BFloat16:
+      return f(static_cast<c10::BFloat16*>(nullptr));
+    case ScalarType::Half:
+      return f(static_cast<c10::Half*>(nullptr));
+    default:
+      throw std::logic_error("csat: storage type not checked at the binding");
   }
 }
 
@@ -193,8 +199,9 @@ void parallel(int64_t units, int64_t work_per_unit, const F& f) {
 struct Groups {
   int64_t items, count;
   Groups(int64_t items, int64_t owners)
-      : items(items), count(std::clamp<int64_t>(divide_up(kPartials, std::max<int64_t>(owners, 1)), 1,
-                                                std::max<int64_t>(items, 1))) {}
+      : items(items),
+        count(std::clamp<int64_t>(divide_up(kPartials, std::max<int64_t>(owners, 1)), 1, std::max<int64_t>(items, 1))) {
+  }
   int64_t begin(int64_t group) const { return group * items / count; }
   int64_t end(int64_t group) const { return (group + 1) * items / count; }
 

@@ -65,45 +65,35 @@ struct BackwardTile {
         dz(1, kBackwardRows, n.R),
         iterates(n.T + 1, kBackwardRows, n.P),  // a_0 .. a_T; a_0 stays zero
         changes(n.T, kBackwardRows, n.P),
-        drive(1, kBackwardRows, n.P),
+        drive(1, kBackwardRows, n.P),  // B z on the way forward, its gradient on the way back
         e(1, kBackwardRows, n.P),
         g(1, kBackwardRows, n.P) {}
 };
-
-// From g = g_{t+1} to e = step_t e_t and g = (1 - step_t) e_t, with dtheta_t and dstep_t.
-template <class R>
-void backward_threshold(int64_t rows, int64_t P, R step, Block<R> a_next, Block<R> change, Block<R> g, Block<R> e,
-                        R* dtheta, R* dstep) {
-  R step_sum = 0;
-  for (int64_t i = 0; i < rows; ++i) {
-    const R *a = a_next.row(i), *y = change.row(i);
-    R *g_row = g.row(i), *e_row = e.row(i);
-    for (int64_t p = 0; p < P; ++p) {
-      const R active = a[p] != R(0) ? g_row[p] : R(0);
-      dtheta[p] -= a[p] > R(0) ? active : -active;
-      step_sum += active * y[p];
-      e_row[p] = step * active;
-      g_row[p] = (R(1) - step) * active;
-    }
-  }
-  *dstep += step_sum;
-}
 
 template <class R>
 void backward_tile(const DecodeOperands<R>& operands, const BackwardOperands<R>& right, int64_t hd, int64_t rows,
                    const BackwardTile<R>& tile, const ParameterGradients<R>& sum, int64_t slot) {
   const DecodeSizes& n = operands.n;
-  const Block<R> z = tile.z[0], e = tile.e[0], g = tile.g[0];
+  const Block<R> z = tile.z[0], e = tile.e[0], g = tile.g[0], drive = tile.drive[0];
   for (int64_t t = 0; t < n.T; ++t)
-    decode_layer(operands, hd, t, rows, z, tile.iterates[t], tile.drive[0], tile.changes[t], tile.iterates[t + 1]);
+    decode_layer(operands, hd, t, rows, z, tile.iterates[t], drive, tile.changes[t], tile.iterates[t + 1]);
   multiply(rows, n.P, n.Dv, as_is(tile.dc[0]), right.psi[hd], g);
   multiply_add(n.Dv, n.P, rows, transposed(tile.dc[0]), tile.iterates[n.T], sum.psi[slot]);
   clear(tile.dz[0], rows, n.R);
+  clear(drive, rows, n.P);
   for (int64_t t = n.T - 1; t >= 0; --t) {
-    backward_threshold(rows, n.P, operands.step[hd].data[t], tile.iterates[t + 1], tile.changes[t], g, e,
-                       sum.theta[slot].row(t), sum.step[slot].data + t);
-    multiply_add(n.P, n.R, rows, transposed(e), z, sum.B[slot * n.Tb + (n.Tb == 1 ? 0 : t)]);
-    multiply_add(rows, n.R, n.P, as_is(e), right.B[operands.B_index(hd, t)], tile.dz[0]);
+    const R step = operands.step[hd].data[t];
+    R step_sum = 0;
+    for (int64_t i = 0; i < rows; ++i)
+      step_sum += micro_kernels<R>().threshold_backward_row(tile.iterates[t + 1].row(i), tile.changes[t].row(i), step,
+                                                            padded<R>(n.P), g.row(i), e.row(i), sum.theta[slot].row(t));
+    sum.step[slot].data[t] += step_sum;
+    add(e, rows, n.P, drive);
+    if (t == 0 || n.Tb > 1) {  // the gradient of B_t z; a tied B needs only its sum over layers
+      multiply_add(n.P, n.R, rows, transposed(drive), z, sum.B[slot * n.Tb + (n.Tb == 1 ? 0 : t)]);
+      multiply_add(rows, n.R, n.P, as_is(drive), right.B[operands.B_index(hd, t)], tile.dz[0]);
+      clear(drive, rows, n.P);
+    }
     if (t == 0) break;  // a_0 = 0 gets no gradient and gives none to S
     multiply_add(n.P, n.P, rows, transposed(e), tile.iterates[t], sum.S[slot * n.Ts + (n.Ts == 1 ? 0 : t)]);
     multiply_add(rows, n.P, n.P, as_is(e), right.S[operands.S_index(hd, t)], g);
@@ -171,9 +161,8 @@ Tensor decode(const Tensor& z, const Tensor& S, const Tensor& B, const Tensor& t
               const Tensor& step) {
   const DecodeSizes n = check_decode("decode", z, S, B, theta, psi, step);
   Tensor c = torch::stable::new_empty(z, {n.B, n.H, n.Nq, n.Dv});
-  with_accumulator(z, [&](auto zero) {
-    forward(DecodeOperands<decltype(zero)>(n, S, B, theta, psi, step), Array(z), Array(c));
-  });
+  with_accumulator(
+      z, [&](auto zero) { forward(DecodeOperands<decltype(zero)>(n, S, B, theta, psi, step), Array(z), Array(c)); });
   return c;
 }
 

@@ -2,8 +2,6 @@
 //   y_t = S_t a_t + B_t z - a_t,  u_t = a_t + step_t y_t,  a_{t+1} = soft(u_t, theta_t),  a_0 = 0,  c = psi a_T.
 #pragma once
 
-#include <cmath>
-
 #include "torch/checks.h"
 #include "torch/cpu/gemm.h"
 
@@ -41,13 +39,6 @@ struct DecodeOperands {
   int64_t B_index(int64_t hd, int64_t t) const { return hd * n.Tb + (n.Tb == 1 ? 0 : t); }
 };
 
-// soft(u, theta) = sign(u) max(|u| - theta, 0); NaN stays NaN.
-template <class R>
-R soft_threshold(R u, R theta) {
-  const R magnitude = std::abs(u) - theta;
-  return magnitude <= R(0) ? R(0) : std::copysign(magnitude, u);
-}
-
 // Layer t of one tile: from `a` (all zero for t = 0) to `next`. `drive` holds B_t z and is recomputed where B differs
 // between layers; `change` receives y_t. `next` may be `a`.
 template <class R>
@@ -59,14 +50,8 @@ void decode_layer(const DecodeOperands<R>& operands, int64_t hd, int64_t t, int6
   if (t > 0) multiply_add(rows, n.P, n.P, as_is(a), operands.S_t[operands.S_index(hd, t)], change);
   const R step = operands.step[hd].data[t];
   const R* theta = operands.theta[hd].row(t);
-  for (int64_t i = 0; i < rows; ++i) {
-    const R *from = a.row(i), *input = drive.row(i);
-    R *y = change.row(i), *to = next.row(i);
-    for (int64_t p = 0; p < n.P; ++p) {
-      y[p] += input[p] - from[p];
-      to[p] = soft_threshold(from[p] + step * y[p], theta[p]);
-    }
-  }
+  for (int64_t i = 0; i < rows; ++i)
+    micro_kernels<R>().threshold_row(a.row(i), drive.row(i), theta, step, padded<R>(n.P), change.row(i), next.row(i));
 }
 
 // Scratch of a forward tile.

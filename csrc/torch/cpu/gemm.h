@@ -7,12 +7,16 @@
 
 namespace csat::cpu {
 
+// The inner loops of micro_kernels.inc; row lengths n are whole panels.
 template <class R>
 struct MicroKernels {
   void (*multiply_add)(int64_t m, int64_t n, int64_t k, const R* a, int64_t a_row, int64_t a_col, const R* b,
                        int64_t ldb, R* c, int64_t ldc);
   void (*exponentiate_row)(R* s, const R* bias, R scale, int64_t n, R* max, R* sum);
   void (*probability_row)(R* s, const R* bias, R scale, R lse, int64_t n);
+  void (*threshold_row)(const R* a, const R* drive, const R* theta, R step, int64_t n, R* y, R* next);
+  R (*threshold_backward_row)(const R* next, const R* y, R step, int64_t n, R* g, R* scaled, R* dtheta);
+  void (*score_gradient_row)(const R* p, R delta, R scale, int64_t n, R* ds, R* dbias);
 };
 
 // The table of this machine: AVX-512, AVX2 or the baseline.

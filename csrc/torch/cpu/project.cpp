@@ -8,8 +8,8 @@
 namespace csat::cpu {
 namespace {
 
-constexpr int64_t kTokens = 128;  // tokens summed in registers before a partial sum reaches memory
-constexpr int64_t kRows = 96;     // measurements or tokens of one unit of work, a multiple of the micro kernel's 6
+constexpr int64_t kTokens = 256;  // tokens summed in registers before a partial sum reaches memory
+constexpr int64_t kRows = 128;    // measurements or tokens of one unit of work
 
 // The heads of x and phi that meet in one output head.
 struct Heads {
@@ -140,9 +140,8 @@ void backward_phi(const ProjectSizes& n, const Array& dy, const Array& x, const 
 Tensor project(const Tensor& x, const Tensor& phi, const MaybeTensor& key_mask) {
   const ProjectSizes n = check_project("project", x, phi, key_mask);
   Tensor y = torch::stable::new_empty(x, {n.B, n.Hout, n.M, n.D});
-  with_accumulator(x, [&](auto zero) {
-    forward<decltype(zero)>(n, Array(x), Array(phi), KeyMask(key_mask), Array(y));
-  });
+  with_accumulator(x,
+                   [&](auto zero) { forward<decltype(zero)>(n, Array(x), Array(phi), KeyMask(key_mask), Array(y)); });
   return y;
 }
 

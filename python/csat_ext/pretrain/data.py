@@ -135,10 +135,12 @@ class CaptionTokenizer:
             self._tokenizer = Tokenizer.from_file(os.fspath(path))
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"tokenizer: {os.fspath(path)!r} is not a tokenizers JSON: {error}") from error
-        ids = {token: self._tokenizer.token_to_id(token) for token in ("[PAD]", "[BOS]", "[EOS]")}
+        ids: dict[str, Any] = {token: self._tokenizer.token_to_id(token) for token in ("[PAD]", "[BOS]", "[EOS]")}
         if missing := [token for token, i in ids.items() if i is None]:
             raise ValueError(f"tokenizer: {os.fspath(path)!r} lacks {', '.join(missing)}")
-        self.pad_id, self.bos_id, self.eos_id = ids.values()
+        self.pad_id: int = ids["[PAD]"]
+        self.bos_id: int = ids["[BOS]"]
+        self.eos_id: int = ids["[EOS]"]
         self.length = length
         self.vocab_size: int = self._tokenizer.get_vocab_size()
         encoded = self._tokenizer.encode("a").ids

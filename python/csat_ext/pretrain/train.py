@@ -289,10 +289,12 @@ class _Reporter(AbstractContextManager["_Reporter"]):
                 "contrastive": contrastive,
                 "caption": caption,
                 "lr": self.engine.get_lr()[0],
-                "grad_norm": _number(self.engine.get_global_grad_norm()),
                 "tokens_per_s": tokens / (now - self.mark),
                 "seconds": now - self.started,
             }
+            norm = self.engine.get_global_grad_norm()
+            if norm is not None:  # the engine keeps none for float32 without ZeRO
+                metrics["grad_norm"] = float(norm)
             self._write(metrics)
         self.window.zero_()
         self.tokens, self.last, self.mark = 0, step, now
@@ -301,7 +303,7 @@ class _Reporter(AbstractContextManager["_Reporter"]):
         self.lines.write(json.dumps(metrics) + "\n")
         self.lines.flush()
         for name, value in metrics.items():
-            if name != "step" and value is not None:
+            if name != "step":
                 self.board.add_scalar(f"train/{name}", value, metrics["step"])
         status = (
             f"loss {metrics['loss']:.3f} (contrastive {metrics['contrastive']:.3f}, caption {metrics['caption']:.3f})  "
@@ -348,7 +350,3 @@ def _describe(run: Run, engine: Any) -> str:
         f"{dist.get_world_size()} rank(s) on {engine.device}, ZeRO stage {engine.zero_optimization_stage()}, "
         f"global batch {engine.train_batch_size()}"
     )
-
-
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)

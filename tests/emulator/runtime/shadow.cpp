@@ -27,10 +27,10 @@ void* reserve(size_t bytes) {
 }
 
 // True if the stamped access happened before what `observer` does now. Only for stamps of the running block.
-bool ordered(Stamp stamp) {
+inline bool ordered(Stamp stamp) {
   const int thread = thread_of(stamp);
   if (thread == observer.thread && !(stamp & kFlag)) return true;
-  const int warp = thread / 32;
+  const int warp = thread / kWarpSize;
   return clock_of(stamp) <= (warp == observer.warp ? observer.lanes_ordered : observer.learned[warp]);
 }
 
@@ -58,8 +58,8 @@ std::string other(const char* what, Stamp stamp) {
   return format(", %s by thread %d with no barrier between", what, thread_of(stamp));
 }
 
-// Checks against the last write; false if the address is not accessible at all.
-bool check_last_write(Stamp write, const Site& site) {
+// Reports what is wrong with the last write; false if the address is not accessible at all.
+[[gnu::noinline]] bool judge_last_write(Stamp write, const Site& site) {
   const uint32_t clock = clock_of(write);
   if (clock == kInFlight) {
     fault(Fault::in_flight_access, site, format(", into which a copy of thread %d is in flight", thread_of(write)));
@@ -86,60 +86,85 @@ bool check_last_write(Stamp write, const Site& site) {
   return true;
 }
 
-void check_reads(const Cell& cell, const Site& site) {
-  for (const Stamp read : cell.read) {
-    const uint32_t clock = clock_of(read);
-    if (clock < observer.launch_start) continue;
-    if (clock >= observer.block_start) {
-      if (!ordered(read)) fault(Fault::race, site, other("read", read));
-    } else if (!site.shared) {
-      fault(Fault::block_conflict, site, ", read by another block of this launch");
-    }
+// Whether the last write leaves nothing to report: the common case, decided without a call.
+template <Access access, bool shared>
+inline bool last_write_is_fine(Stamp write) {
+  const uint32_t clock = clock_of(write);
+  if (clock >= observer.block_start) return clock != kInFlight && ordered(write & ~kFlag);
+  if (shared) return access == Access::write;
+  return clock < observer.launch_start && clock >= (access == Access::write ? kUnwritten : kWrittenByHost);
+}
+
+[[gnu::noinline]] void judge_read(Stamp read, const Site& site) {
+  if (clock_of(read) >= observer.block_start) {
+    fault(Fault::race, site, other("read", read));
+  } else {
+    fault(Fault::block_conflict, site, ", read by another block of this launch");
   }
 }
 
-void record_read(Cell& cell, Stamp mine, bool shared) {
-  const uint32_t alive = shared ? observer.block_start : observer.launch_start;
+// Reads from before this block (shared) or launch (device memory) are of no concern to anyone.
+template <bool shared>
+inline bool forgotten(Stamp read) {
+  return clock_of(read) < (shared ? observer.block_start : observer.launch_start);
+}
+
+inline bool settled(Stamp read) { return clock_of(read) >= observer.block_start && ordered(read); }
+
+template <bool shared>
+inline void record_read(Cell& cell, Stamp mine) {
   for (Stamp& slot : cell.read) {
-    const uint32_t clock = clock_of(slot);
-    if (clock < alive || (clock >= observer.block_start && ordered(slot))) {
+    if (slot == mine) return;
+    if (forgotten<shared>(slot) || settled(slot)) {
       slot = mine;
       return;
     }
-    if (clock >= observer.block_start && thread_of(slot) / 32 == observer.warp) {  // another lane, same stretch
-      slot = mine | kFlag;
+    if (clock_of(slot) == observer.clock && thread_of(slot) / kWarpSize == observer.warp) {
+      slot |= kFlag;  // another lane of the same warp, in the same stretch
       return;
     }
   }
   cell.read[2] = mine;
 }
 
-void step(Cell& cell, Stamp mine, const Site& site) {
-  if (!check_last_write(cell.write, site)) return;
-  if (site.access == Access::read) {
-    record_read(cell, mine, site.shared);
-  } else {
-    check_reads(cell, site);
-    cell = Cell{site.access == Access::atomic ? mine | kFlag : mine, {}};
+template <Access access, bool shared>
+inline void step(Cell& cell, Stamp mine, size_t offset, const void* where) {
+  if (!last_write_is_fine<access, shared>(cell.write)) [[unlikely]] {
+    if (!judge_last_write(cell.write, {shared, offset, access, where})) return;
   }
+  if (access == Access::read) return record_read<shared>(cell, mine);
+  for (const Stamp read : cell.read) {
+    if (!forgotten<shared>(read) && !settled(read)) [[unlikely]] judge_read(read, {shared, offset, access, where});
+  }
+  cell = Cell{access == Access::atomic ? mine | kFlag : mine, {}};
 }
 
-bool same(const Cell& a, const Cell& b) { return std::memcmp(&a, &b, sizeof(Cell)) == 0; }
+inline bool same(const Cell& a, const Cell& b) { return std::memcmp(&a, &b, sizeof(Cell)) == 0; }
 
 // Steps the cells of one access. Neighbours mostly share their history, so what held for one is copied to the next.
-void walk(Cell* cells, size_t offset, size_t bytes, Site site) {
+template <Access access, bool shared>
+void walk(Cell* cells, size_t offset, size_t bytes, const void* where) {
   const Stamp mine = make_stamp(observer.clock, observer.thread);
   Cell* cell = cells + offset / kGranule;
   Cell* const end = cells + (offset + bytes - 1) / kGranule + 1;
-  Cell before = *cell;
-  step(*cell, mine, site);
+  const Cell before = *cell;
+  step<access, shared>(*cell, mine, offset, where);
   const Cell after = *cell;
   for (++cell; cell != end; ++cell) {
-    if (same(*cell, before)) {
+    if (same(*cell, before)) [[likely]] {
       *cell = after;
     } else {
-      step(*cell, mine, site);
+      step<access, shared>(*cell, mine, offset, where);
     }
+  }
+}
+
+template <bool shared>
+void walk(Access access, Cell* cells, size_t offset, size_t bytes, const void* where) {
+  switch (access) {
+    case Access::read: return walk<Access::read, shared>(cells, offset, bytes, where);
+    case Access::write: return walk<Access::write, shared>(cells, offset, bytes, where);
+    case Access::atomic: return walk<Access::atomic, shared>(cells, offset, bytes, where);
   }
 }
 
@@ -179,19 +204,18 @@ void shadow_access(const void* p, size_t bytes, Access access, const void* where
     ++report.counters.accesses;
     size_t offset = size_t(address - memory_map.shared);
     if (offset < kSharedWindow) {
-      const Site site{true, offset, access, where};
       if (offset + bytes > memory_map.shared_bytes) {
-        return fault(Fault::out_of_bounds, site, format(", which has %zu bytes", memory_map.shared_bytes));
+        return fault(Fault::out_of_bounds, {true, offset, access, where}, format(", which has %zu bytes", memory_map.shared_bytes));
       }
-      return walk(memory_map.shared_cells, offset, bytes, site);
+      return walk<true>(access, memory_map.shared_cells, offset, bytes, where);
     }
     offset = size_t(address - memory_map.device);
-    if (offset < kDeviceBytes) return walk(memory_map.device_cells, offset, bytes, {false, offset, access, where});
+    if (offset < kDeviceBytes) return walk<false>(access, memory_map.device_cells, offset, bytes, where);
     return fault(Fault::out_of_bounds, {address < memory_map.device, offset, access, where}, ", far outside");
   }
   const size_t offset = size_t(address - memory_map.static_shared);
   if (offset < memory_map.static_shared_bytes) {
-    walk(memory_map.static_shared_cells, offset, bytes, {true, offset, access, where});
+    walk<true>(access, memory_map.static_shared_cells, offset, bytes, where);
   }
 }
 

@@ -1,0 +1,287 @@
+// torch.ops.csat.* on CUDA tensors: checks, allocations, the current stream; the kernels are csrc/csat/launch.h.
+//
+// A library of its own, on LibTorch's stable ABI: the CUDA shims live in libtorch_cuda, which a CPU-only torch lacks. Schemas
+// are defined by _C. Nothing here synchronises with the device, so every op can be captured into a CUDA graph.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "csat/launch.h"
+#include "csat/limits.h"
+#include "torch/checks.h"
+
+namespace csat::cuda {
+namespace {
+
+using MaybeTensor = std::optional<Tensor>;
+
+// Makes the tensor's device current and knows its stream.
+class Device {
+ public:
+  Device(const char* op, const Tensor& t) : op_(op), index_(t.get_device_index()), guard_(index_) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
+  }
+  void* stream() const { return stream_; }
+  void* blas() const {
+    void* handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
+    return handle;
+  }
+  void supported(const char* reason) const {
+    if (reason) detail::fail(op_, "not supported by the CUDA kernels: ", reason);
+  }
+  void done(int code) const { STD_TORCH_CHECK(code == 0, "csat::", op_, ": ", error_string(code), " (code ", code, ")"); }
+
+ private:
+  const char* op_;
+  int32_t index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+};
+
+Tensor workspace(const Tensor& like, int64_t bytes) {
+  return torch::stable::new_empty(like, {bytes > 256 ? bytes : 256}, ScalarType::Byte);
+}
+Tensor nothing(const Tensor& like, ScalarType type) { return torch::stable::new_empty(like, {0}, type); }
+
+DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: return DType::f32;  // the checks let nothing else through
+  }
+}
+
+// The view of a tensor whose axes are those of the four-axis view in `axes`; a leading axis of size 1 is broadcast.
+View view_of(const Tensor& t, std::initializer_list<int> axes) {
+  View view;
+  view.data = t.data_ptr();
+  view.dtype = dtype_of(t);
+  int64_t i = 0;
+  for (int axis : axes) {
+    view.stride[axis] = axis < 2 && t.size(i) == 1 ? 0 : t.stride(i);
+    ++i;
+  }
+  return view;
+}
+View view_of(const Tensor& t) { return view_of(t, {0, 1, 2, 3}); }
+
+AttendParams attend_params(const AttendSizes& n, const Tensor& q, const Tensor& kc, const Tensor& vc,
+                           const MaybeTensor& score_bias, double scale) {
+  AttendParams p{};
+  p.q = view_of(q);
+  p.kc = view_of(kc);
+  p.vc = view_of(vc);
+  if (score_bias) p.bias = view_of(*score_bias, {0, 1, 3});
+  p.batch = n.B;
+  p.heads = n.H;
+  p.key_heads = n.Hk;
+  p.queries = n.Nq;
+  p.measurements = n.M;
+  p.head_dim = n.D;
+  p.features = n.R;
+  p.scale = static_cast<float>(scale);
+  return p;
+}
+
+DecodeParams decode_params(const DecodeSizes& n, const Tensor& S, const Tensor& B, const Tensor& theta,
+                           const Tensor& psi, const Tensor& step) {
+  DecodeParams p{};
+  Decoder& d = p.decoder;
+  d.S = view_of(S);
+  d.B = view_of(B);
+  d.theta = view_of(theta, {0, 1, 3});
+  d.theta.stride[1] = theta.stride(1);
+  d.psi = view_of(psi, {0, 2, 3});
+  d.step = view_of(step, {0, 3});
+  d.heads = n.Hd;
+  d.layers = n.T;
+  d.s_layers = n.Ts;
+  d.b_layers = n.Tb;
+  d.coefficients = n.P;
+  d.features = n.R;
+  d.outputs = n.Dv;
+  p.batch = n.B;
+  p.heads = n.H;
+  p.queries = n.Nq;
+  return p;
+}
+
+ProjectParams project_params(const ProjectSizes& n, const Tensor& x, const Tensor& phi, const MaybeTensor& keep) {
+  ProjectParams p{};
+  p.x = view_of(x);
+  p.phi = view_of(phi);
+  if (keep) p.keep = static_cast<const unsigned char*>(keep->data_ptr());
+  p.batch = n.B;
+  p.x_heads = n.Hx;
+  p.phi_batch = n.Bp;
+  p.phi_heads = n.Hp;
+  p.tokens = n.N;
+  p.measurements = n.M;
+  p.head_dim = n.D;
+  return p;
+}
+
+MaybeTensor contiguous_mask(const MaybeTensor& key_mask) {
+  return key_mask ? MaybeTensor(torch::stable::contiguous(*key_mask)) : MaybeTensor();
+}
+
+Tensor project(const Tensor& x, const Tensor& phi, const MaybeTensor& key_mask) {
+  const ProjectSizes n = check_project("project", x, phi, key_mask);
+  const Device device("project", x);
+  const MaybeTensor keep = contiguous_mask(key_mask);
+  Tensor y = torch::stable::new_empty(x, {n.B, n.Hout, n.M, n.D});
+  ProjectParams p = project_params(n, x, phi, keep);
+  p.y = view_of(y);
+  Tensor space = workspace(x, project_workspace(p));
+  device.done(project_forward(p, space.data_ptr(), device.blas(), device.stream()));
+  return y;
+}
+
+std::tuple<Tensor, Tensor> project_backward(const Tensor& dy, const Tensor& x, const Tensor& phi,
+                                            const MaybeTensor& key_mask, bool need_dx, bool need_dphi) {
+  const ProjectSizes n = check_project_backward("project_backward", dy, x, phi, key_mask);
+  const Device device("project_backward", x);
+  const MaybeTensor keep = contiguous_mask(key_mask);
+  Tensor dx = need_dx ? torch::stable::new_empty(x, {n.B, n.Hx, n.N, n.D}) : nothing(x, x.scalar_type());
+  Tensor dphi = need_dphi ? torch::stable::new_empty(phi, {n.Bp, n.Hp, n.M, n.N}) : nothing(x, phi.scalar_type());
+  ProjectBackwardParams p{};
+  p.forward = project_params(n, x, phi, keep);
+  p.dy = view_of(dy);
+  if (need_dx) p.dx = view_of(dx);
+  if (need_dphi) p.dphi = view_of(dphi);
+  Tensor space = workspace(x, project_backward_workspace(p));
+  device.done(project_backward(p, space.data_ptr(), device.blas(), device.stream()));
+  return {dx, dphi};
+}
+
+std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& kc, const Tensor& vc, const MaybeTensor& score_bias,
+                                  double scale) {
+  const AttendSizes n = check_attend("attend", q, kc, vc, score_bias, scale);
+  const Device device("attend", q);
+  Tensor z = torch::stable::new_empty(q, {n.B, n.H, n.Nq, n.R});
+  Tensor lse = torch::stable::new_empty(q, {n.B, n.H, n.Nq}, ScalarType::Float);
+  AttendParams p = attend_params(n, q, kc, vc, score_bias, scale);
+  p.z = view_of(z);
+  p.lse = view_of(lse, {0, 1, 2});
+  device.supported(limits::why_not(p, shared_memory_limit()));
+  Tensor space = workspace(q, attend_workspace(p));
+  device.done(attend_forward(p, space.data_ptr(), device.stream()));
+  return {z, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attend_backward(const Tensor& dz, const Tensor& q, const Tensor& kc,
+                                                           const Tensor& vc, const MaybeTensor& score_bias,
+                                                           const Tensor& z, const Tensor& lse, double scale) {
+  const AttendSizes n = check_attend_backward("attend_backward", dz, q, kc, vc, score_bias, z, lse, scale);
+  const Device device("attend_backward", q);
+  Tensor dq = torch::stable::new_empty(q, {n.B, n.H, n.Nq, n.D});
+  Tensor dkc = torch::stable::new_empty(kc, {n.B, n.Hk, n.M, n.D});
+  Tensor dvc = torch::stable::new_empty(vc, {n.B, n.Hk, n.M, n.R});
+  Tensor dbias = score_bias ? torch::stable::new_empty(q, {n.B, n.H, n.M}, ScalarType::Float)
+                            : nothing(q, ScalarType::Float);
+  AttendBackwardParams p{};
+  p.forward = attend_params(n, q, kc, vc, score_bias, scale);
+  p.forward.z = view_of(z);
+  p.forward.lse = view_of(lse, {0, 1, 2});
+  p.dz = view_of(dz);
+  p.dq = view_of(dq);
+  p.dkc = view_of(dkc);
+  p.dvc = view_of(dvc);
+  if (score_bias) p.dbias = view_of(dbias, {0, 1, 3});
+  device.supported(limits::why_not(p, shared_memory_limit()));
+  Tensor space = workspace(q, attend_backward_workspace(p));
+  device.done(csat::attend_backward(p, space.data_ptr(), device.stream()));
+  return {dq, dkc, dvc, dbias};
+}
+
+Tensor decode(const Tensor& z, const Tensor& S, const Tensor& B, const Tensor& theta, const Tensor& psi,
+              const Tensor& step) {
+  const DecodeSizes n = check_decode("decode", z, S, B, theta, psi, step);
+  const Device device("decode", z);
+  Tensor out = torch::stable::new_empty(z, {n.B, n.H, n.Nq, n.Dv});
+  DecodeParams p = decode_params(n, S, B, theta, psi, step);
+  p.z = view_of(z);
+  p.out = view_of(out);
+  device.supported(limits::why_not(p, shared_memory_limit()));
+  Tensor space = workspace(z, decode_workspace(p));
+  device.done(decode_forward(p, space.data_ptr(), device.stream()));
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> decode_backward(const Tensor& dc, const Tensor& z,
+                                                                           const Tensor& S, const Tensor& B,
+                                                                           const Tensor& theta, const Tensor& psi,
+                                                                           const Tensor& step) {
+  const DecodeSizes n = check_decode_backward("decode_backward", dc, z, S, B, theta, psi, step);
+  const Device device("decode_backward", z);
+  const auto gradient = [&](std::initializer_list<int64_t> sizes) {
+    return torch::stable::new_empty(z, sizes, ScalarType::Float);
+  };
+  Tensor dz = torch::stable::new_empty(z, {n.B, n.H, n.Nq, n.R});
+  Tensor dS = gradient({n.Hd, n.Ts, n.P, n.P}), dB = gradient({n.Hd, n.Tb, n.P, n.R});
+  Tensor dtheta = gradient({n.Hd, n.T, n.P}), dpsi = gradient({n.Hd, n.Dv, n.P}), dstep = gradient({n.Hd, n.T});
+  DecodeBackwardParams p{};
+  p.forward = decode_params(n, S, B, theta, psi, step);
+  p.forward.z = view_of(z);
+  p.dout = view_of(dc);
+  p.dz = view_of(dz);
+  const auto floats = [](const Tensor& t) { return static_cast<float*>(t.data_ptr()); };
+  p.dS = floats(dS);
+  p.dB = floats(dB);
+  p.dtheta = floats(dtheta);
+  p.dpsi = floats(dpsi);
+  p.dstep = floats(dstep);
+  device.supported(limits::why_not(p, shared_memory_limit()));
+  Tensor space = workspace(z, decode_backward_workspace(p));
+  device.done(csat::decode_backward(p, space.data_ptr(), device.stream()));
+  return {dz, dS, dB, dtheta, dpsi, dstep};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attend_decode(const Tensor& q, const Tensor& kc, const Tensor& vc,
+                                                 const MaybeTensor& score_bias, double scale, const Tensor& S,
+                                                 const Tensor& B, const Tensor& theta, const Tensor& psi,
+                                                 const Tensor& step, bool need_z) {
+  const AttendSizes n = check_attend("attend_decode", q, kc, vc, score_bias, scale);
+  const DecodeSizes d = check_attend_decode("attend_decode", n, q, S, B, theta, psi, step);
+  const Device device("attend_decode", q);
+  Tensor out = torch::stable::new_empty(q, {n.B, n.H, n.Nq, d.Dv});
+  Tensor z = need_z ? torch::stable::new_empty(q, {n.B, n.H, n.Nq, n.R}) : nothing(q, q.scalar_type());
+  Tensor lse = torch::stable::new_empty(q, {n.B, n.H, n.Nq}, ScalarType::Float);
+  AttendParams a = attend_params(n, q, kc, vc, score_bias, scale);
+  if (need_z) a.z = view_of(z);
+  a.lse = view_of(lse, {0, 1, 2});
+  DecodeParams p = decode_params(d, S, B, theta, psi, step);
+  p.out = view_of(out);
+  device.supported(limits::why_not(a, p, shared_memory_limit()));
+  Tensor space = workspace(q, attend_decode_workspace(a, p));
+  device.done(attend_decode_forward(a, p, space.data_ptr(), device.stream()));
+  return {out, z, lse};
+}
+
+std::string cuda_build_info() { return build_info(); }
+
+STABLE_TORCH_LIBRARY_FRAGMENT(csat, library) { library.def("cuda_build_info() -> str"); }
+
+STABLE_TORCH_LIBRARY_IMPL(csat, CompositeExplicitAutograd, library) {
+  library.impl("cuda_build_info", TORCH_BOX(&cuda_build_info));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(csat, CUDA, library) {
+  library.impl("project", TORCH_BOX(&project));
+  library.impl("project_backward", TORCH_BOX(&project_backward));
+  library.impl("attend", TORCH_BOX(&attend));
+  library.impl("attend_backward", TORCH_BOX(&attend_backward));
+  library.impl("decode", TORCH_BOX(&decode));
+  library.impl("decode_backward", TORCH_BOX(&decode_backward));
+  library.impl("attend_decode", TORCH_BOX(&attend_decode));
+}
+
+}  // namespace
+}  // namespace csat::cuda

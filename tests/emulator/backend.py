@@ -1,0 +1,317 @@
+"""The csat operators run by the CUDA kernels' own sources, emulated on the CPU with every memory access checked.
+
+`EmulatedOps` has the operators of `torch.ops.csat` under their names, with their arguments and results (CPU tensors of any
+strides; float32, bfloat16, float16). A call allocates emulated device memory, calls the launch function of csrc/csat/launch.h
+that the CUDA binding calls, and raises `EmulationError` if the emulator reports anything: a race, an uninitialised read, an access
+out of bounds, blocks in conflict, a divergent barrier, a budget exceeded. Elements that the kernel must not read (the gaps of
+a strided tensor, the workspace) are NaN or uninitialised.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import Structure, c_char_p, c_float, c_int, c_int64, c_uint64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class EmulationError(RuntimeError):
+    """The emulator's report of a launch, one line a fault."""
+
+
+# ---- the structures of csrc/csat/launch.h; their sizes are compared when the library is loaded
+
+
+class View(Structure):
+    _fields_ = (("data", c_void_p), ("dtype", c_int), ("stride", c_int64 * 4))
+
+
+def _sizes(*names: str) -> list[tuple[str, type]]:
+    return [(name, c_int64) for name in names]
+
+
+def _views(*names: str) -> list[tuple[str, type]]:
+    return [(name, View) for name in names]
+
+
+class AttendParams(Structure):
+    _fields_ = (
+        *_views("q", "kc", "vc", "bias", "z", "lse"),
+        *_sizes("batch", "heads", "key_heads", "queries", "measurements", "head_dim", "features"),
+        ("scale", c_float),
+    )
+
+
+class AttendBackwardParams(Structure):
+    _fields_ = (("forward", AttendParams), *_views("dz", "dq", "dkc", "dvc", "dbias"))
+
+
+class Decoder(Structure):
+    _fields_ = (
+        *_views("S", "B", "theta", "psi", "step"),
+        *_sizes("heads", "layers", "s_layers", "b_layers", "coefficients", "features", "outputs"),
+    )
+
+
+class DecodeParams(Structure):
+    _fields_ = (("decoder", Decoder), *_views("z", "out"), *_sizes("batch", "heads", "queries"))
+
+
+class DecodeBackwardParams(Structure):
+    _fields_ = (
+        ("forward", DecodeParams),
+        *_views("dout", "dz"),
+        *[(name, c_void_p) for name in ("dS", "dB", "dtheta", "dpsi", "dstep")],
+    )
+
+
+class ProjectParams(Structure):
+    _fields_ = (
+        *_views("x", "phi"),
+        ("keep", c_void_p),
+        ("y", View),
+        *_sizes("batch", "x_heads", "phi_batch", "phi_heads", "tokens", "measurements", "head_dim"),
+    )
+
+
+class ProjectBackwardParams(Structure):
+    _fields_ = (("forward", ProjectParams), *_views("dy", "dx", "dphi"))
+
+
+class Counters(Structure):
+    """What the emulator has counted since the last call (tests/emulator/runtime/report.h)."""
+
+    _fields_ = tuple(
+        (name, c_uint64)
+        for name in (
+            *("launches", "blocks", "barriers", "accesses"),
+            *("mma", "ldmatrix", "shared_wavefronts", "bank_conflicts"),
+        )
+    )
+
+
+_STRUCTURES = (
+    *(View, AttendParams, AttendBackwardParams, Decoder, DecodeParams, DecodeBackwardParams),
+    *(ProjectParams, ProjectBackwardParams, Counters),
+)
+# Which axes of a View the axes of a tensor take: (B, H, M) and (B, H, Nq) leave one out, and so on.
+_ALL, _NO_ROW, _NO_LAST, _NO_LAYER, _ENDS = (0, 1, 2, 3), (0, 1, 3), (0, 1, 2), (0, 2, 3), (0, 3)
+
+
+class EmulatedOps:
+    """The operators on the library at `path`; a non-zero `seed` shuffles the order of lanes, warps and blocks."""
+
+    def __init__(self, path: Path, seed: int = 0, count_bank_conflicts: bool = False) -> None:
+        self.seed = seed
+        self.count_bank_conflicts = count_bank_conflicts
+        self.counters = Counters()
+        self._library = ctypes.CDLL(str(path))
+        self._library.csat_allocate.restype = c_void_p
+        for name in ("csat_report", "csat_error_string"):
+            getattr(self._library, name).restype = c_char_p
+        self._library.csat_sizeof.restype = c_int64
+        for structure in _STRUCTURES:
+            size = self._library.csat_sizeof(structure.__name__.encode())
+            if size != ctypes.sizeof(structure):
+                raise RuntimeError(f"{structure.__name__} has {size} bytes in C++ and {ctypes.sizeof(structure)} here")
+
+    # ---- device memory
+
+    def _reset(self) -> None:
+        self._library.csat_reset(c_int(self.seed), c_int(self.count_bank_conflicts))
+
+    def _allocate(self, count: int) -> int:
+        return self._library.csat_allocate(c_int64(count))
+
+    def _upload(self, tensor: Tensor) -> int:
+        """Copies what the tensor's strides span, NaN in the gaps; returns the address of its first element."""
+        if tensor.numel() == 0:
+            return self._allocate(0)
+        once = tensor
+        for axis, stride in enumerate(tensor.stride()):
+            if stride == 0:
+                once = once.narrow(axis, 0, 1)
+        span = 1 + sum((n - 1) * stride for n, stride in zip(once.shape, once.stride(), strict=True))
+        fill = torch.nan if tensor.is_floating_point() else 0
+        memory = torch.full((span,), fill, dtype=tensor.dtype)
+        memory.as_strided(once.shape, once.stride()).copy_(once)
+        size = span * tensor.element_size()
+        device = self._allocate(size)
+        self._library.csat_to_device(c_void_p(device), c_void_p(memory.data_ptr()), c_int64(size))
+        return device
+
+    def _input(self, tensor: Tensor | None, axes: tuple[int, ...] = _ALL) -> View:
+        if tensor is None:
+            return View()
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"emulated tensors are float32, bfloat16 or float16; got {tensor.dtype}")
+        view = View(self._upload(tensor), DTYPES[tensor.dtype])
+        for axis, n, stride in zip(axes, tensor.shape, tensor.stride(), strict=True):
+            view.stride[axis] = stride if n > 1 else 0
+        return view
+
+    def _output(self, like: Tensor, axes: tuple[int, ...] = _ALL) -> View:
+        """A contiguous, unwritten tensor of the shape and dtype of `like`."""
+        view = View(self._allocate(like.numel() * like.element_size()), DTYPES[like.dtype])
+        for axis, stride in zip(axes, like.stride(), strict=True):
+            view.stride[axis] = stride
+        return view
+
+    def _download(self, like: Tensor, data: int) -> Tensor:
+        size = like.numel() * like.element_size()
+        self._library.csat_to_host(c_void_p(like.data_ptr()), c_void_p(data), c_int64(size))
+        return like
+
+    def _launch(self, name: str, *params: Structure) -> None:
+        arguments = [ctypes.byref(p) for p in params]
+        size = getattr(self._library, f"csat_{name}_workspace")
+        size.restype = c_int64
+        workspace = c_void_p(self._allocate(size(*arguments)))
+        code = getattr(self._library, f"csat_{name}")(*arguments, workspace)
+        self._raise_report()
+        if code:
+            raise EmulationError(f"{name}: {self._library.csat_error_string(code).decode()}")
+
+    def _raise_report(self) -> None:
+        self._library.csat_counters(ctypes.byref(self.counters))
+        if report := self._library.csat_report().decode():
+            raise EmulationError(report)
+
+    def _results(self, *results: tuple[Tensor, View | int | None]) -> tuple[Tensor, ...]:
+        tensors = [
+            like if where is None else self._download(like, where.data if isinstance(where, View) else where)
+            for like, where in results
+        ]
+        self._raise_report()  # of elements that nobody wrote
+        return tuple(tensors)
+
+    # ---- parameters
+
+    def _attend_params(self, q: Tensor, kc: Tensor, vc: Tensor, score_bias: Tensor | None, scale: float) -> AttendParams:
+        (batch, heads, queries, head_dim), (key_heads, measurements) = q.shape, kc.shape[1:3]
+        bias = None if score_bias is None else score_bias.expand(batch, heads, measurements)
+        return AttendParams(
+            *(self._input(q), self._input(kc), self._input(vc), self._input(bias, _NO_ROW), View(), View()),
+            *(batch, heads, key_heads, queries, measurements, head_dim, vc.shape[-1]),
+            scale,
+        )
+
+    def _decoder(self, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor, step: Tensor) -> Decoder:
+        heads, layers, coefficients = theta.shape
+        return Decoder(
+            *(self._input(S), self._input(B), self._input(theta, _NO_ROW), self._input(psi, _NO_LAYER)),
+            self._input(step, _ENDS),
+            *(heads, layers, S.shape[1], B.shape[1], coefficients, B.shape[-1], psi.shape[1]),
+        )
+
+    def _project_params(self, x: Tensor, phi: Tensor, key_mask: Tensor | None) -> ProjectParams:
+        keep = None if key_mask is None else self._upload(key_mask.contiguous())
+        return ProjectParams(
+            *(self._input(x), self._input(phi), keep, View()),
+            *(x.shape[0], x.shape[1], phi.shape[0], phi.shape[1], x.shape[2], phi.shape[2], x.shape[3]),
+        )
+
+    # ---- the operators; shapes and meaning in docs/architecture.md
+
+    def project(self, x: Tensor, phi: Tensor, key_mask: Tensor | None) -> Tensor:
+        self._reset()
+        params = self._project_params(x, phi, key_mask)
+        y = x.new_empty(x.shape[0], max(x.shape[1], phi.shape[1]), phi.shape[2], x.shape[3])
+        params.y = self._output(y)
+        self._launch("project", params)
+        return self._results((y, params.y))[0]
+
+    def project_backward(
+        self, dy: Tensor, x: Tensor, phi: Tensor, key_mask: Tensor | None, need_dx: bool, need_dphi: bool
+    ) -> tuple[Tensor, ...]:
+        self._reset()
+        params = ProjectBackwardParams(self._project_params(x, phi, key_mask), self._input(dy), View(), View())
+        dx = torch.empty(x.shape if need_dx else 0, dtype=x.dtype)
+        dphi = torch.empty(phi.shape if need_dphi else 0, dtype=phi.dtype)
+        if need_dx:
+            params.dx = self._output(dx)
+        if need_dphi:
+            params.dphi = self._output(dphi)
+        self._launch("project_backward", params)
+        return self._results((dx, params.dx if need_dx else None), (dphi, params.dphi if need_dphi else None))
+
+    def attend(self, q: Tensor, kc: Tensor, vc: Tensor, score_bias: Tensor | None, scale: float) -> tuple[Tensor, ...]:
+        self._reset()
+        params = self._attend_params(q, kc, vc, score_bias, scale)
+        z, lse = q.new_empty(*q.shape[:-1], vc.shape[-1]), torch.empty(q.shape[:-1])
+        params.z, params.lse = self._output(z), self._output(lse, _NO_LAST)
+        self._launch("attend", params)
+        return self._results((z, params.z), (lse, params.lse))
+
+    def attend_backward(
+        self,
+        dz: Tensor,
+        q: Tensor,
+        kc: Tensor,
+        vc: Tensor,
+        score_bias: Tensor | None,
+        z: Tensor,
+        lse: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, ...]:
+        self._reset()
+        forward = self._attend_params(q, kc, vc, score_bias, scale)
+        forward.z, forward.lse = self._input(z), self._input(lse, _NO_LAST)
+        dq, dkc, dvc = (torch.empty(t.shape, dtype=t.dtype) for t in (q, kc, vc))
+        dbias = torch.empty(0 if score_bias is None else (*q.shape[:2], kc.shape[2]))
+        bias = View() if score_bias is None else self._output(dbias, _NO_ROW)
+        gradients = [self._output(t) for t in (dq, dkc, dvc)]
+        params = AttendBackwardParams(forward, self._input(dz), *gradients, bias)
+        self._launch("attend_backward", params)
+        known = [(dq, gradients[0]), (dkc, gradients[1]), (dvc, gradients[2])]
+        return self._results(*known, (dbias, None if score_bias is None else bias))
+
+    def decode(self, z: Tensor, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor, step: Tensor) -> Tensor:
+        self._reset()
+        out = z.new_empty(*z.shape[:-1], psi.shape[1])
+        view = self._output(out)
+        params = DecodeParams(self._decoder(S, B, theta, psi, step), self._input(z), view, *z.shape[:3])
+        self._launch("decode", params)
+        return self._results((out, view))[0]
+
+    def decode_backward(
+        self, dc: Tensor, z: Tensor, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor, step: Tensor
+    ) -> tuple[Tensor, ...]:
+        self._reset()
+        forward = DecodeParams(self._decoder(S, B, theta, psi, step), self._input(z), View(), *z.shape[:3])
+        dz = torch.empty(z.shape, dtype=z.dtype)
+        weights = [torch.empty(t.shape) for t in (S, B, theta, psi, step)]
+        addresses = [self._allocate(t.numel() * t.element_size()) for t in weights]
+        view = self._output(dz)
+        self._launch("decode_backward", DecodeBackwardParams(forward, self._input(dc), view, *addresses))
+        return self._results((dz, view), *zip(weights, addresses, strict=True))
+
+    def attend_decode(
+        self,
+        q: Tensor,
+        kc: Tensor,
+        vc: Tensor,
+        score_bias: Tensor | None,
+        scale: float,
+        S: Tensor,
+        B: Tensor,
+        theta: Tensor,
+        psi: Tensor,
+        step: Tensor,
+        need_z: bool,
+    ) -> tuple[Tensor, ...]:
+        self._reset()
+        attend = self._attend_params(q, kc, vc, score_bias, scale)
+        out = q.new_empty(*q.shape[:-1], psi.shape[1])
+        z = q.new_empty(*q.shape[:-1], vc.shape[-1]) if need_z else q.new_empty(0)
+        lse, view = torch.empty(q.shape[:-1]), self._output(out)
+        attend.lse = self._output(lse, _NO_LAST)
+        if need_z:
+            attend.z = self._output(z)
+        decode = DecodeParams(self._decoder(S, B, theta, psi, step), View(), view, *q.shape[:3])
+        self._launch("attend_decode", attend, decode)
+        return self._results((out, view), (z, attend.z if need_z else None), (lse, attend.lse))

@@ -1,0 +1,171 @@
+"""Calls of every csat operator, forward and backward, at sizes that reach each branch of the CUDA kernels.
+
+A call is the operator's name and its arguments as CPU tensors, values exactly representable in the dtype asked for; `expected`
+is the operator in plain torch and float64, `plain` the same in the dtype of the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from csat_ext import _composite
+
+RESULTS = {
+    "project": ("y",),
+    "project_backward": ("dx", "dphi"),
+    "attend": ("z", "lse"),
+    "attend_backward": ("dq", "dkc", "dvc", "dbias"),
+    "decode": ("c",),
+    "decode_backward": ("dz", "dS", "dB", "dtheta", "dpsi", "dstep"),
+    "attend_decode": ("c", "z", "lse"),
+}
+
+
+def as_tuple(results: Any) -> tuple[Tensor, ...]:
+    return tuple(results) if isinstance(results, (tuple, list)) else (results,)
+
+
+@dataclass(frozen=True)
+class Call:
+    op: str
+    label: str
+    args: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.label}"
+
+    def map(self, convert: Any) -> tuple[Any, ...]:
+        return tuple(convert(a) if isinstance(a, Tensor) else a for a in self.args)
+
+    def expected(self) -> tuple[Tensor, ...]:
+        def double(t: Tensor) -> Tensor:
+            return t.double() if t.is_floating_point() else t
+
+        return as_tuple(getattr(_composite, self.op)(*self.map(double)))
+
+    def plain(self) -> tuple[Tensor, ...]:
+        return as_tuple(getattr(_composite, self.op)(*self.args))
+
+    def named(self, results: Any) -> Iterator[tuple[str, Tensor]]:
+        return zip((f"{self} {name}" for name in RESULTS[self.op]), as_tuple(results), strict=True)
+
+
+class Values:
+    """Normal numbers from a seed, rounded to `dtype`."""
+
+    def __init__(self, dtype: torch.dtype, seed: int = 0) -> None:
+        self.dtype = dtype
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        return (scale * torch.randn(shape, generator=self._generator)).to(dtype or self.dtype)
+
+    def strided(self, *shape: int) -> Tensor:
+        """A (B, H, N, D) view of (B, N, H, D) storage."""
+        return self(shape[0], shape[2], shape[1], shape[3]).transpose(1, 2)
+
+
+def project_calls(dtype: torch.dtype) -> Iterator[Call]:
+    # B, Hx, N, D, Bp, Hp, M, masked, parameter dtype
+    sizes = {
+        "shared": (2, 3, 65, 16, 1, 1, 9, False, dtype),
+        "per-head-masked": (2, 2, 33, 24, 1, 2, 7, True, torch.float32),
+        "per-batch": (3, 2, 17, 5, 3, 2, 4, True, dtype),
+        "per-batch-shared-heads": (2, 2, 19, 8, 2, 1, 4, False, torch.float32),
+        "grouped": (2, 2, 21, 8, 1, 4, 6, True, dtype),
+        "one-token": (1, 1, 1, 3, 1, 1, 1, False, torch.float32),
+    }
+    for label, (batch, x_heads, tokens, dim, phi_batch, phi_heads, m, masked, parameter) in sizes.items():
+        values = Values(dtype)
+        x = values.strided(batch, x_heads, tokens, dim)
+        phi = values(phi_batch, phi_heads, m, tokens, scale=tokens**-0.5, dtype=parameter)
+        keep = None
+        if masked:
+            keep = values(batch, tokens, dtype=torch.float32) > -0.5
+            keep[0, 0] = False
+        dy = values(batch, max(x_heads, phi_heads), m, dim)
+        yield Call("project", label, (x, phi, keep))
+        yield Call("project_backward", label, (dy, x, phi, keep, True, True))
+
+
+def _attend_arguments(values: Values, sizes: tuple[int, ...], bias_shape: tuple[int, int] | None) -> tuple[Any, ...]:
+    batch, heads, key_heads, queries, m, dim, features = sizes
+    q, kc = values.strided(batch, heads, queries, dim), values.strided(batch, key_heads, m, dim)
+    vc = values(batch, key_heads, m, features)
+    bias = None
+    if bias_shape is not None:
+        bias = values(*bias_shape, m, dtype=torch.float32)
+        bias[..., 0] = -torch.inf  # an empty segment
+    return q, kc, vc, bias, dim**-0.5
+
+
+def attend_calls(dtype: torch.dtype) -> Iterator[Call]:
+    # B, H, Hk, Nq, M, D, R, shape of the bias
+    sizes: dict[str, tuple[tuple[int, ...], tuple[int, int] | None]] = {
+        "plain": ((2, 2, 2, 63, 33, 16, 16), None),
+        "grouped-bias": ((2, 4, 2, 37, 70, 24, 40), (1, 4)),
+        "batch-bias": ((3, 2, 1, 9, 12, 17, 5), (3, 1)),
+        "many-measurements": ((1, 1, 1, 40, 300, 8, 8), (1, 1)),
+        "wide": ((1, 1, 1, 5, 20, 260, 200), None),
+        "many-queries": ((1, 1, 1, 600, 10, 8, 8), (1, 1)),
+        "one": ((1, 1, 1, 1, 1, 1, 1), None),
+    }
+    for label, (shape, bias_shape) in sizes.items():
+        values = Values(dtype)
+        arguments = _attend_arguments(values, shape, bias_shape)
+        yield Call("attend", label, arguments)
+        z, lse = _composite.attend(*arguments)
+        yield Call("attend_backward", label, (values.strided(*z.shape), *arguments[:4], z, lse, arguments[4]))
+    values = Values(dtype)
+    q, kc, vc, bias, scale = _attend_arguments(values, (2, 2, 2, 7, 5, 8, 8), (2, 2))
+    bias[1, 0] = -torch.inf  # nothing left to attend to
+    z, lse = _composite.attend(q, kc, vc, bias, scale)
+    yield Call("attend", "nothing-left", (q, kc, vc, bias, scale))
+    yield Call("attend_backward", "nothing-left", (values(*z.shape), q, kc, vc, bias, z, lse, scale))
+
+
+def decoder_weights(
+    values: Values, heads: int, layers: int, s_layers: int, b_layers: int, p: int, r: int, dv: int, parameter: torch.dtype
+) -> tuple[Tensor, ...]:
+    S = (torch.eye(p) + values(heads, s_layers, p, p, scale=0.3 * p**-0.5, dtype=torch.float32)).to(parameter)
+    B = values(heads, b_layers, p, r, scale=r**-0.5, dtype=parameter)
+    theta = (0.05 + 0.1 * values(heads, layers, p, dtype=torch.float32).abs()).to(parameter)
+    psi = values(heads, dv, p, scale=p**-0.5, dtype=parameter)
+    step = (1 + 0.2 * values(heads, layers, dtype=torch.float32)).to(parameter)
+    return S, B, theta, psi, step
+
+
+def decode_calls(dtype: torch.dtype) -> Iterator[Call]:
+    # B, H, Nq, Hd, T, Ts, Tb, P, R, Dv, parameter dtype
+    sizes = {
+        "tied": (2, 2, 37, 1, 3, 1, 1, 33, 16, 24, torch.float32),
+        "untied": (1, 2, 20, 1, 3, 3, 3, 20, 17, 9, dtype),
+        "per-head": (2, 3, 41, 3, 2, 1, 2, 65, 12, 70, torch.float32),
+        "per-head-untied-S": (2, 2, 5, 2, 3, 3, 1, 8, 6, 4, torch.float32),
+        "wide": (1, 1, 9, 1, 2, 1, 1, 300, 40, 130, torch.float32),
+        "one": (1, 1, 1, 1, 1, 1, 1, 1, 1, 1, dtype),
+    }
+    for label, (batch, heads, queries, decoder_heads, layers, s_layers, b_layers, p, r, dv, parameter) in sizes.items():
+        values = Values(dtype)
+        z = values.strided(batch, heads, queries, r)
+        weights = decoder_weights(values, decoder_heads, layers, s_layers, b_layers, p, r, dv, parameter)
+        yield Call("decode", label, (z, *weights))
+        yield Call("decode_backward", label, (values(batch, heads, queries, dv), z, *weights))
+
+
+def attend_decode_calls(dtype: torch.dtype) -> Iterator[Call]:
+    for label, need_z, decoder_heads in (("shared", True, 1), ("per-head", False, 4)):
+        values = Values(dtype)
+        arguments = _attend_arguments(values, (2, 4, 2, 45, 40, 16, 20), (1, 4))
+        weights = decoder_weights(values, decoder_heads, 3, 1, 1, 33, 20, 16, torch.float32)
+        yield Call("attend_decode", label, (*arguments, *weights, need_z))
+
+
+def calls(dtype: torch.dtype) -> Iterator[Call]:
+    for family in (project_calls, attend_calls, decode_calls, attend_decode_calls):
+        yield from family(dtype)

@@ -1,0 +1,256 @@
+"""The `csat_attention` section, module conversion and the op builder, the last two through the real DeepSpeed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from csat_ext import deepspeed as integration
+from csat_ext.config import CSATConfig
+from csat_ext.deepspeed import CSATSection, apply, read_section
+from csat_ext.module import CSATAttention
+
+
+class Attention(nn.Module):
+    """The smallest module with the four projections."""
+
+    def __init__(self, width: int = 16, num_heads: int = 2, kv_dim: int | None = None, causal: bool = False) -> None:
+        super().__init__()
+        self.num_heads, self.causal = num_heads, causal
+        self.q_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.k_proj, self.v_proj = (nn.Linear(kv_dim or width, width) for _ in range(2))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        q, k, v = (
+            t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for t in (self.q_proj(x), self.k_proj(context), self.v_proj(context))
+        )
+        out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision = nn.ModuleList(Attention() for _ in range(2))
+        self.self_attn, self.cross_attn = Attention(causal=True), Attention(kv_dim=16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        visual = x
+        for attention in self.vision:
+            visual = visual + attention(visual)
+        return self.cross_attn(self.self_attn(x), visual).square().mean()
+
+
+def section(**keys: Any) -> CSATSection:
+    return read_section({"csat_attention": keys})
+
+
+# ---- the section -----------------------------------------------------------------------------------------------------
+
+
+def test_every_key_arrives() -> None:
+    read = section(layers="vision.*", threshold_lr_scale=3, measurements=8, anchors=["first"], decoder="linear")
+    assert read == CSATSection(
+        True, "vision.*", 3, CSATConfig(measurements=8, anchors=("first",), decoder="linear")
+    )
+
+
+@pytest.mark.parametrize("config", [{}, {"csat_attention": {"enabled": False, "measurements": 8}}, {"bf16": {}}])
+def test_without_an_enabled_section_nothing_changes(config: dict[str, Any]) -> None:
+    model = Model()
+    before = dict(model.named_modules())
+    assert apply(model, read_section(config)) == []
+    assert dict(model.named_modules()) == before
+
+
+def test_a_section_is_enabled_unless_it_says_otherwise() -> None:
+    assert section(measurements=8).enabled
+
+
+@pytest.mark.parametrize(
+    "key", ["csat_atention", "csat", "CSAT_attention", "csat-attention", "csat_attn", "compressed_sensing", "cs_attention"]
+)
+def test_near_misses_of_the_section_are_refused(key: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown section '{key}'; did you mean 'csat_attention'"):
+        read_section({key: {"measurements": 8}})
+
+
+@pytest.mark.parametrize("key", ["sparse_attention", "activation_checkpointing", "data_efficiency", "zero_optimization"])
+def test_sections_of_deepspeed_are_not_taken_for_ours(key: str) -> None:
+    assert not read_section({key: {}}).enabled
+
+
+@pytest.mark.parametrize(
+    ("keys", "error", "message"),
+    [
+        ({"measurments": 8}, ValueError, "csat_attention: unknown key 'measurments'; did you mean 'measurements'"),
+        ({"layer_names": "*"}, ValueError, "unknown key 'layer_names'"),
+        ({"enabled": "yes"}, TypeError, "csat_attention.enabled: 'yes' came, true or false is accepted"),
+        ({"layers": ["*"]}, TypeError, "csat_attention.layers"),
+        ({"layers": "vision.*|"}, ValueError, "empty alternative"),
+        ({"threshold_lr_scale": 0}, ValueError, "threshold_lr_scale: 0 came, a positive number is accepted"),
+        ({"measurements": 0}, ValueError, "measurements"),
+        ({"measurements": "8"}, TypeError, "measurements"),
+        ({"ensemble": "gausian"}, ValueError, "did you mean 'gaussian'"),
+    ],
+)
+def test_wrong_keys_and_values_are_refused_by_name(keys: dict[str, Any], error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        section(**keys)
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    with pytest.raises(FileNotFoundError, match="no file"):
+        read_section(path)
+    path.write_text("{,}")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        read_section(path)
+    path.write_text('{"csat_attention": {"seed": 1}, "csat_attention": {"seed": 2}}')
+    with pytest.raises(ValueError, match="'csat_attention' stands twice"):
+        read_section(str(path))
+    path.write_text("[]")
+    with pytest.raises(TypeError, match="list came, a mapping is accepted"):
+        read_section(path)
+    with pytest.raises(TypeError, match="a mapping is accepted"):
+        read_section({"csat_attention": True})
+
+
+# ---- conversion ------------------------------------------------------------------------------------------------------
+
+
+def test_apply_reuses_the_parameters_and_counts_the_layers() -> None:
+    model = Model().eval()
+    parameters = dict(model.named_parameters())
+    replaced = apply(model, section(layers="vision.*|cross_attn", measurements=4, seed=5))
+    assert replaced == ["vision.0", "vision.1", "cross_attn"]
+    new = [model.get_submodule(name) for name in replaced]
+    assert all(isinstance(module, CSATAttention) and not module.training for module in new)
+    assert [module.config.layer for module in new] == [0, 1, 2]
+    now = dict(model.named_parameters())
+    assert all(now[name] is parameter for name, parameter in parameters.items())
+    assert isinstance(model.self_attn, Attention)
+
+
+def test_apply_with_enough_measurements_computes_the_same() -> None:
+    model, x = Model(), torch.randn(2, 9, 16)
+    before = model(x)
+    apply(model, section(layers="vision.*|cross_attn", measurements=9))
+    torch.testing.assert_close(model(x), before)
+
+
+@pytest.mark.parametrize("layers", ["visoin.*", "vision.*|cros_attn", "vision.0.q_proj"])
+def test_a_pattern_that_matches_nothing_is_an_error(layers: str) -> None:
+    with pytest.raises(ValueError, match="matches no attention module; this model has: vision.0, vision.1"):
+        apply(Model(), section(layers=layers, measurements=4))
+
+
+def test_causal_attention_is_refused_with_the_reason() -> None:
+    with pytest.raises(ValueError, match="chooses the causal self_attn; measurements mix the future into the past"):
+        apply(Model(), section(layers="*_attn", measurements=4))
+
+
+def test_a_refused_conversion_leaves_the_model_alone() -> None:
+    model = Model()
+    with pytest.raises(ValueError, match="causal"):
+        apply(model, section(measurements=4))
+    assert not any(isinstance(module, CSATAttention) for module in model.modules())
+
+
+def test_a_registered_converter_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Foreign(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(16, 48)
+
+    monkeypatch.setattr(integration, "_CONVERTERS", {})
+    integration.register_converter(Foreign, lambda module, config: CSATAttention(16, 2, config))
+    model = nn.Sequential(Foreign())
+    assert apply(model, section(measurements=4)) == ["0"]
+    assert isinstance(model[0], CSATAttention)
+
+
+# ---- the real engine -------------------------------------------------------------------------------------------------
+
+ENGINE = """
+import json, logging, sys
+import torch
+from csat_ext.pretrain.train import set_up_process_group
+
+set_up_process_group()
+import deepspeed
+from deepspeed.accelerator import get_accelerator
+from csat_ext import deepspeed as integration
+from csat_ext.module import CSATAttention
+from test_deepspeed import Model
+
+integration.register()
+integration.register()
+from deepspeed.ops.op_builder.all_ops import ALL_OPS
+builder = get_accelerator().create_op_builder("CSATAttentionBuilder")
+facts = {
+    "listed": [name for name, op in ALL_OPS.items() if name == "csat_attention" and op.is_compatible()],
+    "loaded": builder.load().__name__,
+    "others": get_accelerator().create_op_builder("NoSuchBuilder") is None
+    or type(get_accelerator().create_op_builder("NoSuchBuilder")).__name__,
+}
+losses = {}
+for name in sys.argv[1:]:
+    stage = int(name[0])
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "csat_attention": {"layers": "vision.*|cross_attn", "measurements": 4, "threshold_lr_scale": 10},
+    }
+    torch.manual_seed(0)
+    if name.endswith("init"):
+        with deepspeed.zero.Init(config_dict_or_path=config):
+            model = Model()
+    else:
+        model = Model()
+    engine, optimizer, _, _ = integration.initialize(model=model, config=config)
+    assert sum(isinstance(module, CSATAttention) for module in engine.module.modules()) == 3
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    losses[name] = []
+    for step in range(3):
+        loss = engine(torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(step)))
+        engine.backward(loss)
+        engine.step()
+        losses[name].append(loss.item())
+print("FACTS", json.dumps({**facts, "losses": losses, "rates": rates}))
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_engine_at_every_zero_stage() -> None:
+    """The same float32 losses at ZeRO 0 to 3, the last also under `zero.Init`; registration is idempotent."""
+    pytest.importorskip("deepspeed")
+    path = [str(Path(__file__).parent), *(p for p in sys.path if p)]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
+    stages = ["0", "1", "2", "3"]
+    done = subprocess.run(
+        [sys.executable, "-c", ENGINE, *stages], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    facts = json.loads(done.stdout.split("FACTS", 1)[1])
+    assert facts["listed"] == ["csat_attention"]
+    assert facts["loaded"] == "csat_ext._C"
+    assert facts["others"] in (True, "NotImplementedBuilder")
+    assert facts["rates"]["threshold"] == pytest.approx(10 * facts["rates"]["decay"])
+    first = facts["losses"]["0"]
+    assert first[0] != first[-1]
+    for stage in stages[1:]:
+        assert facts["losses"][stage] == pytest.approx(first, rel=1e-5)

@@ -1,0 +1,184 @@
+"""The CUDA kernels' own sources, emulated on the CPU (tests/emulator): right results, and nothing to report.
+
+Sizes are odd and small: tails of every tile, padding of every panel, a head axis that is shared, strides of every kind.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import assert_accurate
+from emulator import build
+from emulator.backend import EmulatedOps, EmulationError
+from torch import Tensor
+
+from csat_ext import _composite
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SEEDS = [0, 7]
+
+
+@pytest.fixture(scope="session")
+def library() -> Any:
+    if reason := build.why_not_buildable():
+        pytest.skip(reason)
+    return build.build()
+
+
+@pytest.fixture(params=SEEDS, ids=lambda seed: f"seed{seed}")
+def ops(request: pytest.FixtureRequest, library: Any) -> EmulatedOps:
+    return EmulatedOps(library, seed=request.param)
+
+
+def _map(function: Callable[[Tensor], Tensor], values: tuple[Any, ...]) -> list[Any]:
+    return [function(v) if isinstance(v, Tensor) and v.is_floating_point() else v for v in values]
+
+
+def check(ops: EmulatedOps, name: str, *arguments: Any) -> Any:
+    """Runs an operator emulated, in float64 and in plain torch of the same dtype, and applies the tolerance rule."""
+    got = getattr(ops, name)(*arguments)
+    exact = getattr(_composite, name)(*_map(Tensor.double, arguments))
+    plain = getattr(_composite, name)(*arguments)
+    assert ops.counters.accesses > 0, "the kernels were built without the checks"
+    if isinstance(got, Tensor):
+        assert_accurate(name, got, exact, plain)
+    else:
+        for i, (a, b, c) in enumerate(zip(got, exact, plain, strict=True)):
+            finite = b.isfinite()
+            assert torch.equal(a.isfinite(), finite), f"{name}[{i}]"
+            assert_accurate(f"{name}[{i}]", a[finite], b[finite], c[finite])
+    return got
+
+
+def _strided(x: Tensor) -> Tensor:
+    """The same values as a view of (B, N, H, D) with gaps."""
+    wide = torch.full((x.shape[0], x.shape[2], x.shape[1], x.shape[3] + 3), math.nan, dtype=x.dtype)
+    view = wide[..., 1:-2].transpose(1, 2)
+    return view.copy_(x)
+
+
+def _tokens(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator).to(dtype)
+
+
+def _attend_inputs(generator: torch.Generator, dtype: torch.dtype, sizes: tuple[int, ...], bias: str) -> tuple[Any, ...]:
+    batch, heads, key_heads, queries, measurements, head_dim, features = sizes
+    q = _tokens(generator, dtype, batch, heads, queries, head_dim)
+    kc = _tokens(generator, dtype, batch, key_heads, measurements, head_dim)
+    vc = _tokens(generator, dtype, batch, key_heads, measurements, features)
+    score_bias = None
+    if bias != "none":
+        score_bias = torch.randn(1, heads, measurements, generator=generator)
+    if bias == "masked":
+        score_bias[:, 0] = -math.inf
+        score_bias[:, -1, ::2] = -math.inf
+    return q, kc, vc, score_bias, head_dim**-0.5
+
+
+def _decoder(generator: torch.Generator, sizes: tuple[int, ...]) -> list[Tensor]:
+    heads, layers, s_layers, b_layers, coefficients, features, outputs = sizes
+    return [
+        torch.randn(heads, s_layers, coefficients, coefficients, generator=generator) * 0.3 / math.sqrt(coefficients),
+        torch.randn(heads, b_layers, coefficients, features, generator=generator) / math.sqrt(features),
+        torch.rand(heads, layers, coefficients, generator=generator) * 0.2,
+        torch.randn(heads, outputs, coefficients, generator=generator),
+        0.5 + torch.rand(heads, layers, generator=generator),
+    ]
+
+
+# batch, heads, key heads, queries, measurements, head dim, features
+ATTEND = [
+    (1, 2, 1, 35, 13, 20, 24),
+    (2, 1, 1, 9, 131, 7, 5),
+    (1, 1, 1, 1, 1, 1, 1),
+    (1, 1, 1, 17, 65, 80, 66),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", ATTEND, ids=str)
+def test_attend(ops: EmulatedOps, generator: torch.Generator, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    inputs = _attend_inputs(generator, dtype, sizes, "finite" if sizes[4] > 13 else "masked")
+    z, lse = check(ops, "attend", *inputs)
+    check(ops, "attend_backward", _tokens(generator, dtype, *z.shape), *inputs[:4], z, lse, inputs[4])
+
+
+def test_attend_takes_strided_tensors_and_no_bias(ops: EmulatedOps, generator: torch.Generator) -> None:
+    q, kc, vc, _, scale = _attend_inputs(generator, torch.bfloat16, (2, 2, 2, 11, 9, 12, 10), "none")
+    strided = _strided(q), _strided(kc), _strided(vc), None, scale
+    z, lse = check(ops, "attend", *strided)
+    assert torch.equal(z, ops.attend(q, kc, vc, None, scale)[0])
+    check(ops, "attend_backward", _strided(_tokens(generator, q.dtype, *z.shape)), *strided[:4], z, lse, scale)
+
+
+# heads, layers, layers of S, layers of B, coefficients, features, outputs
+DECODERS = [(1, 3, 1, 1, 33, 24, 18), (2, 2, 2, 2, 17, 24, 70), (2, 1, 1, 1, 5, 24, 1), (1, 3, 1, 3, 66, 24, 24)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", DECODERS, ids=str)
+def test_decode(ops: EmulatedOps, generator: torch.Generator, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    z, weights = _tokens(generator, dtype, 2, 2, 9, 24), _decoder(generator, sizes)
+    out = check(ops, "decode", z, *weights)
+    if dtype == torch.float32 or sizes == DECODERS[0]:
+        check(ops, "decode_backward", _tokens(generator, dtype, *out.shape), z, *weights)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fused_equals_the_pair(ops: EmulatedOps, generator: torch.Generator, dtype: torch.dtype) -> None:
+    inputs = _attend_inputs(generator, dtype, (1, 2, 1, 19, 13, 16, 24), "finite")
+    weights = _decoder(generator, DECODERS[1])
+    out, z, lse = ops.attend_decode(*inputs, *weights, True)
+    pair_z, pair_lse = ops.attend(*inputs)
+    assert torch.equal(z, pair_z)
+    assert torch.equal(lse, pair_lse)
+    assert torch.equal(out, ops.decode(z, *weights))
+    assert ops.attend_decode(*inputs, *weights, False)[1].shape == (0,)
+
+
+# batch, heads of x, batch of phi, heads of phi, tokens, measurements, head dim
+PROJECT = [(2, 2, 1, 1, 45, 13, 20), (2, 1, 2, 3, 11, 5, 7), (1, 2, 1, 4, 33, 3, 9), (1, 1, 1, 1, 1, 1, 1)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", PROJECT, ids=str)
+def test_project(ops: EmulatedOps, generator: torch.Generator, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    batch, x_heads, phi_batch, phi_heads, tokens, measurements, head_dim = sizes
+    x = _tokens(generator, dtype, batch, x_heads, tokens, head_dim)
+    phi = _tokens(generator, dtype, phi_batch, phi_heads, measurements, tokens)
+    mask = torch.rand(batch, tokens, generator=generator) > 0.2 if tokens > 1 else None
+    y = check(ops, "project", x, phi, mask)
+    check(ops, "project_backward", _tokens(generator, dtype, *y.shape), x, phi, mask, True, True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_order_of_threads_does_not_matter(library: Any, generator: torch.Generator, dtype: torch.dtype) -> None:
+    """Bitwise: reductions have a fixed order whatever the order of blocks, warps and lanes."""
+    inputs = _attend_inputs(generator, dtype, (1, 2, 1, 35, 13, 20, 24), "finite")
+    dz = _tokens(generator, dtype, 1, 2, 35, 24)
+    results = []
+    for seed in (0, 1, 2):
+        ops = EmulatedOps(library, seed=seed)
+        z, lse = ops.attend(*inputs)
+        results.append((z, lse, *ops.attend_backward(dz, *inputs[:4], z, lse, inputs[4])))
+    for other in results[1:]:
+        for first, second in zip(results[0], other, strict=True):
+            assert torch.equal(first, second)
+
+
+def test_report_is_raised(library: Any, generator: torch.Generator) -> None:
+    """A tensor shorter than its sizes say: the read past its end is reported with its place in the kernel."""
+    ops = EmulatedOps(library)
+    q, kc, vc, _, scale = _attend_inputs(generator, torch.float32, (1, 1, 1, 9, 5, 8, 8), "none")
+    with pytest.raises(EmulationError, match=r"out of bounds in .*read of device memory"):
+        ops.attend(q, kc[:, :, :4], vc[:, :, :4].expand(1, 1, 4, 8).as_strided((1, 1, 5, 8), (0, 0, 8, 1)), None, scale)
+
+
+def test_unsupported_sizes_are_refused(library: Any, generator: torch.Generator) -> None:
+    inputs = _attend_inputs(generator, torch.float32, (1, 1, 1, 1, 2, 20000, 3), "none")
+    with pytest.raises(EmulationError, match="outside the supported range"):
+        EmulatedOps(library).attend(*inputs)
