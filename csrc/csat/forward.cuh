@@ -87,6 +87,7 @@ CSAT_DEVICE void attend_rows(const ForwardArgs& p, const RowTile& tile, float* z
       const float decay = before == -INFINITY ? 0.f : exp_f32(before - now);
       if (m0 > 0)
         for (int c = lane; c < p.z_pitch; c += 32) z[r * p.z_pitch + c] *= decay;
+      sync_warp();  // every lane has read the old peak
       if (lane == 0) {
         peak[r] = now;
         mass[r] = mass[r] * decay + sum;

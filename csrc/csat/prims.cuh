@@ -3,7 +3,7 @@
 // headers and for the three macros, and every CUDA thread runs on the CPU.
 //
 // Words: __global__, __launch_bounds__, threadIdx.x, blockIdx.x, __syncthreads(), dim3, float4 as in CUDA; CSAT_DEVICE,
-// CSAT_DYN_SMEM, CSAT_LAUNCH; bf16, f16, to_float, from_float; shfl_xor, warp_sum, warp_max, load4, exp_f32, log_f32,
+// CSAT_DYN_SMEM, CSAT_LAUNCH; bf16, f16, to_float, from_float; sync_warp, shfl_xor, warp_sum, warp_max, load4, exp_f32, log_f32,
 // soft_threshold; last_error and max_shared_bytes on the host.
 #pragma once
 #include <cmath>
@@ -56,6 +56,9 @@ CSAT_DEVICE f16 from_float<f16>(float x) {
 }
 
 CSAT_DEVICE float shfl_xor(float x, int lane_mask) { return __shfl_xor_sync(0xffffffffu, x, lane_mask); }
+// Orders the shared-memory accesses of a warp's lanes.
+CSAT_DEVICE void sync_warp() { __syncwarp(); }
+
 CSAT_DEVICE float warp_sum(float x) {
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) x += shfl_xor(x, mask);

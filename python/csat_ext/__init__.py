@@ -1,11 +1,13 @@
 """Compressed Sensing Attention: softmax over m << n measurements of keys and values, and a sparse decoder for every row.
 
-The public names below are loaded on first use, so that `import csat_ext.reference` needs nothing compiled.
+Importing registers `torch.ops.csat.*`. The public names below are loaded on first use; in a checkout that was never built
+`csat_ext.reference` works all the same, and the rest raises ImportError with the reason.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -43,3 +45,7 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"csat_ext.{name}")
     raise AttributeError(f"module 'csat_ext' has no attribute {name!r}")
+
+
+if importlib.util.find_spec("csat_ext._C") is not None:
+    importlib.import_module("csat_ext.ops")
