@@ -1,4 +1,5 @@
-"""Which ensembles approximate softmax attention? Output error on the activations of a trained image tower, nothing retrained.
+"""Which ensembles approximate softmax attention? Output error on the activations of a trained image tower, nothing
+retrained.
 
 For every layer of a vision tower that was pretrained with full attention, and every ensemble at several m, the output
 before `out_proj` is compared with that of softmax attention: ||out - exact|| / ||exact||, averaged over layers. "mean"
@@ -16,11 +17,12 @@ import math
 from pathlib import Path
 
 import torch
-from csat_ext import measurement, reference
-from csat_ext.pretrain.data import evaluation_batches
-from csat_ext.pretrain.evaluate import load_trained
 from machine import header
 from torch import Tensor, nn
+
+from csat_ext import measurement, reference
+from csat_ext.pretrain.data import validation_batches
+from csat_ext.pretrain.evaluate import load_trained
 
 HERE = Path(__file__).parent
 MEASUREMENTS = (17, 33, 65, 129)
@@ -49,11 +51,12 @@ def activations(checkpoint: Path, images: int) -> tuple[list[QKV], int]:
         x = arguments[0]
         projections = (module.q_proj, module.k_proj, module.v_proj)
         heads = module.num_heads
-        captured.append(tuple(p(x).unflatten(-1, (heads, -1)).transpose(1, 2) for p in projections))  # type: ignore[arg-type]
+        q, k, v = (p(x).unflatten(-1, (heads, -1)).transpose(1, 2) for p in projections)
+        captured.append((q, k, v))
 
     for block in model.vision.blocks:
-        block.attn.register_forward_pre_hook(capture)  # type: ignore[union-attr,operator]
-    batch = next(iter(evaluation_batches(run.config.data)))
+        block.attn.register_forward_pre_hook(capture)
+    batch = next(iter(validation_batches(run.config.data)))
     with torch.inference_mode():
         model.encode_image(batch["image"][:images])
     return captured, math.isqrt(captured[0][0].shape[2] - 1)
@@ -70,7 +73,7 @@ def error_of(ensemble: str, options: dict[str, object], m: int, layers: list[QKV
         options["grid"] = (side, side)
     errors = []
     for index, (q, k, v) in enumerate(layers):
-        phi = measurement(ensemble, m, k.shape[2], seed=0, layer=index, heads=q.shape[1], **options)  # type: ignore[arg-type]
+        phi = measurement(ensemble, m, k.shape[2], seed=0, layer=index, heads=q.shape[1], **options)
         out = reference.csat_attention(q, k, v, phi.phi, score_bias=phi.score_bias)
         errors.append(relative_error(out, nn.functional.scaled_dot_product_attention(q, k, v)))
     return sum(errors) / len(errors)

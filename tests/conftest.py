@@ -72,7 +72,8 @@ def rms(tensor: Tensor) -> float:
 
 
 def assert_accurate(name: str, got: Tensor, exact: Tensor, plain: Tensor | None = None) -> None:
-    """The tolerance rule: RMS error over RMS under the dtype's limit, and at most twice that of plain torch in that dtype.
+    """The tolerance rule: RMS error over RMS under the dtype's limit, and at most twice that of plain torch in that
+    dtype.
 
     A quarter of the limit is allowed on top of twice: for a gradient of three numbers plain torch's error is luck.
     """
@@ -83,5 +84,7 @@ def assert_accurate(name: str, got: Tensor, exact: Tensor, plain: Tensor | None 
     error, size = rms(got.double().cpu() - exact.double()), rms(exact)
     if plain is not None:
         of_plain = rms(plain.detach().double().cpu() - exact.double())
-        assert error <= 2 * of_plain + limit * 0.25 * max(size, 1e-12), f"{name}: error {error:.3e}, plain torch {of_plain:.3e}"
+        assert error <= 2 * of_plain + limit * 0.25 * max(size, 1e-12), (
+            f"{name}: error {error:.3e}, plain torch {of_plain:.3e}"
+        )
     assert error <= limit * max(size, 1e-12) + 1e-30, f"{name}: RMS ratio {error / max(size, 1e-30):.3e} over {limit}"

@@ -50,7 +50,8 @@ class Inputs:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def as_dtype(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Inputs:
-        """The same values in another dtype: tokens in it, parameters too (float32 at least where the dtype is 16 bits wide)."""
+        """The same values in another dtype: tokens in it, parameters too (float32 at least where the dtype is 16 bits
+        wide)."""
         wide = dtype if dtype in (torch.float32, torch.float64) else torch.float32
         leaves = {
             name: t.detach().to(device, dtype if name in ("query", "key", "value") else wide).clone().requires_grad_()
@@ -70,7 +71,9 @@ class Inputs:
         """
         if "theta" in self.leaves:
             atom = torch.arange(self.leaves["theta"].shape[-1])
-            self.leaves["theta"] = torch.where(atom % 3 == 0, 100.0, 0.0).expand_as(self.leaves["theta"]).double().clone()
+            self.leaves["theta"] = (
+                torch.where(atom % 3 == 0, 100.0, 0.0).expand_as(self.leaves["theta"]).double().clone()
+            )
         return self
 
     def decoder(self) -> Any:
@@ -97,8 +100,12 @@ class Inputs:
 
     def gradients(self, attention: Any, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         out = self.call(attention)
-        grads = torch.autograd.grad(out, list(self.leaves.values()), weight.to(out.device, out.dtype), allow_unused=True)
-        return out, {n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(self.leaves.items(), grads, strict=True)}
+        grads = torch.autograd.grad(
+            out, list(self.leaves.values()), weight.to(out.device, out.dtype), allow_unused=True
+        )
+        return out, {
+            n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(self.leaves.items(), grads, strict=True)
+        }
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
@@ -155,7 +162,8 @@ def plain_torch_attention(
     query: Tensor, key: Tensor, value: Tensor, phi_k: Tensor, phi_v: Tensor | None = None, *, decoder: Any = None,
     feature_sensing: Tensor | None = None, score_bias: Tensor | None = None, key_mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """What a user would write: the same formulas in stock torch operations, every one rounded to the dtype of the query."""
+    """What a user would write: the same formulas in stock torch operations, every one rounded to the dtype of the
+    query."""
     dtype, heads = query.dtype, query.shape[1]
 
     def measured(x: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,7 +172,9 @@ def plain_torch_attention(
         if key_mask is not None:
             factor, empty = reference.renormalise_rows(phi, key_mask)
             x = x.masked_fill(~key_mask[:, None, :, None], 0)
-        rows = (phi.to(dtype).repeat_interleave(max(1, x.shape[1] // phi.shape[1]), 1) @ grouped(x, phi.shape[1])).to(dtype)
+        rows = (phi.to(dtype).repeat_interleave(max(1, x.shape[1] // phi.shape[1]), 1) @ grouped(x, phi.shape[1])).to(
+            dtype
+        )
         return rows * factor.to(dtype).unsqueeze(-1), empty
 
     def grouped(x: Tensor, count: int) -> Tensor:

@@ -156,7 +156,9 @@ def test_any_tensor_in_the_decoder_works_or_raises_by_name(name: str, tensor: to
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.sampled_from(["query", "key", "value", "phi_k", "score_bias"]), st.sampled_from([math.nan, math.inf, -math.inf]))
+@given(
+    st.sampled_from(["query", "key", "value", "phi_k", "score_bias"]), st.sampled_from([math.nan, math.inf, -math.inf])
+)
 def test_values_that_are_not_finite_do_no_harm_to_the_process(name: str, value: float) -> None:
     call = good()
     call[name].view(-1)[0] = value

@@ -206,7 +206,7 @@ def test_recovery_is_what_the_named_solvers_unwrap():
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("masked", [False, True])
 def test_attributions_are_a_distribution_and_times_v_give_z(kv_heads, masked):
-    """For a row-stochastic Phi; identity 13 of the design."""
+    """For a row-stochastic Phi, with and without a mask, for grouped keys."""
     B, H, N, D, m = 2, 4, 20, 6, 5
     q, k, v = randn(B, H, 9, D), randn(B, kv_heads, N, D, seed=1), randn(B, kv_heads, N, 3, seed=2)
     pool = measurement("pool", m, N, seed=0, heads=H, dtype=torch.float64)

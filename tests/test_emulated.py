@@ -13,10 +13,10 @@ import pytest
 import torch
 from conftest import assert_accurate
 from emulator import build
-from emulator.backend import EmulatedOps, EmulationError
+from emulator.backend import EmulatedOps, EmulationError, as_cpu_kernels
 from torch import Tensor
 
-from csat_ext import _composite
+from csat_ext import SparseDecoder, _composite, csat_attention, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SEEDS = [0, 7]
@@ -65,7 +65,9 @@ def _tokens(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tens
     return torch.randn(*shape, generator=generator).to(dtype)
 
 
-def _attend_inputs(generator: torch.Generator, dtype: torch.dtype, sizes: tuple[int, ...], bias: str) -> tuple[Any, ...]:
+def _attend_inputs(
+    generator: torch.Generator, dtype: torch.dtype, sizes: tuple[int, ...], bias: str
+) -> tuple[Any, ...]:
     batch, heads, key_heads, queries, measurements, head_dim, features = sizes
     q = _tokens(generator, dtype, batch, heads, queries, head_dim)
     kc = _tokens(generator, dtype, batch, key_heads, measurements, head_dim)
@@ -73,9 +75,9 @@ def _attend_inputs(generator: torch.Generator, dtype: torch.dtype, sizes: tuple[
     score_bias = None
     if bias != "none":
         score_bias = torch.randn(1, heads, measurements, generator=generator)
-    if bias == "masked":
-        score_bias[:, 0] = -math.inf
-        score_bias[:, -1, ::2] = -math.inf
+        if bias == "masked":
+            score_bias[:, 0] = -math.inf
+            score_bias[:, -1, ::2] = -math.inf
     return q, kc, vc, score_bias, head_dim**-0.5
 
 
@@ -155,6 +157,30 @@ def test_project(ops: EmulatedOps, generator: torch.Generator, sizes: tuple[int,
     check(ops, "project_backward", _tokens(generator, dtype, *y.shape), x, phi, mask, True, True)
 
 
+@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
+def test_csat_attention_and_its_gradients(library: Any, generator: torch.Generator) -> None:
+    """The public function with autograd, its every operator emulated, against the reference in float64."""
+    sizes = {"query": (2, 4, 11, 12), "key": (2, 2, 19, 12), "value": (2, 2, 19, 10), "phi": (5, 19)}
+    leaves = {name: torch.randn(shape, generator=generator) for name, shape in sizes.items()}
+    leaves["phi"] = leaves["phi"].softmax(-1)
+    mask = torch.rand(2, 19, generator=generator) > 0.2
+    weights = [w[0] for w in _decoder(generator, (1, 2, 1, 1, 13, 10, 10))]
+    cotangent = torch.randn(2, 4, 11, 10, generator=generator)
+
+    def run(function: Any, dtype: torch.dtype) -> list[Tensor]:
+        inputs = [t.to(dtype).requires_grad_() for t in (*leaves.values(), *weights)]
+        out = function(*inputs[:4], decoder=SparseDecoder(*inputs[4:]), key_mask=mask)
+        return [out, *torch.autograd.grad(out, inputs, cotangent.to(dtype))]
+
+    exact, plain = run(reference.csat_attention, torch.float64), run(reference.csat_attention, torch.float32)
+    ops = EmulatedOps(library, seed=3)
+    with as_cpu_kernels(ops):
+        got = run(csat_attention, torch.float32)
+    assert ops.counters.launches > 0
+    for i, tensors in enumerate(zip(got, exact, plain, strict=True)):
+        assert_accurate(f"result {i}", *tensors)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_order_of_threads_does_not_matter(library: Any, generator: torch.Generator, dtype: torch.dtype) -> None:
     """Bitwise: reductions have a fixed order whatever the order of blocks, warps and lanes."""
@@ -171,11 +197,10 @@ def test_order_of_threads_does_not_matter(library: Any, generator: torch.Generat
 
 
 def test_report_is_raised(library: Any, generator: torch.Generator) -> None:
-    """A tensor shorter than its sizes say: the read past its end is reported with its place in the kernel."""
-    ops = EmulatedOps(library)
+    """A row of vc less than kc has: the read past its end is reported, with its place in the kernel."""
     q, kc, vc, _, scale = _attend_inputs(generator, torch.float32, (1, 1, 1, 9, 5, 8, 8), "none")
-    with pytest.raises(EmulationError, match=r"out of bounds in .*read of device memory"):
-        ops.attend(q, kc[:, :, :4], vc[:, :, :4].expand(1, 1, 4, 8).as_strided((1, 1, 5, 8), (0, 0, 8, 1)), None, scale)
+    with pytest.raises(EmulationError, match=r"out of bounds in .*read of device memory .*pack_kernel<float>"):
+        EmulatedOps(library).attend(q, kc, vc[:, :, :4], None, scale)
 
 
 def test_unsupported_sizes_are_refused(library: Any, generator: torch.Generator) -> None:

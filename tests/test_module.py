@@ -154,7 +154,7 @@ def test_state_dict_holds_the_seed_and_restores_bit_for_bit(ensemble: str) -> No
 
 
 def test_another_ensemble_in_the_checkpoint_is_refused() -> None:
-    with pytest.raises(ValueError, match="'srht'.*'pool'"):
+    with pytest.raises(ValueError, match=r"'srht'.*'pool'"):
         attention().load_state_dict(attention(ensemble="srht").state_dict())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -66,7 +67,9 @@ def test_float64_agrees_with_the_reference_to_rounding() -> None:
             torch.testing.assert_close(grads[name], exact_grads[name], rtol=1e-9, atol=1e-11)
 
 
-def qkv(n: int = 24, nq: int = 10, d: int = 8, heads: int = 2, batch: int = 2, seed: int = 0) -> tuple[torch.Tensor, ...]:
+def qkv(
+    n: int = 24, nq: int = 10, d: int = 8, heads: int = 2, batch: int = 2, seed: int = 0
+) -> tuple[torch.Tensor, ...]:
     g = torch.Generator().manual_seed(seed)
     return tuple(torch.randn(batch, heads, rows, d, generator=g) for rows in (nq, n, n))
 
@@ -75,7 +78,7 @@ def segments(n: int, borders: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Averages of the segments between borders, and log of their lengths."""
     edges = [0, *borders, n]
     phi = torch.zeros(len(edges) - 1, n)
-    for j, (a, b) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+    for j, (a, b) in enumerate(pairwise(edges)):
         phi[j, a:b] = 1 / (b - a)
     return phi, (1 / phi.amax(-1)).log()
 
@@ -122,7 +125,9 @@ def test_row_stochastic_phi_keeps_constants_and_ignores_a_shift_of_the_keys(back
 def test_zero_query_weighs_measurements_by_the_bias_alone(backend: Backend) -> None:
     q, k, v = qkv()
     phi, bias = torch.softmax(torch.randn(7, 24), -1), torch.randn(2, 7)
-    out = backend.csat_attention(*(backend.to(t) for t in (torch.zeros_like(q), k, v, phi)), score_bias=backend.to(bias))
+    out = backend.csat_attention(
+        *(backend.to(t) for t in (torch.zeros_like(q), k, v, phi)), score_bias=backend.to(bias)
+    )
     expected = (torch.softmax(bias, -1)[:, None] @ (phi @ v)).expand_as(out.cpu())
     assert close(out, expected)
 
@@ -172,14 +177,18 @@ def test_scale_moves_between_query_and_scale(backend: Backend) -> None:
     args = [backend.to(t) for t in (k, v, phi)]
     a = backend.csat_attention(backend.to(4 * q), *args, scale=0.25)
     assert close(a, backend.csat_attention(backend.to(q), *args, scale=1.0))
-    assert close(backend.csat_attention(backend.to(q), *args), backend.csat_attention(backend.to(q), *args, scale=8**-0.5))
+    assert close(
+        backend.csat_attention(backend.to(q), *args), backend.csat_attention(backend.to(q), *args, scale=8**-0.5)
+    )
 
 
 def test_permuting_tokens_with_the_columns_of_phi_changes_nothing(backend: Backend) -> None:
     q, k, v = qkv()
     phi, order = torch.softmax(torch.randn(2, 7, 24), -1), torch.randperm(24)
     a = backend.csat_attention(*(backend.to(t) for t in (q, k, v, phi)))
-    b = backend.csat_attention(*(backend.to(t.contiguous()) for t in (q, k[..., order, :], v[..., order, :], phi[..., order])))
+    b = backend.csat_attention(
+        *(backend.to(t.contiguous()) for t in (q, k[..., order, :], v[..., order, :], phi[..., order]))
+    )
     assert close(a, b)
 
 
@@ -200,7 +209,14 @@ def test_a_masked_token_is_a_removed_token(backend: Backend, signed: bool) -> No
     assert close(out, expected)
     for gradient in torch.autograd.grad(out.sum(), leaves):
         assert bool(gradient.isfinite().all())
-    assert bool((torch.autograd.grad(backend.csat_attention(*leaves, key_mask=backend.to(keep[None])).sum(), leaves[1])[0][:, :, ~keep] == 0).all())
+    assert bool(
+        (
+            torch.autograd.grad(backend.csat_attention(*leaves, key_mask=backend.to(keep[None])).sum(), leaves[1])[0][
+                :, :, ~keep
+            ]
+            == 0
+        ).all()
+    )
 
 
 def test_all_masked_gives_zero_and_an_empty_segment_no_nan(backend: Backend) -> None:
@@ -261,8 +277,8 @@ def test_scores_of_ten_thousand_stay_finite(backend: Backend, dtype: torch.dtype
 def test_gradcheck_of_every_argument() -> None:
     from csat_ext import csat_attention
 
-    case = Case(batch=2, heads=2, kv_heads=1, queries=3, tokens=6, m=3, d=3, dv=4, phi_heads=2, rank=3, decoder="untied",
-                atoms=5, layers=2, bias=True, mask=True, separate_phi_v=True)  # fmt: skip
+    sizes = {"heads": 2, "kv_heads": 1, "queries": 3, "tokens": 6, "m": 3, "d": 3, "dv": 4, "rank": 3, "atoms": 5}
+    case = Case(**sizes, phi_heads=2, decoder="untied", layers=2, bias=True, mask=True, separate_phi_v=True)
     inputs = make_inputs(case, seed=3)
     names = list(inputs.leaves)
 

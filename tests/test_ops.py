@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +20,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 RMS_LIMIT = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5, torch.float64: 1e-12}
 
 
-# ---- the operators as formulas -----------------------------------------------------------------------------------------
+# ---- the operators as formulas ---------------------------------------------------------------------------------------
 
 
 def naive_project(x: Tensor, phi: Tensor, key_mask: Tensor | None) -> Tensor:
@@ -51,7 +54,7 @@ def naive_attend_decode(q, kc, vc, bias, scale, *weights):  # type: ignore[no-un
     return naive_decode(naive_attend(q, kc, vc, bias, scale), *weights)
 
 
-# ---- inputs ------------------------------------------------------------------------------------------------------------
+# ---- inputs ----------------------------------------------------------------------------------------------------------
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -79,7 +82,7 @@ def strided(t: Tensor) -> Tensor:
     return t.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-# ---- values and gradients ----------------------------------------------------------------------------------------------
+# ---- values and gradients --------------------------------------------------------------------------------------------
 
 
 def rms(t: Tensor) -> float:
@@ -183,7 +186,12 @@ def test_attend_rows_without_a_measurement() -> None:
     bias = randn(1, 4, 33, seed=7)
     bias[0, 0] = -float("inf")
     bias[0, 1, ::2] = -float("inf")
-    compare(lambda q, k, v: csat.attend(q, k, v, bias, 0.25)[0], lambda q, k, v: naive_attend(q, k, v, bias, 0.25), [q, kc, vc], torch.float64)
+    compare(
+        lambda q, k, v: csat.attend(q, k, v, bias, 0.25)[0],
+        lambda q, k, v: naive_attend(q, k, v, bias, 0.25),
+        [q, kc, vc],
+        torch.float64,
+    )
     leaves = [t.clone().requires_grad_() for t in (q, kc, vc, bias)]
     z, lse = csat.attend(*leaves, 0.25)
     assert (z[:, 0] == 0).all() and lse[:, 0].isneginf().all() and lse[:, 1:].isfinite().all()
@@ -221,8 +229,8 @@ def test_attend_decode(dtype: torch.dtype, need_z: bool) -> None:
     bias = randn(1, 4, 33, seed=7, dtype=parameter)
     weights = decoder(12, 21, 14, 3, 4, 3, 1, parameter)
     op = lambda *a: csat.attend_decode(*a, need_z)[0]  # noqa: E731
-    # In low precision z is rounded between the forward pass and its backward pass: an iterate near its threshold may change
-    # sides there, so only the values are held to the tolerance of one rounding.
+    # In low precision z is rounded between the forward pass and its backward pass: an iterate near its threshold may
+    # change sides there, so only the values are held to the tolerance of one rounding.
     if dtype in (torch.float64, torch.float32):
         compare(op, naive_attend_decode, [q, kc, vc, bias, 0.25, *weights], dtype)
     exact = [t.double() for t in (q, kc, vc, bias)], [w.double() for w in weights]
@@ -259,7 +267,7 @@ def test_empty_tensors() -> None:
     assert [g.shape for g in torch.autograd.grad(y.sum(), (x, phi))] == [x.shape, phi.shape]
 
 
-# ---- registrations -----------------------------------------------------------------------------------------------------
+# ---- registrations ---------------------------------------------------------------------------------------------------
 
 
 def samples(dtype: torch.dtype = torch.float64, grad: bool = True) -> dict[str, tuple[Any, tuple[Any, ...]]]:
@@ -353,24 +361,19 @@ def test_autocast_casts_data_and_leaves_parameters() -> None:
         assert torch.equal(op(x, phi, mask), op(x.bfloat16(), phi, mask))
 
 
-def test_composite_agrees_with_the_kernels() -> None:
-    """What runs on a device without kernels computes the same."""
+def test_plain_torch_backward_agrees_with_the_kernels() -> None:
     from csat_ext import _composite
 
-    for name, (op, args) in samples(grad=False).items():
-        with warnings.catch_warnings():
-            got, expected = getattr(_composite, name)(*args), op(*args)
-        torch.testing.assert_close(got, expected)
     _, (x, phi, mask) = samples(grad=False)["project"]
-    dy = randn(1, 4, 4, 3, seed=8)
-    pairs = [("project_backward", (dy, x, phi, mask, True, True))]
+    calls: list[tuple[str, tuple[Any, ...]]] = []
+    calls.append(("project_backward", (randn(1, 4, 4, 3, seed=8), x, phi, mask, True, True)))
     _, (q, kc, vc, bias, scale) = samples(grad=False)["attend"]
     z, lse = csat.attend(q, kc, vc, bias, scale)
-    pairs.append(("attend_backward", (torch.ones_like(z), q, kc, vc, bias, z, lse, scale)))
-    _, args = samples(grad=False)["decode"]
-    for weights in (args[1:], tuple(decoder(3, 4, 3, 2, 1, 1, 2))):
-        pairs.append(("decode_backward", (randn(1, 2, 5, 3, seed=9), args[0], *weights)))
-    for name, arguments in pairs:
+    calls.append(("attend_backward", (torch.ones_like(z), q, kc, vc, bias, z, lse, scale)))
+    z, *per_head = samples(grad=False)["decode"][1]
+    for weights in (per_head, decoder(3, 4, 3, 2, 1, 1, 2)):
+        calls.append(("decode_backward", (randn(1, 2, 5, 3, seed=9), z, *weights)))
+    for name, arguments in calls:
         torch.testing.assert_close(getattr(_composite, name)(*arguments), getattr(csat, name)(*arguments))
 
 
@@ -398,7 +401,34 @@ def test_deterministic_for_any_number_of_threads() -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-# ---- bad input ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_every_instruction_set(capability: str) -> None:
+    """The kernels of smaller processors, in a process where torch and csat are bounded to them."""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    code = "from csat_ext import _C; print(_C.build_info()['instruction_set'])"
+    chosen = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert chosen.stdout.strip() in ("baseline", capability)
+    selected = ["-k", "gradcheck or odd_sizes or without_a_measurement or large_scores or test_attend_decode"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selected, __file__]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("name", list(samples()))
+def test_device_without_kernels_runs_plain_torch_with_one_warning(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from csat_ext import _composite
+
+    op, args = samples(grad=False)[name]
+    monkeypatch.setattr(_composite, "_warned", set())
+    with pytest.warns(UserWarning, match="csat_ext on cpu tensors"):
+        got = op._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        op._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args)
+    torch.testing.assert_close(got, op(*args))
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
 
 
 def full_calls() -> dict[str, dict[str, Any]]:
@@ -482,11 +512,13 @@ def test_scale_must_be_finite(scale: float) -> None:
 
 
 def test_head_counts_and_layers() -> None:
-    assert "phi must have 1 head or a multiple of the 2 heads of x" in refused("project", "phi", torch.zeros(1, 3, 4, 6))
+    assert "phi must have 1 head or a multiple of the 2 heads of x" in refused(
+        "project", "phi", torch.zeros(1, 3, 4, 6)
+    )
     call = {**CALLS["attend"], "kc": torch.zeros(1, 3, 4, 3), "vc": torch.zeros(1, 3, 4, 3)}
     with pytest.raises(ValueError, match="kc must have a number of heads that divides the 2 heads of q"):
         csat.attend(**call)
     assert "theta must have shape" in refused("decode", "theta", torch.zeros(2, 0, 4))
     assert "S must have shape" in refused("decode", "S", torch.zeros(2, 5, 4, 4))
-    with pytest.raises(ValueError, match="x must have shape .* with size 1 or more"):
+    with pytest.raises(ValueError, match=r"x must have shape .* with size 1 or more"):
         csat.project(torch.zeros(1, 0, 6, 3), torch.zeros(1, 1, 4, 6), None)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.fx.experimental.proxy_tensor
 
 from csat_ext import philox
 from csat_ext.philox import philox_bits
@@ -46,6 +47,23 @@ def test_tensors_agree_with_python_integers_and_broadcast():
     for h, r, p in [(0, 0, 0), (1, 1, 3), (1, 2, 2)]:
         expected = _python_philox((p, int(rows[r]), int(heads[h]), 9), (2**32 - 3, ONES))
         assert [int(word[h, r, p]) for word in words] == expected
+
+
+def test_it_is_one_operator_for_the_compiler():
+    """Traced as its rounds, Inductor would unfold them into more than a million operations."""
+    heads, rows, positions = torch.arange(2)[:, None, None], torch.arange(3)[:, None], torch.arange(5)
+    torch.library.opcheck(torch.ops.csat_ext.philox.default, (positions, rows, heads, torch.tensor(7), 1, 2))
+    traced = torch.fx.experimental.proxy_tensor.make_fx(lambda p: philox_bits(1, 0, 0, 0, p)[0])(positions)
+    assert sum(node.target == torch.ops.csat_ext.philox.default for node in traced.graph.nodes) == 1
+    assert not any("mul" in node.name for node in traced.graph.nodes)
+
+
+def test_long_draws_are_those_of_their_parts():
+    row = torch.arange(3)[:, None]
+    long = torch.stack(philox_bits(1, 0, 0, row, torch.arange(50_000)))
+    part = torch.stack(philox_bits(1, 0, 0, row, torch.arange(21_000, 22_000)))
+    assert torch.equal(long[..., 21_000:22_000], part)
+    assert torch.stack(philox_bits(1, 0, 0, 0, torch.arange(0))).shape == (4, 0)
 
 
 def test_neither_global_seed_nor_default_dtype_matters():

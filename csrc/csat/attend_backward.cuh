@@ -1,14 +1,19 @@
 // Backward of attend, from the saved lse (probabilities are recomputed, never stored in global memory):
 //
-//   p = exp(s - lse), delta = rowsum(dz z), ds = p (dz vc^T - delta)
-//   query_backward:        dq = scale ds kc, and delta for the other kernel; one block a tile of queries
-//   measurement_backward:  dkc = scale ds^T q, dvc = p^T dz, dbias = colsum ds; one block a (head, chunk of queries, 64
+//   p = exp(s - lse), dP = dz vc^T, delta = rowsum(p dP) / rowsum(p), ds = p (dP - delta)
+//   query_backward:        delta for both kernels, dq = scale ds kc; one block a tile of queries, two passes over kc,
+//   vc measurement_backward:  dkc = scale ds^T q, dvc = p^T dz, dbias = colsum ds; one block a (head, chunk of queries,
+//   64
 //                          measurements), which walks its query tiles in order and adds to a partial sum of its own in
 //                          the workspace; reduce() then adds chunks and the heads of a group in a fixed order.
 //
+// delta equals rowsum(dz z), but z has been rounded to T, and where measured values are alike ds is a small difference
+// that this rounding would swamp. rowsum(dz z) is therefore only the centre: dP - centre is summed against p, divided
+// by the mass that a rounded lse leaves near 1, and kept apart as the shift: ds = p ((dP - centre) - shift).
+//
 // Data flow: rows of q and dz -> shared; kc^T and vc^T (query_backward: kc too) streamed as panels; p and ds -> shared;
 // query_backward keeps dq in shared, measurement_backward adds to L2-resident partials (one read and write a 32 FMA).
-// Budget of a row: 2 M (2 D + R) FLOP in query_backward, 2 M (2 D + 2 R) in measurement_backward; shared memory
+// Budget of a row: 2 M (3 D + 2 R) FLOP in query_backward, 2 M (2 D + 2 R) in measurement_backward; shared memory
 // limits::query_backward_row and limits::measurement_backward_row floats. Rows with lse = -inf have p = 0.
 #pragma once
 #include "csat/tile.cuh"
@@ -21,19 +26,19 @@ struct AttendBackwardArgs {
   int head_dim, features;
   View q, z, dz, lse, dq;
   Panel keys_t, values_t, keys, bias;  // (B Hk)(D, M), (B Hk)(R, M), (B Hk)(M, D), (B H)(1, M)
-  float* delta;                        // (B, H, Nq)
+  float *centre, *shift;               // (B, H, Nq) each: delta = centre + shift
   int q_pitch, dz_pitch, dq_pitch, measurement_tile;
   float scale;
   // measurement_backward
-  int64_t chunks, chunk_queries;             // a chunk is a multiple of `rows` queries
+  int64_t chunks, chunk_queries;                // a chunk is a multiple of `rows` queries
   float *key_parts, *value_parts, *bias_parts;  // (B H chunks)(M, D), (M, R), (M), M padded to 64
 };
 
-// p and ds of one micro-tile whose columns are measurements `column` .. + 63 of the panels.
+// Calls store(r, i, p, dP - centre) for one micro-tile whose columns are measurements `column` .. + 63 of the panels.
 template <typename F>
 CSAT_DEVICE void score_gradients(const AttendBackwardArgs& p, const float* q, int q_pitch, const float* dz,
                                  int dz_pitch, const float* keys_t, const float* values_t, const float* bias,
-                                 const float* lse, const float* delta, F store) {
+                                 const float* lse, const float* centre, F store) {
   Accumulator s = {}, dp = {};
   multiply(s, q, q_pitch, keys_t, p.keys_t.pitch, p.q_pitch);
   multiply(dp, dz, dz_pitch, values_t, p.values_t.pitch, p.dz_pitch);
@@ -43,7 +48,7 @@ CSAT_DEVICE void score_gradients(const AttendBackwardArgs& p, const float* q, in
     for (int i = 0; i < 2; ++i) {
       const float row_lse = lse[r];
       const float probability = row_lse == -INFINITY ? 0.f : exp_f32(p.scale * s[r][i] + bias[32 * i] - row_lse);
-      store(r, i, probability, probability * (dp[r][i] - delta[r]));
+      store(r, i, probability, dp[r][i] - centre[r]);
     }
 }
 
@@ -56,7 +61,9 @@ __global__ void __launch_bounds__(limits::kThreads) query_backward_kernel(Attend
   float* ds = dz + rows * p.dz_pitch;
   float* dq = ds + rows * span;
   float* lse = dq + rows * p.dq_pitch;
-  float* delta = lse + rows;
+  float* centre = lse + rows;
+  float* shift = centre + rows;
+  float* sums = shift + rows;  // (columns of micro-tiles, rows): (p (dP - centre), p)
   const RowTile tile = row_tile_at(blockIdx.x, p.heads, p.queries, rows);
   const int64_t pair = tile.batch * p.heads + tile.head, key_pair = pair / p.group;
   const float* keys_t = p.keys_t.data + key_pair * p.keys_t.matrix + lane;
@@ -78,9 +85,41 @@ __global__ void __launch_bounds__(limits::kThreads) query_backward_kernel(Attend
     }
     sum = warp_sum(sum);
     if (lane == 0) {
-      delta[r] = sum;
+      centre[r] = sum;
       lse[r] = r < tile.valid ? *at<const float>(p.lse, tile.batch, tile.head, tile.first + r) : -INFINITY;
-      if (r < tile.valid) p.delta[pair * p.queries + tile.first + r] = sum;
+    }
+  }
+  constexpr int kColumns = limits::kMeasurementTile / limits::kMicroColumns;
+  fill(sums, 2 * kColumns * rows, 0.f);
+  __syncthreads();
+
+  for (int64_t m0 = 0; m0 < p.measurements; m0 += span) {
+    const int columns = p.keys_t.pitch - m0 < span ? static_cast<int>(p.keys_t.pitch - m0) : span;
+    for_each_micro_tile(rows, columns, [&](int row, int column) {
+      const int64_t m = m0 + column;
+      float mean[limits::kMicroRows] = {}, mass[limits::kMicroRows] = {};
+      score_gradients(p, q + row * p.q_pitch, p.q_pitch, dz + row * p.dz_pitch, p.dz_pitch, keys_t + m, values_t + m,
+                      bias + m, lse + row, centre + row, [&](int r, int, float probability, float dp) {
+                        mean[r] += probability * dp;
+                        mass[r] += probability;
+                      });
+      float* out = sums + 2 * (column / limits::kMicroColumns * rows + row);  // always the same warp's
+#pragma unroll
+      for (int r = 0; r < limits::kMicroRows; ++r) {
+        mean[r] = warp_sum(mean[r]);
+        mass[r] = warp_sum(mass[r]);
+        if (lane == 0) out[2 * r] += mean[r], out[2 * r + 1] += mass[r];
+      }
+    });
+  }
+  __syncthreads();
+  for (int r = threadIdx.x; r < rows; r += limits::kThreads) {
+    float mean = 0.f, mass = 0.f;
+    for (int i = 0; i < kColumns; ++i) mean += sums[2 * (i * rows + r)], mass += sums[2 * (i * rows + r) + 1];
+    shift[r] = mass == 0.f ? 0.f : mean / mass;
+    if (r < tile.valid) {
+      p.centre[pair * p.queries + tile.first + r] = centre[r];
+      p.shift[pair * p.queries + tile.first + r] = shift[r];
     }
   }
   __syncthreads();
@@ -91,8 +130,9 @@ __global__ void __launch_bounds__(limits::kThreads) query_backward_kernel(Attend
       const int64_t m = m0 + column;
       float* out = ds + row * span + column + lane;
       score_gradients(p, q + row * p.q_pitch, p.q_pitch, dz + row * p.dz_pitch, p.dz_pitch, keys_t + m, values_t + m,
-                      bias + m, lse + row, delta + row,
-                      [&](int r, int i, float, float gradient) { out[r * span + 32 * i] = gradient; });
+                      bias + m, lse + row, centre + row, [&](int r, int i, float probability, float dp) {
+                        out[r * span + 32 * i] = probability * (dp - shift[row + r]);
+                      });
     });
     __syncthreads();
     for_each_micro_tile(rows, p.dq_pitch, [&](int row, int column) {
@@ -148,7 +188,8 @@ __global__ void __launch_bounds__(limits::kThreads) measurement_backward_kernel(
   float* probability = dz + rows * r_pitch;
   float* ds = probability + rows * kSpan;
   float* lse = ds + rows * kSpan;
-  float* delta = lse + rows;
+  float* centre = lse + rows;
+  float* shift = centre + rows;
   const int64_t spans = p.keys_t.pitch / kSpan;
   const int64_t m0 = blockIdx.x % spans * kSpan, slot = blockIdx.x / spans;  // slot: (b, h, chunk)
   const int64_t chunk = slot % p.chunks, pair = slot / p.chunks, key_pair = pair / p.group;
@@ -169,15 +210,16 @@ __global__ void __launch_bounds__(limits::kThreads) measurement_backward_kernel(
               p.features);
     for (int r = threadIdx.x; r < rows; r += limits::kThreads) {
       lse[r] = r < valid ? *at<const float>(p.lse, batch, head, first + r) : -INFINITY;
-      delta[r] = r < valid ? p.delta[pair * p.queries + first + r] : 0.f;
+      centre[r] = r < valid ? p.centre[pair * p.queries + first + r] : 0.f;
+      shift[r] = r < valid ? p.shift[pair * p.queries + first + r] : 0.f;
     }
     __syncthreads();
     for_each_micro_tile(rows, kSpan, [&](int row, int) {
       const int offset = row * kSpan + lane;
       score_gradients(p, q + row * d_pitch, d_pitch, dz + row * r_pitch, r_pitch, keys_t, values_t, bias, lse + row,
-                      delta + row, [&](int r, int i, float prob, float gradient) {
+                      centre + row, [&](int r, int i, float prob, float dp) {
                         probability[offset + r * kSpan + 32 * i] = prob;
-                        ds[offset + r * kSpan + 32 * i] = gradient;
+                        ds[offset + r * kSpan + 32 * i] = prob * (dp - shift[row + r]);
                       });
     });
     __syncthreads();

@@ -12,7 +12,8 @@
 // Data flow: z -> shared; a_t, v_t (later e'_t in its place) -> workspace slots of this tile, coalesced; g, e', sum of
 // e', dc and dz in shared memory; weights streamed as panels. Sums over the rows of a tile (dtheta, dstep) are taken by
 // one thread a column in row order; sums over tiles by reduce(). No atomics.
-// Budget of a row: 3 T P (P + R) FLOP x 2; shared memory limits::decode_backward_row floats; workspace (2 T + 1) P floats.
+// Budget of a row: 3 T P (P + R) FLOP x 2; shared memory limits::decode_backward_row floats; workspace (2 T + 1) P
+// floats.
 #pragma once
 #include "csat/tile.cuh"
 
@@ -27,13 +28,13 @@ struct DecodeBackwardArgs {
   View z, dout, dz;
   Panel S_t, B_t, S, B, psi, theta, step;  // transposed (as in forward), then as they are; theta, step
   // Workspace of this launch; `rows_g` = group_tiles * rows rows a group.
-  float* iterates;    // (groups, T + 1, rows_g, a_pitch): a_0 .. a_T
-  float* errors;      // (groups, T, rows_g, a_pitch): v_t, then e'_t
-  float* b_errors;    // (groups, b_layers, rows_g, a_pitch)
-  float* z_rows;      // (groups, rows_g, features_pitch)
-  float* dout_rows;   // (groups, rows_g, outputs_pitch)
-  float* theta_parts; // (groups, group_tiles, T, a_pitch)
-  float* step_parts;  // (groups, group_tiles, T)
+  float* iterates;     // (groups, T + 1, rows_g, a_pitch): a_0 .. a_T
+  float* errors;       // (groups, T, rows_g, a_pitch): v_t, then e'_t
+  float* b_errors;     // (groups, b_layers, rows_g, a_pitch)
+  float* z_rows;       // (groups, rows_g, features_pitch)
+  float* dout_rows;    // (groups, rows_g, outputs_pitch)
+  float* theta_parts;  // (groups, group_tiles, T, a_pitch)
+  float* step_parts;   // (groups, group_tiles, T)
 };
 
 // Tile `index` of a group: with shared weights the one group walks every (batch, head), else group h walks the batch.

@@ -5,23 +5,23 @@
 //
 // Data flow: q rows -> shared -> scores (micro-tiles, kc^T streamed as a panel) -> shared -> probabilities in place ->
 // z (shared, rescaled as the running maximum moves). Decode keeps a (two copies) and B z in shared memory and streams
-// S^T, B^T, psi^T as panels. Fused, z goes from the one to the other without leaving shared memory; it is rounded to T on
-// the way, so that the fused op equals attend followed by decode bit for bit.
+// S^T, B^T, psi^T as panels. Fused, z goes from the one to the other without leaving shared memory; it is rounded to T
+// on the way, so that the fused op equals attend followed by decode bit for bit.
 //
 // Budget of a row: 2 M (D + R) + 2 T P (P + R or, tied, R once) + 2 P Dv FLOP in float32; shared memory
-// limits::attend_row and limits::decode_row floats; global traffic is q, z, c once and the panels once a tile (from L2).
-// A row whose scores are all -inf: z = 0, lse = -inf. Limits: limits.h.
+// limits::attend_row and limits::decode_row floats; global traffic is q, z, c once and the panels once a tile (from
+// L2). A row whose scores are all -inf: z = 0, lse = -inf. Limits: limits.h.
 #pragma once
 #include "csat/tile.cuh"
 
 namespace csat {
 
 struct ForwardArgs {
-  int rows;                 // of a tile
+  int rows;  // of a tile
   int64_t heads, queries;
-  int features;             // R
+  int features;  // R
   int z_pitch;
-  View z;                   // attend: where to write it (data null: not wanted); decode alone: where to read it
+  View z;  // attend: where to write it (data null: not wanted); decode alone: where to read it
   // attend
   View q, lse;
   Panel keys, values, bias;  // (B Hk)(D, M), (B Hk)(M, R), (B)(H, M) with -inf in the padding

@@ -1,12 +1,12 @@
-// The one matrix product that is not ours: row-major, strided batches, float32 accumulation. csrc/kernels/gemm_cublas.cpp
-// gives it to cuBLAS; the emulated build links a loop with the same meaning.
+// The one matrix product that is not ours: row-major, strided batches, float32 accumulation.
+// csrc/kernels/gemm_cublas.cu gives it to cuBLAS; the emulated build links a loop with the same meaning.
 #pragma once
 #include "csat/launch.h"
 
 namespace csat {
 
-// A row-major matrix in memory; with `transposed` the product uses its transpose. `pitch` is the stride between rows, `batch` the
-// stride between the matrices of a batch (0: shared).
+// A row-major matrix in memory; with `transposed` the product uses its transpose. `pitch` is the stride between rows,
+// `batch` the stride between the matrices of a batch (0: shared).
 struct GemmOperand {
   const void* data;
   int64_t pitch, batch;
@@ -24,8 +24,5 @@ struct GemmArgs {
 };
 // Returns 0 or kGemmError + the status of the library.
 int gemm(const GemmArgs& p, void* blas);
-
-constexpr int kUnsupported = -1;   // see limits::why_not
-constexpr int kGemmError = 10000;
 
 }  // namespace csat

@@ -6,12 +6,12 @@
 
 namespace csat {
 
-#define CSAT_FORWARD_INSTANCES(prefix, T)                                                           \
-  prefix template int launch_forward<T, true, false>(const ForwardArgs&, int64_t, int64_t, void*);  \
-  prefix template int launch_forward<T, false, true>(const ForwardArgs&, int64_t, int64_t, void*);  \
+#define CSAT_FORWARD_INSTANCES(prefix, T)                                                          \
+  prefix template int launch_forward<T, true, false>(const ForwardArgs&, int64_t, int64_t, void*); \
+  prefix template int launch_forward<T, false, true>(const ForwardArgs&, int64_t, int64_t, void*); \
   prefix template int launch_forward<T, true, true>(const ForwardArgs&, int64_t, int64_t, void*);
-#define CSAT_ATTEND_BACKWARD_INSTANCES(prefix, T)                                                          \
-  prefix template int launch_query_backward<T>(const AttendBackwardArgs&, int64_t, int64_t, void*);        \
+#define CSAT_ATTEND_BACKWARD_INSTANCES(prefix, T)                                                   \
+  prefix template int launch_query_backward<T>(const AttendBackwardArgs&, int64_t, int64_t, void*); \
   prefix template int launch_measurement_backward<T>(const AttendBackwardArgs&, int64_t, int64_t, void*);
 #define CSAT_DECODE_BACKWARD_INSTANCES(prefix, T) \
   prefix template int launch_decode_backward<T>(const DecodeBackwardArgs&, int64_t, int64_t, void*);
@@ -25,16 +25,5 @@ CSAT_EXTERN(float)
 CSAT_EXTERN(bf16)
 CSAT_EXTERN(f16)
 #endif
-
-// Calls f with a value of the storage type of `dtype`.
-template <typename F>
-int with_dtype(DType dtype, F f) {
-  switch (dtype) {
-    case DType::f32: return f(float{});
-    case DType::bf16: return f(bf16{});
-    case DType::f16: return f(f16{});
-  }
-  return -1;
-}
 
 }  // namespace csat

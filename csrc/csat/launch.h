@@ -10,7 +10,8 @@ namespace csat {
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 constexpr int64_t size_of(DType t) { return t == DType::f32 ? 4 : 2; }
 
-// A strided tensor of up to four axes, aligned right: stride[3] belongs to the last axis. A broadcast axis has stride 0.
+// A strided tensor of up to four axes, aligned right: stride[3] belongs to the last axis. A broadcast axis has stride
+// 0.
 struct View {
   void* data = nullptr;
   DType dtype = DType::f32;
@@ -51,33 +52,33 @@ struct Decoder {
 
 struct DecodeParams {
   Decoder decoder;
-  View z;                          // (B, H, Nq, R), T
-  View out;                        // (B, H, Nq, Dv), T
-  int64_t batch, heads, queries;   // B, H, Nq
+  View z;                         // (B, H, Nq, R), T
+  View out;                       // (B, H, Nq, Dv), T
+  int64_t batch, heads, queries;  // B, H, Nq
 };
 
 struct DecodeBackwardParams {
-  DecodeParams forward;            // out is not read
-  View dout;                       // (B, H, Nq, Dv), T
-  View dz;                         // (B, H, Nq, R), T
+  DecodeParams forward;                    // out is not read
+  View dout;                               // (B, H, Nq, Dv), T
+  View dz;                                 // (B, H, Nq, R), T
   float *dS, *dB, *dtheta, *dpsi, *dstep;  // contiguous, in the weights' shapes
 };
 
 // project: y = phi x over the tokens; head h of y reads head h / (H / Hx) of x and head h (or 0) of phi.
 // A token whose `keep` is false is never read.
 struct ProjectParams {
-  View x;                      // (B, Hx, N, D), T
-  View phi;                    // (1 or B, Hp, M, N), T or float32; a broadcast batch has stride 0
-  const unsigned char* keep;   // (B, N) contiguous, or null: every token is kept
-  View y;                      // (B, H, M, D) contiguous, T
+  View x;                     // (B, Hx, N, D), T
+  View phi;                   // (1 or B, Hp, M, N), T or float32; a broadcast batch has stride 0
+  const unsigned char* keep;  // (B, N) contiguous, or null: every token is kept
+  View y;                     // (B, H, M, D) contiguous, T
   int64_t batch, x_heads, phi_batch, phi_heads, tokens, measurements, head_dim;  // B, Hx, 1 or B, Hp, N, M, D
 };
 
 struct ProjectBackwardParams {
-  ProjectParams forward;       // y is not read
-  View dy;                     // (B, H, M, D), T
-  View dx;                     // (B, Hx, N, D) contiguous, T; data null: not wanted
-  View dphi;                   // (1 or B, Hp, M, N) contiguous, dtype of phi; data null: not wanted
+  ProjectParams forward;  // y is not read
+  View dy;                // (B, H, M, D), T
+  View dx;                // (B, Hx, N, D) contiguous, T; data null: not wanted
+  View dphi;              // (1 or B, Hp, M, N) contiguous, dtype of phi; data null: not wanted
 };
 
 int64_t attend_workspace(const AttendParams& p);
@@ -92,7 +93,8 @@ int decode_forward(const DecodeParams& p, void* workspace, void* stream);
 int64_t decode_backward_workspace(const DecodeBackwardParams& p);
 int decode_backward(const DecodeBackwardParams& p, void* workspace, void* stream);
 
-// attend and decode in one kernel: `decode.z` is ignored, the row of z never leaves shared memory unless attend.z is set.
+// attend and decode in one kernel: `decode.z` is ignored, the row of z never leaves shared memory unless attend.z is
+// set.
 int64_t attend_decode_workspace(const AttendParams& attend, const DecodeParams& decode);
 int attend_decode_forward(const AttendParams& attend, const DecodeParams& decode, void* workspace, void* stream);
 
@@ -103,10 +105,14 @@ int project_forward(const ProjectParams& p, void* workspace, void* blas, void* s
 int64_t project_backward_workspace(const ProjectBackwardParams& p);
 int project_backward(const ProjectBackwardParams& p, void* workspace, void* blas, void* stream);
 
+// Return codes beside 0 and those of the CUDA runtime.
+constexpr int kUnsupported = -1;   // outside limits.h; limits::why_not says what
+constexpr int kGemmError = 10000;  // plus the status of the matrix library
+
 // Dynamic shared memory that a block may use on the current device, in bytes.
 int64_t shared_memory_limit();
 
-// The architectures, the compiler and the kind of build of these kernels, in one line.
+// The architectures that these kernels were compiled for, and the compiler, in one line.
 const char* build_info();
 
 // What a return code means; never null.

@@ -7,8 +7,9 @@
 //   D, R                         1 .. 1024        one row tile lives in shared memory
 //   P, Dv                        1 .. 1024        three rows of P and one of max(R, Dv) in shared memory
 //   blocks of one launch         < 2^31           one linear grid
-//   shared memory of a block     device           163 KiB on sm_80, 227 KiB on sm_90, 99 KiB on sm_86 and sm_89:
-//                                                 there 24 P + 8 max(R, Dv) floats bound P at 880 for R = Dv = 64
+//   shared memory of a block     device           163 KiB on sm_80 and 227 KiB on sm_90 hold every size above; 99 KiB
+//   on
+//                                                 sm_86 and sm_89 hold 3 P + max(R, Dv) <= 3164 (each rounded up to 64)
 #pragma once
 #include <cstdint>
 #include <initializer_list>
@@ -17,29 +18,30 @@
 
 namespace csat::limits {
 
-constexpr int kThreads = 128;         // a block: four warps
+constexpr int kThreads = 128;  // a block: four warps
 constexpr int kWarps = kThreads / 32;
-constexpr int kMicroRows = 8;         // a warp computes 8 rows x 64 columns at a time, two columns a lane
+constexpr int kMicroRows = 8;  // a warp computes 8 rows x 64 columns at a time, two columns a lane
 constexpr int kMicroColumns = 64;
-constexpr int kOuterRows = 16;        // the same for sums of outer products
-constexpr int kMeasurementTile = 128; // measurements whose scores one row tile holds at a time
-constexpr int kOuterDepth = 32;       // rows staged at a time by the sums of outer products
-constexpr int kMaxFeature = 1024;     // D, R, P, Dv
+constexpr int kOuterRows = 16;         // the same for sums of outer products
+constexpr int kMeasurementTile = 128;  // measurements whose scores one row tile holds at a time
+constexpr int kOuterDepth = 32;        // rows staged at a time by the sums of outer products
+constexpr int kMaxFeature = 1024;      // D, R, P, Dv
 
-constexpr int64_t kSharedPreferred = 72 * 1024;       // two blocks on an SM of 163 KiB, three on one of 227 KiB
-constexpr int64_t kWorkspaceCap = int64_t(256) << 20; // bytes of saved iterates before decode_backward goes in chunks
-constexpr int64_t kTargetBlocks = 512;                // sums over rows are split until this many blocks run
+constexpr int64_t kSharedPreferred = 72 * 1024;        // two blocks on an SM of 163 KiB, three on one of 227 KiB
+constexpr int64_t kWorkspaceCap = int64_t(256) << 20;  // bytes of saved iterates before decode_backward goes in chunks
+constexpr int64_t kTargetBlocks = 512;                 // sums over rows are split until this many blocks run
 constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
-constexpr int depth_pad(int64_t n) { return static_cast<int>(round_up(n, 4)); }                // a contracted axis
-constexpr int column_pad(int64_t n) { return static_cast<int>(round_up(n, kMicroColumns)); }   // an output axis
+constexpr int depth_pad(int64_t n) { return static_cast<int>(round_up(n, 4)); }               // a contracted axis
+constexpr int column_pad(int64_t n) { return static_cast<int>(round_up(n, kMicroColumns)); }  // an output axis
 
 // Rows of a tile: the largest of 32, 16, 8 within the preferred budget, else 8 within the device's; 0 if none fits.
 constexpr int row_tile(int64_t floats_per_row, int64_t shared_limit) {
+  const int64_t preferred = kSharedPreferred < shared_limit ? kSharedPreferred : shared_limit;
   for (int rows : {32, 16, 8})
-    if (rows * floats_per_row * 4 <= kSharedPreferred) return rows;
+    if (rows * floats_per_row * 4 <= preferred) return rows;
   return 8 * floats_per_row * 4 <= shared_limit ? 8 : 0;
 }
 
@@ -58,10 +60,10 @@ constexpr int64_t attend_decode_row(const AttendParams& a, const DecodeParams& d
   return attend > decode ? attend : decode;
 }
 constexpr int64_t query_backward_row(int64_t M, int64_t D, int64_t R) {
-  return depth_pad(D) + depth_pad(R) + column_pad(D) + measurement_tile(M) + 2;
+  return depth_pad(D) + depth_pad(R) + column_pad(D) + measurement_tile(M) + 3 + 2 * (kMeasurementTile / kMicroColumns);
 }
 constexpr int64_t measurement_backward_row(int64_t D, int64_t R) {
-  return column_pad(D) + column_pad(R) + 2 * kMicroColumns + 2;
+  return column_pad(D) + column_pad(R) + 2 * kMicroColumns + 3;
 }
 constexpr int64_t decode_backward_row(int64_t P, int64_t R, int64_t Dv) {
   return (column_pad(R) > column_pad(Dv) ? column_pad(R) : column_pad(Dv)) + 3 * int64_t(column_pad(P)) + 4;

@@ -4,8 +4,8 @@
 
 namespace csat {
 
-// panel[i * n1 + j][r][c] = source[i, j, r, c] as float32 for r < rows, c < columns; `fill` in the padding. A null source
-// counts as zeros. The panel has (panel_rows, pitch) floats a matrix.
+// panel[i * n1 + j][r][c] = source[i, j, r, c] as float32 for r < rows, c < columns; `fill` in the padding. A null
+// source counts as zeros. The panel has (panel_rows, pitch) floats a matrix.
 struct PackArgs {
   const void* source;
   DType dtype;
@@ -28,8 +28,8 @@ struct ReduceArgs {
 };
 int reduce(const ReduceArgs& p, void* stream);
 
-// target[i, j] (+)= sum over k < depth of x[i, j][k]^T y[i, j][k]: x rows of x_columns floats, y rows of y_columns (both
-// padded to 64), groups i < n0, members j < n1; target contiguous (n0, n1, rows, columns). `partial` holds
+// target[i, j] (+)= sum over k < depth of x[i, j][k]^T y[i, j][k]: x rows of x_columns floats, y rows of y_columns
+// (both padded to 64), groups i < n0, members j < n1; target contiguous (n0, n1, rows, columns). `partial` holds
 // outer_workspace() bytes.
 struct OuterArgs {
   const float *x, *y;

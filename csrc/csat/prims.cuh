@@ -1,10 +1,10 @@
 // The only file that holds PTX, intrinsics and compiler-specific syntax; kernels are written in the words below and in
-// plain C++. The same kernel sources are compiled by g++ with -DCSAT_EMULATE: then "cuda_emulation.h" stands for the CUDA
-// headers and for the three macros, and every CUDA thread runs on the CPU.
+// plain C++. The same kernel sources are compiled by g++ with -DCSAT_EMULATE: then "cuda_emulation.h" stands for the
+// CUDA headers and for the three macros, and every CUDA thread runs on the CPU.
 //
 // Words: __global__, __launch_bounds__, threadIdx.x, blockIdx.x, __syncthreads(), dim3, float4 as in CUDA; CSAT_DEVICE,
-// CSAT_DYN_SMEM, CSAT_LAUNCH; bf16, f16, to_float, from_float; sync_warp, shfl_xor, warp_sum, warp_max, load4, exp_f32, log_f32,
-// soft_threshold; last_error and max_shared_bytes on the host.
+// CSAT_DYN_SMEM, CSAT_LAUNCH; bf16, f16, to_float, from_float; sync_warp, shfl_xor, warp_sum, warp_max, load4, exp_f32,
+// log_f32, soft_threshold; last_error and max_shared_bytes on the host.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -22,11 +22,11 @@
   extern __shared__ __align__(16) unsigned char name##_bytes[]; \
   T* name = reinterpret_cast<T*>(name##_bytes)
 // Above 48 KiB a kernel has to ask for its shared memory; a refusal shows as the error of the launch itself.
-#define CSAT_LAUNCH(kernel, grid, block, smem, stream, ...)                                                  \
-  do {                                                                                                       \
-    if ((smem) > 48 * 1024)                                                                                  \
+#define CSAT_LAUNCH(kernel, grid, block, smem, stream, ...)                                                    \
+  do {                                                                                                         \
+    if ((smem) > 48 * 1024)                                                                                    \
       (void)cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem)); \
-    kernel<<<grid, block, smem, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__);                           \
+    kernel<<<grid, block, smem, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__);                             \
   } while (0)
 #endif
 

@@ -1,5 +1,5 @@
-// Copies of token tensors for the projection: strides, dtype and key mask in one pass. Memory bound; one warp a token row
-// when the features are contiguous (coalesced), any strides otherwise.
+// Copies of token tensors for the projection: strides, dtype and key mask in one pass. Memory bound; one warp a token
+// row when the features are contiguous (coalesced), any strides otherwise.
 //
 //   copy_tokens   target[i, j, n, d] = keep[i, n] ? source[i, j, n, d] : 0     (a masked token is never read)
 //   zero_tokens   target[i, j, n, :] = 0 where not keep[i, n]

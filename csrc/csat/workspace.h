@@ -35,7 +35,8 @@ inline int take_panel(Panel& panel, Carver& carver, PackArgs p, int64_t panel_ro
 
 // The operand (n0, n1, rows, columns) of a four-axis view; `transposed` swaps the last two.
 inline PackArgs operand(const View& v, int64_t n0, int64_t n1, int64_t rows, int64_t columns) {
-  return {v.data, v.dtype, n0, n1, v.stride[0], v.stride[1], rows, columns, v.stride[2], v.stride[3], nullptr, 0, 0, 0.f};
+  return {v.data,  v.dtype,     n0,          n1,      v.stride[0], v.stride[1], rows,
+          columns, v.stride[2], v.stride[3], nullptr, 0,           0,           0.f};
 }
 inline PackArgs transposed(PackArgs p) {
   const int64_t rows = p.rows, row_stride = p.row_stride;
@@ -47,9 +48,9 @@ inline PackArgs transposed(PackArgs p) {
 }
 
 // Evaluates to the first non-zero error code of a sequence of launches.
-#define CSAT_TRY(expression)                          \
-  do {                                                \
-    if (const int code = (expression)) return code;   \
+#define CSAT_TRY(expression)                        \
+  do {                                              \
+    if (const int code = (expression)) return code; \
   } while (0)
 
 }  // namespace csat

@@ -1,5 +1,5 @@
 // Host side of attend, decode and the fused forward, and of attend's backward: panels, workspace, launches.
-#include "csat/gemm.h"
+#include "csat/dispatch.h"
 #include "csat/instances.h"
 #include "csat/workspace.h"
 
@@ -11,8 +11,9 @@ using limits::column_pad;
 using limits::depth_pad;
 
 PackArgs bias_operand(const AttendParams& p) {
-  PackArgs bias{p.bias.data,      p.bias.dtype, p.batch, p.heads, p.bias.stride[0], p.bias.stride[1], 1, p.measurements, 0,
-                p.bias.stride[3], nullptr,      0,       0,       -INFINITY};
+  PackArgs bias{p.bias.data, p.bias.dtype,   p.batch, p.heads,          p.bias.stride[0], p.bias.stride[1],
+                1,           p.measurements, 0,       p.bias.stride[3], nullptr,          0,
+                0,           -INFINITY};
   return bias;
 }
 
@@ -108,7 +109,8 @@ struct BackwardPlan {
     CSAT_TRY(take_panel(args.values_t, carver, transposed(values), args.dz_pitch, columns, stream));
     CSAT_TRY(take_panel(args.keys, carver, keys, columns, args.dq_pitch, stream));
     CSAT_TRY(take_panel(args.bias, carver, bias_operand(f), 1, columns, stream));
-    args.delta = carver.take(pairs * f.queries);
+    args.centre = carver.take(pairs * f.queries);
+    args.shift = carver.take(pairs * f.queries);
     const int64_t blocks = pairs * columns / limits::kMicroColumns;
     const int64_t tiles = ceil_div(f.queries, measurement_rows);
     int64_t chunks = blocks ? ceil_div(limits::kTargetBlocks, blocks) : 1;
@@ -207,12 +209,15 @@ int attend_backward(const AttendBackwardParams& p, void* workspace, void* stream
   }
   const int64_t splits = args.group * args.chunks, d_pitch = args.dq_pitch, r_pitch = column_pad(f.features);
   CSAT_TRY(reduce({args.key_parts, splits, splits * columns * d_pitch, columns * d_pitch, d_pitch, f.batch, f.key_heads,
-                   f.measurements, f.head_dim, p.dkc, f.scale, false}, stream));
+                   f.measurements, f.head_dim, p.dkc, f.scale, false},
+                  stream));
   CSAT_TRY(reduce({args.value_parts, splits, splits * columns * r_pitch, columns * r_pitch, r_pitch, f.batch,
-                   f.key_heads, f.measurements, f.features, p.dvc, 1.f, false}, stream));
+                   f.key_heads, f.measurements, f.features, p.dvc, 1.f, false},
+                  stream));
   if (!p.dbias.data) return 0;
   return reduce({args.bias_parts, args.chunks, args.chunks * columns, columns, columns, f.batch, f.heads, 1,
-                 f.measurements, p.dbias, 1.f, false}, stream);
+                 f.measurements, p.dbias, 1.f, false},
+                stream);
 }
 
 }  // namespace csat

@@ -1,6 +1,6 @@
 // Host side of decode's backward. The iterates of all rows would not fit anywhere for long inputs, so the rows go in
 // chunks of at most limits::kWorkspaceCap bytes; the sums over rows are accumulated chunk by chunk, in order.
-#include "csat/gemm.h"
+#include "csat/dispatch.h"
 #include "csat/instances.h"
 #include "csat/workspace.h"
 
@@ -76,20 +76,61 @@ struct Plan {
 
   OuterArgs S_sum(const Decoder& d, int64_t chunk) const {
     const int64_t layer = layer_stride(chunk), tied = d.s_layers == 1 ? d.layers : 1;
-    return {args.errors, args.iterates, d.layers * layer, layer, args.a_pitch, (d.layers + 1) * layer, layer,
-            args.a_pitch, d.heads, d.s_layers, tied * chunk * args.rows, d.coefficients, d.coefficients, outer_parts,
-            nullptr, false};
+    return {args.errors,
+            args.iterates,
+            d.layers * layer,
+            layer,
+            args.a_pitch,
+            (d.layers + 1) * layer,
+            layer,
+            args.a_pitch,
+            d.heads,
+            d.s_layers,
+            tied * chunk * args.rows,
+            d.coefficients,
+            d.coefficients,
+            outer_parts,
+            nullptr,
+            false};
   }
   OuterArgs B_sum(const Decoder& d, int64_t chunk) const {
     const int64_t layer = layer_stride(chunk), rows = chunk * args.rows;
-    return {args.b_errors, args.z_rows, d.b_layers * layer, layer, args.a_pitch, rows * args.features_pitch, 0,
-            args.features_pitch, d.heads, d.b_layers, rows, d.coefficients, d.features, outer_parts, nullptr, false};
+    return {args.b_errors,
+            args.z_rows,
+            d.b_layers * layer,
+            layer,
+            args.a_pitch,
+            rows * args.features_pitch,
+            0,
+            args.features_pitch,
+            d.heads,
+            d.b_layers,
+            rows,
+            d.coefficients,
+            d.features,
+            outer_parts,
+            nullptr,
+            false};
   }
   OuterArgs psi_sum(const Decoder& d, int64_t chunk) const {
     const int64_t layer = layer_stride(chunk), rows = chunk * args.rows;
     const float* last = args.iterates ? args.iterates + d.layers * layer : nullptr;
-    return {args.dout_rows, last, rows * args.outputs_pitch, 0, args.outputs_pitch, (d.layers + 1) * layer, 0,
-            args.a_pitch, d.heads, 1, rows, d.outputs, d.coefficients, outer_parts, nullptr, false};
+    return {args.dout_rows,
+            last,
+            rows * args.outputs_pitch,
+            0,
+            args.outputs_pitch,
+            (d.layers + 1) * layer,
+            0,
+            args.a_pitch,
+            d.heads,
+            1,
+            rows,
+            d.outputs,
+            d.coefficients,
+            outer_parts,
+            nullptr,
+            false};
   }
 };
 

@@ -1,5 +1,5 @@
 // What the host asks about the device, the build and errors.
-#include "csat/gemm.h"
+#include "csat/launch.h"
 #include "csat/prims.cuh"
 
 #define CSAT_TEXT_OF(x) #x
@@ -8,20 +8,15 @@
 #define CSAT_CUDA_ARCHS unknown
 #endif
 #ifdef __CUDACC_VER_MAJOR__
-#define CSAT_COMPILER            \
+#define CSAT_COMPILER \
   "nvcc " CSAT_TEXT(__CUDACC_VER_MAJOR__) "." CSAT_TEXT(__CUDACC_VER_MINOR__) "." CSAT_TEXT(__CUDACC_VER_BUILD__)
 #else
 #define CSAT_COMPILER "the emulator's C++ compiler"
 #endif
-#ifdef NDEBUG
-#define CSAT_BUILD_TYPE "release"
-#else
-#define CSAT_BUILD_TYPE "with assertions"
-#endif
 
 namespace csat {
 
-const char* build_info() { return "sm " CSAT_TEXT(CSAT_CUDA_ARCHS) ", " CSAT_COMPILER ", " CSAT_BUILD_TYPE; }
+const char* build_info() { return "sm " CSAT_TEXT(CSAT_CUDA_ARCHS) ", " CSAT_COMPILER; }
 
 int64_t shared_memory_limit() { return max_shared_bytes(); }
 

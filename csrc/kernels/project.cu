@@ -1,5 +1,5 @@
-// The projection y = phi x and its backward: copies that cuBLAS needs (masked tokens zeroed, dtypes made equal, summed axes
-// brought together), then one batched product for each output, never a loop over tokens.
+// The projection y = phi x and its backward: copies that cuBLAS needs (masked tokens zeroed, dtypes made equal, summed
+// axes brought together), then one batched product for each output, never a loop over tokens.
 #include "csat/gemm.h"
 #include "csat/panel.h"
 #include "csat/tokens.h"
@@ -45,8 +45,9 @@ int multiply(const BatchedProduct& p, void* blas) {
       return {offset(s.data, start, p.input), s.pitch, over_heads ? s.head : s.batch, s.transposed};
     };
     void* c = const_cast<void*>(offset(p.c, over_heads ? i * p.c_batch : i * p.c_head, p.output));
-    CSAT_TRY(gemm({operand(p.a), operand(p.b), p.input, c, p.output, p.c_pitch, over_heads ? p.c_head : p.c_batch, p.m, p.n,
-                   p.k, count}, blas));
+    CSAT_TRY(gemm({operand(p.a), operand(p.b), p.input, c, p.output, p.c_pitch, over_heads ? p.c_head : p.c_batch, p.m,
+                   p.n, p.k, count},
+                  blas));
   }
   return 0;
 }
@@ -119,8 +120,8 @@ int backward_x(const ProjectBackwardParams& p, Carver& carver, void* blas, void*
   a.transposed = !a.transposed;
   a.head *= group;
   b.head *= group;
-  CSAT_TRY(multiply({a, b, f.x.dtype, p.dx.data, f.x.dtype, D, f.x_heads * N * D, N * D, N, D, group * M, f.batch,
-                     f.x_heads}, blas));
+  CSAT_TRY(multiply(
+      {a, b, f.x.dtype, p.dx.data, f.x.dtype, D, f.x_heads * N * D, N * D, N, D, group * M, f.batch, f.x_heads}, blas));
   if (!f.keep) return 0;
   return zero_tokens({View{}, p.dx, f.keep, f.batch, f.x_heads, N, D}, stream);
 }
@@ -134,7 +135,8 @@ int backward_phi(const ProjectBackwardParams& p, Carver& carver, void* blas, voi
   const int64_t depth = (sum_batch ? f.batch : 1) * (sum_heads ? H : 1) * D;
   Operands operands{carver, stream};
   // (batch, heads, rows, [summed batch] [summed heads] D)
-  const auto join = [&](View& v, int64_t all_heads, int64_t outer_heads, int64_t rows, const unsigned char* keep) -> int {
+  const auto join = [&](View& v, int64_t all_heads, int64_t outer_heads, int64_t rows,
+                        const unsigned char* keep) -> int {
     const Shape shape{f.batch, all_heads, rows, D};
     if (depth == D && !sum_batch && !sum_heads) return operands.settle(v, shape, f.x.dtype, keep);
     const int64_t stride[4] = {sum_batch ? (sum_heads ? H : 1) * D : outer_heads * rows * depth,
@@ -151,7 +153,8 @@ int backward_phi(const ProjectBackwardParams& p, Carver& carver, void* blas, voi
   Stack a = stack_of(dy, depth), b = stack_of(x, depth);
   b.transposed = !b.transposed;
   b.group = heads / x_heads;
-  return multiply({a, b, f.x.dtype, p.dphi.data, p.dphi.dtype, N, heads * M * N, M * N, M, N, depth, batch, heads}, blas);
+  return multiply({a, b, f.x.dtype, p.dphi.data, p.dphi.dtype, N, heads * M * N, M * N, M, N, depth, batch, heads},
+                  blas);
 }
 
 }  // namespace

@@ -1,6 +1,5 @@
+#include "csat/dispatch.h"
 #include "csat/tokens.cuh"
-
-#include "csat/instances.h"
 
 namespace csat {
 namespace {
@@ -9,7 +8,7 @@ template <typename Source, typename Target>
 int launch(const TokenArgs& p, void* stream) {
   const int64_t blocks = limits::ceil_div(p.batch * p.heads * p.tokens, limits::kWarps);
   if (blocks == 0 || p.features == 0) return 0;
-  if (blocks > limits::kMaxBlocks) return -1;
+  if (blocks > limits::kMaxBlocks) return kUnsupported;
   auto kernel = copy_tokens_kernel<Source, Target>;
   CSAT_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(limits::kThreads), 0, stream, p);
   return last_error();

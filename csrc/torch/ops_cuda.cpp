@@ -1,7 +1,7 @@
 // torch.ops.csat.* on CUDA tensors: checks, allocations, the current stream; the kernels are csrc/csat/launch.h.
 //
-// A library of its own, on LibTorch's stable ABI: the CUDA shims live in libtorch_cuda, which a CPU-only torch lacks. Schemas
-// are defined by _C. Nothing here synchronises with the device, so every op can be captured into a CUDA graph.
+// A library of its own, on LibTorch's stable ABI: the CUDA shims live in libtorch_cuda, which a CPU-only torch lacks.
+// Schemas are defined by _C. Nothing here synchronises with the device, so every op can be captured into a CUDA graph.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/library.h>
@@ -36,7 +36,9 @@ class Device {
   void supported(const char* reason) const {
     if (reason) detail::fail(op_, "not supported by the CUDA kernels: ", reason);
   }
-  void done(int code) const { STD_TORCH_CHECK(code == 0, "csat::", op_, ": ", error_string(code), " (code ", code, ")"); }
+  void done(int code) const {
+    STD_TORCH_CHECK(code == 0, "csat::", op_, ": ", error_string(code), " (code ", code, ")");
+  }
 
  private:
   const char* op_;
@@ -52,9 +54,12 @@ Tensor nothing(const Tensor& like, ScalarType type) { return torch::stable::new_
 
 DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default: return DType::f32;  // the checks let nothing else through
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      return DType::f32;  // the checks let nothing else through
   }
 }
 
@@ -184,8 +189,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_backward(const Tensor& dz, con
   Tensor dq = torch::stable::new_empty(q, {n.B, n.H, n.Nq, n.D});
   Tensor dkc = torch::stable::new_empty(kc, {n.B, n.Hk, n.M, n.D});
   Tensor dvc = torch::stable::new_empty(vc, {n.B, n.Hk, n.M, n.R});
-  Tensor dbias = score_bias ? torch::stable::new_empty(q, {n.B, n.H, n.M}, ScalarType::Float)
-                            : nothing(q, ScalarType::Float);
+  Tensor dbias =
+      score_bias ? torch::stable::new_empty(q, {n.B, n.H, n.M}, ScalarType::Float) : nothing(q, ScalarType::Float);
   AttendBackwardParams p{};
   p.forward = attend_params(n, q, kc, vc, score_bias, scale);
   p.forward.z = view_of(z);
@@ -265,7 +270,13 @@ std::tuple<Tensor, Tensor, Tensor> attend_decode(const Tensor& q, const Tensor& 
   return {out, z, lse};
 }
 
-std::string cuda_build_info() { return build_info(); }
+std::string cuda_build_info() {
+#ifdef NDEBUG
+  return std::string(build_info()) + ", release build";
+#else
+  return std::string(build_info()) + ", debug build";
+#endif
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(csat, library) { library.def("cuda_build_info() -> str"); }
 

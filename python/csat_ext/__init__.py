@@ -1,7 +1,7 @@
-"""Compressed Sensing Attention: softmax over m << n measurements of keys and values, and a sparse decoder for every row.
+"""Compressed Sensing Attention: softmax over m << n measurements of keys and values, a sparse decoder for every row.
 
-Importing registers `torch.ops.csat.*`. The public names below are loaded on first use; in a checkout that was never built
-`csat_ext.reference` works all the same, and the rest raises ImportError with the reason.
+Importing registers `torch.ops.csat.*`. The public names below are loaded on first use; in a checkout that was never
+built `csat_ext.reference` works all the same, and the rest raises ImportError with the reason.
 """
 
 from __future__ import annotations
@@ -23,7 +23,17 @@ _HOME = {
     "Measurement": "measurements",
     "dictionary": "dictionaries",
 }
-_MODULES = ("config", "deepspeed", "diagnostics", "dictionaries", "functional", "measurements", "module", "ops", "reference")
+_MODULES = (
+    "config",
+    "deepspeed",
+    "diagnostics",
+    "dictionaries",
+    "functional",
+    "measurements",
+    "module",
+    "ops",
+    "reference",
+)
 
 __all__ = ["__version__", *_HOME, *_MODULES]
 

@@ -1,7 +1,7 @@
 """The csat operators in plain torch: what runs on a device that csat has no kernels for.
 
-Same formulas, same accumulation type and same rules as the kernels (see docs/architecture.md); only slower, and the scores are
-stored whole. Registered under CompositeExplicitAutograd, so that a kernel for the device always comes first.
+Same formulas, same accumulation type and same rules as the kernels (see docs/architecture.md); only slower, and the
+scores are stored whole. Registered under CompositeExplicitAutograd, so that a kernel for the device always comes first.
 """
 
 from __future__ import annotations
@@ -98,10 +98,11 @@ def attend_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     heads = q.shape[1]
-    grad, queries, keys, values, out = _accumulate(q, dz, q, _to_heads(kc, heads), _to_heads(vc, heads), z)
+    grad, queries, keys, values = _accumulate(q, dz, q, _to_heads(kc, heads), _to_heads(vc, heads))
     empty = lse.isneginf().unsqueeze(-1)
     p = (_scores(q, kc, score_bias, scale) - lse.unsqueeze(-1)).exp().masked_fill(empty, 0)
-    ds = (p * (grad @ values.mT - (grad * out).sum(-1, keepdim=True))).masked_fill(empty, 0)
+    dp = grad @ values.mT
+    ds = (p * (dp - (p * dp).sum(-1, keepdim=True))).masked_fill(empty, 0)
     dkc = _from_heads(scale * (ds.mT @ queries), kc.shape[1])
     dvc = _from_heads(p.mT @ grad, vc.shape[1])
     dbias = lse.new_empty(0) if score_bias is None else ds.sum(-2)
@@ -113,9 +114,7 @@ def _layer(weights: Tensor, t: int) -> Tensor:
     return weights[:, t if weights.shape[1] > 1 else 0]
 
 
-def _iterates(
-    z: Tensor, S: Tensor, B: Tensor, theta: Tensor, step: Tensor
-) -> tuple[list[Tensor], list[Tensor]]:
+def _iterates(z: Tensor, S: Tensor, B: Tensor, theta: Tensor, step: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """a_0 .. a_T and the changes y_t = S_t a_t + B_t z - a_t."""
     iterates = [z.new_zeros((*z.shape[:-1], theta.shape[-1]))]
     changes = []

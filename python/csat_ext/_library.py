@@ -1,8 +1,8 @@
 """Loads the compiled libraries and knows what was loaded, what was not, and why.
 
-`_C` holds the operator schemas, the CPU kernels and the Python bindings; without it nothing runs and importing this module
-raises. `_cuda` holds the CUDA kernels; it is loaded only where the running torch has CUDA, and its absence is recorded.
-No CUDA context is made here.
+`_C` holds the operator schemas, the CPU kernels and the Python bindings; without it nothing runs and importing this
+module raises. `_cuda` holds the CUDA kernels; it is loaded only where the running torch has CUDA, and its absence is
+recorded. No CUDA context is made here.
 """
 
 from __future__ import annotations
@@ -77,6 +77,8 @@ def build_facts() -> dict[str, str]:
 def _cuda_devices() -> list[str]:
     if not torch.cuda.is_available():
         return []
-    count = torch.cuda.device_count()
-    properties = [torch.cuda.get_device_properties(index) for index in range(count)]
-    return [f"cuda:{i} {p.name} (sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB)" for i, p in enumerate(properties)]
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(index)
+        devices.append(f"cuda:{index} {p.name} (sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB)")
+    return devices

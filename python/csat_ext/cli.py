@@ -22,6 +22,13 @@ app = typer.Typer(
 USER_ERRORS = (FileNotFoundError, FileExistsError, FloatingPointError, ValueError, TypeError)
 
 
+@app.callback()
+def launched(local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None) -> None:
+    # The deepspeed launcher puts the option in front of the command; the environment, as with torchrun, has it too.
+    if local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
+
+
 @app.command()
 def pretrain(
     config: Annotated[Path, typer.Option(help="YAML file: model sizes, data, schedule.")],
@@ -35,13 +42,10 @@ def pretrain(
     ] = Path("runs/pretrain"),
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, wins over train.steps.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in --output.")] = False,
-    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:
     """Pretrain the vision-language model; under torchrun or deepspeed on many ranks, else on one."""
     from csat_ext.pretrain import config as configs
 
-    if local_rank is not None:  # the deepspeed launcher passes it; torchrun sets the variable instead
-        os.environ.setdefault("LOCAL_RANK", str(local_rank))
     chosen = list(overrides or []) + ([] if steps is None else [f"train.steps={steps}"])
     settings = configs.load(config, chosen, None if deepspeed is None else str(deepspeed))
     from csat_ext.pretrain import train

@@ -1,4 +1,4 @@
-"""`CSATConfig`: the one description of a CSAT attention layer, shared by the module, the DeepSpeed section and model conversion."""
+"""`CSATConfig`: the one description of a CSAT layer, shared by the module, the DeepSpeed section and conversion."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ class CSATConfig:
         measurements: m, the number of measurements in all, anchors included.
         ensemble: a name from `csat_ext.measurements.ENSEMBLES`.
         anchors: token positions measured exactly, by their own one-hot row: ``"first"``, ``"last"`` or integers
-            (negative from the end). Counted in ``measurements``; under a key mask they are the first and last *valid* token.
+            (negative from the end). Counted in ``measurements``; under a key mask they are the first and last *valid*
+            token.
         grid: shape of the tokens after the anchors for pooling in 2-D (h, w) or 3-D (t, h, w); ``None`` pools in 1-D.
         head_shift: shift the 1-D pool's segments from head to head, so that heads see different borders.
         learned: Phi (and the score bias) are parameters that start at the ensemble; needs ``length``, the one
@@ -61,7 +62,8 @@ class CSATConfig:
         atoms: P, the number of dictionary atoms; ``None`` takes the head width.
         threshold: initial soft threshold; 0 starts the decoder as the identity.
         feature_rank: R, rows of the feature sensing F (R, Dv); ``None`` is F = I.
-        exact_when_short: keys no longer than ``measurements`` are attended exactly (Phi = I). When False such a call is an error.
+        exact_when_short: keys no longer than ``measurements`` are attended exactly (Phi = I). When False such a call
+            is an error.
     """
 
     measurements: int = 64
@@ -113,7 +115,8 @@ class CSATConfig:
             TypeError: a value of the wrong type.
         """
         refuse_unknown(values, tuple(field.name for field in dataclasses.fields(cls)), where)
-        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+        plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        return cls(**plain)
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain JSON values; `from_dict` restores it."""
@@ -170,7 +173,8 @@ def _check_positions(config: CSATConfig) -> None:
             raise ValueError(f"anchors: {anchor!r} is not a position. Accepted: 'first', 'last' or an int")
     if len(config.anchors) >= config.measurements:
         raise ValueError(
-            f"anchors: {len(config.anchors)} exact tokens leave none of the {config.measurements} measurements to the ensemble"
+            f"anchors: {len(config.anchors)} exact tokens leave none of the {config.measurements} measurements "
+            "to the ensemble"
         )
     if config.grid is not None:
         if len(config.grid) not in (1, 2, 3) or min(config.grid) < 1:

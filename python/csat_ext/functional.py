@@ -33,8 +33,9 @@ class SparseDecoder:
         psi: (Dv, P), the dictionary.
         step: (T,), 1 when absent.
 
-    All tensors share one device and are contiguous; each is float32 or has the dtype of the query. ``check_values=False``
-    skips reading theta (on a GPU the check synchronises once; a compiled graph always skips it).
+    All tensors share one device and are contiguous; each is float32 or has the dtype of the query.
+    ``check_values=False`` skips reading theta (on a GPU the check synchronises once; a compiled graph always skips
+    it).
 
     Raises:
         TypeError: not a floating point tensor.
@@ -58,7 +59,9 @@ class SparseDecoder:
         dv, rank = self.psi.shape[-2], self.B.shape[-1]
         _check_sizes("decoder.theta", self.theta, 2, {-2: ("T", None), -1: ("P", None)}, least=1)
         _check_sizes("decoder.S", self.S, 3, {-3: ("1 or T", (1, layers)), -2: ("P", (atoms,)), -1: ("P", (atoms,))})
-        _check_sizes("decoder.B", self.B, 3, {-3: ("1 or T", (1, layers)), -2: ("P", (atoms,)), -1: ("R", (rank,))}, least=1)
+        _check_sizes(
+            "decoder.B", self.B, 3, {-3: ("1 or T", (1, layers)), -2: ("P", (atoms,)), -1: ("R", (rank,))}, least=1
+        )
         _check_sizes("decoder.psi", self.psi, 2, {-2: ("Dv", (dv,)), -1: ("P", (atoms,))}, least=1)
         if self.step is not None:
             _check_sizes("decoder.step", self.step, 1, {-1: ("T", (layers,))})
@@ -66,7 +69,9 @@ class SparseDecoder:
         for name in ("S", "B", "psi", "step"):
             value = getattr(self, name)
             if value is not None and value.device != self.theta.device:
-                raise ValueError(f"decoder.{name} is on {value.device}, decoder.theta on {self.theta.device}: one device is needed")
+                raise ValueError(
+                    f"decoder.{name} is on {value.device}, decoder.theta on {self.theta.device}: one device is needed"
+                )
         if self.check_values and not torch.compiler.is_compiling():
             _check_thresholds(self.theta)
 
@@ -123,9 +128,9 @@ def csat_attention(
 ) -> Tensor:
     """Compressed sensing attention (Kiruluta, Raju and Burity 2025, section 3; DESIGN section 1).
 
-    ``Kc = Phi_K K``, ``Vc = Phi_V V F^T``, ``Z = softmax(scale Q Kc^T + score_bias) Vc``, then the decoder on every row of Z.
-    The paper writes Z_i = Phi_V Psi alpha_i with shapes that do not match; here tokens are measured by Phi, features by F,
-    and the decoder inverts F Psi.
+    ``Kc = Phi_K K``, ``Vc = Phi_V V F^T``, ``Z = softmax(scale Q Kc^T + score_bias) Vc``, then the decoder on every
+    row of Z. The paper writes Z_i = Phi_V Psi alpha_i with shapes that do not match; here tokens are measured by Phi,
+    features by F, and the decoder inverts F Psi.
 
     Args:
         query: (B, H, Nq, D); float32, bfloat16, float16, or float64 on CPU. Any strides.
@@ -139,7 +144,8 @@ def csat_attention(
         scale: tau, a finite number; 1 / sqrt(D) when absent.
         score_bias: (M,), (1 or H, M) or (1 or B, 1 or H, M); 0 when absent, -inf switches a measurement off.
         key_mask: (B, N) bool, True = keep. A masked token is never read, and the rows of Phi are renormalised: a row
-            without negative entries keeps its sum, any other is multiplied by sqrt(N / kept). Rows left empty get bias -inf.
+            without negative entries keeps its sum, any other is multiplied by sqrt(N / kept). Rows left empty get
+            bias -inf.
         is_causal: must be False: a measurement mixes tokens along the sequence, so it would mix the future in.
 
     Returns:
@@ -147,7 +153,8 @@ def csat_attention(
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.
-        ValueError: shapes, devices or values that do not fit. The message names the argument, what came and what is accepted.
+        ValueError: shapes, devices or values that do not fit. The message names the argument, what came and what is
+        accepted.
     """
     if is_causal:
         raise ValueError(
@@ -174,12 +181,12 @@ def measure(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """First half of `csat_attention`: (Kc, Vc, score bias) from K and V. Arguments as there; ``heads`` is H.
 
-    ``renormalise=False``: Phi and the bias were made for this ``key_mask`` (`measurement(..., key_mask=)`); masked tokens are
-    skipped and nothing else is done.
+    ``renormalise=False``: Phi and the bias were made for this ``key_mask`` (`measurement(..., key_mask=)`); masked
+    tokens are skipped and nothing else is done.
 
     Returns:
-        Kc (B, Hc, M, D), Vc (B, Hc, M, R) with Hc = Hk or H, and the score bias (1 or B, 1 or H, M), in which rows of Phi that
-        ``key_mask`` left empty are -inf, or None.
+        Kc (B, Hc, M, D), Vc (B, Hc, M, R) with Hc = Hk or H, and the score bias (1 or B, 1 or H, M), in which rows of
+        Phi that ``key_mask`` left empty are -inf, or None.
     """
     phi_k = _canonical_phi("phi_k", phi_k, key, heads)
     same = phi_v is None
@@ -209,7 +216,7 @@ def recover(
     scale: float | None = None,
     score_bias: Tensor | None = None,
 ) -> Tensor:
-    """Second half of `csat_attention`: attend over the measurements (B, Hc, M, D), (B, Hc, M, R) and decode every row."""
+    """Second half of `csat_attention`: attend over Kc (B, Hc, M, D) and Vc (B, Hc, M, R), decode every row."""
     tau = _canonical_scale(scale, query)
     _check_decoder(decoder, query, vc)
     if isinstance(decoder, SparseDecoder):
@@ -220,7 +227,7 @@ def recover(
     return z if decoder is None else z @ decoder.weight.to(z.dtype)
 
 
-# ---- the pieces of `measure` ------------------------------------------------------------------------------------------
+# ---- the pieces of `measure` ----------------------------------------------------------------------------------------
 
 
 def _scale_rows(measured: Tensor, ratio: Tensor) -> Tensor:
@@ -244,12 +251,14 @@ def _sense_features(vc: Tensor, feature_sensing: Tensor, value: Tensor, heads: i
     rank, width = feature_sensing.shape[-2:]
     if width != value.shape[-1] or not 1 <= rank <= width:
         raise ValueError(
-            f"feature_sensing has shape {tuple(feature_sensing.shape)}; accepted: (R, {value.shape[-1]}) with 1 <= R <= "
-            f"{value.shape[-1]}, with or without a head axis in front"
+            f"feature_sensing has shape {tuple(feature_sensing.shape)}; accepted: (R, {value.shape[-1]}) with "
+            f"1 <= R <= {value.shape[-1]}, with or without a head axis in front"
         )
     f = feature_sensing if feature_sensing.dim() == 3 else feature_sensing.unsqueeze(0)
     if f.shape[0] not in (1, value.shape[1], heads):
-        raise ValueError(f"feature_sensing has {f.shape[0]} heads; accepted: 1, {value.shape[1]} (keys) or {heads} (queries)")
+        raise ValueError(
+            f"feature_sensing has {f.shape[0]} heads; accepted: 1, {value.shape[1]} (keys) or {heads} (queries)"
+        )
     if f.shape[0] != 1 and f.shape[0] != vc.shape[1]:
         vc = _repeat_heads(vc, heads)
         f = f if f.shape[0] == heads else f.repeat_interleave(heads // f.shape[0], dim=0)
@@ -267,7 +276,7 @@ def _match_heads(kc: Tensor, vc: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     return _repeat_heads(kc, heads), _repeat_heads(vc, heads)
 
 
-# ---- checks -----------------------------------------------------------------------------------------------------------
+# ---- checks ---------------------------------------------------------------------------------------------------------
 
 
 def _check_tensor(name: str, value: object) -> None:
@@ -300,7 +309,9 @@ def _check_sizes(
         size = value.shape[axis]
         if (sizes is not None and size not in sizes) or size < least:
             expected = f"at least {least}" if sizes is None else " or ".join(map(str, sizes))
-            raise ValueError(f"{name} has shape {tuple(value.shape)}; axis {axis} ({label}) must be {expected}, got {size}")
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}; axis {axis} ({label}) must be {expected}, got {size}"
+            )
 
 
 def _check_heads(decoder: SparseDecoder) -> None:
@@ -308,7 +319,9 @@ def _check_heads(decoder: SparseDecoder) -> None:
     for name, dims in (("S", 3), ("B", 3), ("theta", 2), ("psi", 2), ("step", 1)):
         value = getattr(decoder, name)
         if value is not None and value.dim() > dims and value.shape[0] not in (1, heads):
-            raise ValueError(f"decoder.{name} has {value.shape[0]} heads where another weight has {heads}; accepted: 1 or {heads}")
+            raise ValueError(
+                f"decoder.{name} has {value.shape[0]} heads where another weight has {heads}; accepted: 1 or {heads}"
+            )
 
 
 def _check_thresholds(theta: Tensor) -> None:
@@ -349,9 +362,13 @@ def _check_attention(query: Tensor, key: Tensor, value: Tensor) -> None:
     if query.shape[-1] < 1 or value.shape[-1] < 1:
         raise ValueError(f"query and value need at least one feature, got {query.shape[-1]} and {value.shape[-1]}")
     if value.shape[1:3] != key.shape[1:3]:
-        raise ValueError(f"value has (heads, tokens) {tuple(value.shape[1:3])}, key has {tuple(key.shape[1:3])}: they must agree")
+        raise ValueError(
+            f"value has (heads, tokens) {tuple(value.shape[1:3])}, key has {tuple(key.shape[1:3])}: they must agree"
+        )
     if key.shape[1] < 1 or query.shape[1] % key.shape[1]:
-        raise ValueError(f"query has {query.shape[1]} heads, key {key.shape[1]}: the first must be a multiple of the second")
+        raise ValueError(
+            f"query has {query.shape[1]} heads, key {key.shape[1]}: the first must be a multiple of the second"
+        )
 
 
 def _canonical_phi(name: str, phi: Tensor, x: Tensor, heads: int) -> Tensor:
@@ -379,7 +396,8 @@ def _canonical_bias(bias: Tensor | None, key: Tensor, heads: int, m: int) -> Ten
     bias = bias.reshape((1,) * (3 - bias.dim()) + bias.shape)
     if bias.shape[2] != m or bias.shape[1] not in (1, heads) or bias.shape[0] not in (1, key.shape[0]):
         raise ValueError(
-            f"score_bias has shape {tuple(bias.shape)}; accepted: ({m},), (1 or {heads}, {m}) or (1 or {key.shape[0]}, 1 or {heads}, {m})"
+            f"score_bias has shape {tuple(bias.shape)}; accepted: ({m},), (1 or {heads}, {m}) or "
+            f"(1 or {key.shape[0]}, 1 or {heads}, {m})"
         )
     return bias
 
@@ -416,7 +434,9 @@ def _check_decoder(decoder: Decoder | None, query: Tensor, vc: Tensor) -> None:
         weight = decoder.weight
         _check_dtype_device("decoder.weight", weight, query, "the query")
         if weight.shape[-2] != rank or (weight.dim() == 3 and weight.shape[0] not in (1, heads)):
-            raise ValueError(f"decoder.weight has shape {tuple(weight.shape)}; accepted: ({rank}, Dv) or (1 or {heads}, {rank}, Dv)")
+            raise ValueError(
+                f"decoder.weight has shape {tuple(weight.shape)}; accepted: ({rank}, Dv) or (1 or {heads}, {rank}, Dv)"
+            )
         return
     if not isinstance(decoder, SparseDecoder):
         raise TypeError(f"decoder must be a SparseDecoder, a LinearDecoder or None, got {type(decoder).__name__}")
@@ -425,6 +445,8 @@ def _check_decoder(decoder: Decoder | None, query: Tensor, vc: Tensor) -> None:
         if weight is not None:
             _check_dtype_device(f"decoder.{name}", weight, query, "the query")
     if decoder.B.shape[-1] != rank:
-        raise ValueError(f"decoder.B takes R = {decoder.B.shape[-1]} features, the measured values have {rank}: they must agree")
+        raise ValueError(
+            f"decoder.B takes R = {decoder.B.shape[-1]} features, the measured values have {rank}: they must agree"
+        )
     if decoder.heads not in (1, heads):
         raise ValueError(f"decoder has {decoder.heads} heads; accepted: 1 or {heads}")

@@ -23,15 +23,17 @@ _INDEPENDENT_PHI_V = 1 << 32
 class CSATAttention(nn.Module):
     """Attention over m measurements of the keys and values (DESIGN section 1), with input and output projections.
 
-    A fixed Phi is never stored: the state dict holds ``measurement_key`` = (generator version, ensemble, seed, layer) as
-    int64, which a cast to bfloat16 leaves alone, and Phi is made in float32 from it, for any length and on any device.
-    Parameters beside the four projections, each with a leading head axis H (no parameter is 0-dimensional):
+    A fixed Phi is never stored: the state dict holds ``measurement_key`` = (generator version, ensemble, seed, layer)
+    as int64, which a cast to bfloat16 leaves alone, and Phi is made in float32 from it, for any length and on any
+    device. Parameters beside the four projections, each with a leading head axis H (no parameter is 0-dimensional):
 
     - ``gain`` (H,): factor on the score scale;
     - ``phi`` (H, M, N), ``score_bias`` (H, M): with ``config.learned``;
-    - ``feature_sensing`` (H, R, Dv): with ``config.feature_rank``; call `calibrate` once to start it at the principal components;
-    - ``threshold`` (H, T, P), ``step`` (H, T) and the weights of the decoder: ``decoder_w`` (H, R, P) of the coupled form,
-      ``decoder_s`` (H, T, P, P) and ``decoder_b`` (H, T, P, R) of the untied one, ``linear_weight`` (H, R, Dv) of the control.
+    - ``feature_sensing`` (H, R, Dv): with ``config.feature_rank``; call `calibrate` once to start it at the principal
+      components;
+    - ``threshold`` (H, T, P), ``step`` (H, T) and the weights of the decoder: ``decoder_w`` (H, R, P) of the coupled
+      form, ``decoder_s`` (H, T, P, P) and ``decoder_b`` (H, T, P, R) of the untied one, ``linear_weight`` (H, R, Dv)
+      of the control.
 
     Args:
         embed_dim: width of the queries and the output; a multiple of ``num_heads``.
@@ -61,7 +63,7 @@ class CSATAttention(nn.Module):
         self._fixed: dict[tuple[Any, ...], Any] = {}
         self._create_parameters()
 
-    # ---- parameters ---------------------------------------------------------------------------------------------------
+    # ---- parameters -------------------------------------------------------------------------------------------------
 
     def _create_parameters(self) -> None:
         config, heads = self.config, self.num_heads
@@ -130,14 +132,16 @@ class CSATAttention(nn.Module):
         # The forward clamps at 0, the backward passes: a threshold pushed below 0 can come back.
         raw = self.threshold.float()
         theta = raw + (raw.clamp(min=0) - raw).detach()
-        weights = self._decoder_weights(theta)
-        return SparseDecoder(*(t.contiguous() for t in weights), check_values=False)
+        s, b, theta, psi, step = (weight.contiguous() for weight in self._decoder_weights(theta))
+        return SparseDecoder(s, b, theta, psi, step, check_values=False)
 
     def _decoder_weights(self, theta: Tensor) -> DecoderWeights:
         config, a = self.config, self._sensing_matrix()
         psi = self._psi().expand(self.num_heads, -1, -1)
         if config.decoder == "lista_untied":
-            return DecoderWeights(self.decoder_s.float(), self.decoder_b.float(), theta, psi, torch.ones_like(theta[..., 0]))
+            return DecoderWeights(
+                self.decoder_s.float(), self.decoder_b.float(), theta, psi, torch.ones_like(theta[..., 0])
+            )
         if config.decoder == "lista":
             return coupled_weights(self.decoder_w.float(), a, theta, self.step.float(), psi)
         if config.decoder == "alista":
@@ -147,6 +151,7 @@ class CSATAttention(nn.Module):
 
     def _analytic_weight(self, a: Tensor) -> Tensor:
         """ALISTA's W, scaled so that step 1 is the ISTA-sized step; computed once where A is fixed."""
+
         def compute() -> Tensor:
             with torch.no_grad():
                 lipschitz = torch.linalg.matrix_norm(a, ord=2).square()
@@ -156,10 +161,11 @@ class CSATAttention(nn.Module):
             return compute()
         return self._remember(("analytic", a.device), compute)
 
-    # ---- measurement --------------------------------------------------------------------------------------------------
+    # ---- measurement ------------------------------------------------------------------------------------------------
 
     def _remember(self, key: tuple[Any, ...], make: Any) -> Any:
-        """A fixed tensor, made once for every key; made anew inside a compiled graph, which must not depend on a length."""
+        """A fixed tensor, made once for every key; made anew inside a compiled graph, which must not depend on a
+        length."""
         if torch.compiler.is_compiling():
             return make()
         if key not in self._fixed:
@@ -187,7 +193,8 @@ class CSATAttention(nn.Module):
         )
 
     def measurement(self, n: int, device: torch.device, key_mask: Tensor | None = None) -> Measurement:
-        """Phi (and the score bias) that keys of length n meet, in float32; with a key mask one for each batch element."""
+        """Phi (and the score bias) that keys of length n meet, in float32; with a key mask one for each batch
+        element."""
         if self.config.learned:
             return Measurement(self.phi, self.score_bias)
         if key_mask is not None:
@@ -204,11 +211,14 @@ class CSATAttention(nn.Module):
     def _measure(self, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         config, n = self.config, k.shape[2]
         if config.learned and n != config.length:
-            raise ValueError(f"a learned Phi takes keys of length {config.length}, got {n}; learned=False takes any length")
+            raise ValueError(
+                f"a learned Phi takes keys of length {config.length}, got {n}; learned=False takes any length"
+            )
         if n <= config.measurements and not config.learned:
             if not config.exact_when_short:
                 raise ValueError(
-                    f"keys of length {n} are no longer than the {config.measurements} measurements and exact_when_short is False"
+                    f"keys of length {n} are no longer than the {config.measurements} measurements "
+                    "and exact_when_short is False"
                 )
             return self._exact(k, v, key_mask)
         drawn = self.measurement(n, k.device, key_mask)
@@ -233,7 +243,7 @@ class CSATAttention(nn.Module):
     def _f(self) -> Tensor | None:
         return None if self.config.feature_rank is None else self.feature_sensing
 
-    # ---- forward ------------------------------------------------------------------------------------------------------
+    # ---- forward ----------------------------------------------------------------------------------------------------
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
@@ -265,7 +275,8 @@ class CSATAttention(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, context: Tensor) -> None:
-        """Start F at the principal directions of the values that ``context`` (B, N, kv_dim) gives (random F always lost).
+        """Start F at the principal directions of the values that ``context`` (B, N, kv_dim) gives (random F always
+        lost).
 
         The decoder that inverts F Psi starts anew at its analytic weights.
 
@@ -287,9 +298,13 @@ class CSATAttention(nn.Module):
                 self.decoder_w.copy_(w)
             else:
                 self.decoder_b.copy_(w.mT.unsqueeze(1).expand_as(self.decoder_b))
-                self.decoder_s.copy_((torch.eye(sensing.shape[-1], device=w.device) - w.mT @ sensing).unsqueeze(1).expand_as(self.decoder_s))
+                self.decoder_s.copy_(
+                    (torch.eye(sensing.shape[-1], device=w.device) - w.mT @ sensing)
+                    .unsqueeze(1)
+                    .expand_as(self.decoder_s)
+                )
 
-    # ---- state --------------------------------------------------------------------------------------------------------
+    # ---- state ------------------------------------------------------------------------------------------------------
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """The seed of the checkpoint wins over that of the config: the weights were trained with its Phi."""
@@ -300,7 +315,8 @@ class CSATAttention(nn.Module):
             if version != GENERATOR_VERSION or ensemble != here:
                 raise ValueError(
                     f"{prefix}measurement_key: the checkpoint was made with generator version {version} and ensemble "
-                    f"{_ensemble_name(ensemble)!r}; this module has version {GENERATOR_VERSION} and {self.config.ensemble!r}"
+                    f"{_ensemble_name(ensemble)!r}; this module has version {GENERATOR_VERSION} "
+                    f"and {self.config.ensemble!r}"
                 )
             self.config = self.config.replace(seed=seed, layer=layer)
             self._fixed.clear()
@@ -311,7 +327,9 @@ class CSATAttention(nn.Module):
 
     def extra_repr(self) -> str:
         c = self.config
-        return f"{self.embed_dim}, heads={self.num_heads}, m={c.measurements}, ensemble={c.ensemble}, decoder={c.decoder}"
+        return (
+            f"{self.embed_dim}, heads={self.num_heads}, m={c.measurements}, ensemble={c.ensemble}, decoder={c.decoder}"
+        )
 
 
 def _ensemble_code(name: str) -> int:
@@ -326,7 +344,8 @@ def _ensemble_name(code: int) -> str:
 def parameter_groups(
     model: nn.Module, *, lr: float, weight_decay: float = 0.0, threshold_lr_scale: float = 10.0
 ) -> list[dict[str, Any]]:
-    """Optimizer groups: matrices with weight decay; biases, norms, gains, Phi without; soft thresholds with a rate of their own.
+    """Optimizer groups: matrices with weight decay; biases, norms, gains, Phi without; soft thresholds with a rate of
+    their own.
 
     With the common rate thresholds barely move (DESIGN section 2), so theirs is ``threshold_lr_scale`` times ``lr``.
     """

@@ -1,8 +1,8 @@
 """What torch must know about `torch.ops.csat.*` beyond the kernels: fakes, autograd and autocast rules.
 
-The operators, their shapes and dtypes are listed in docs/architecture.md; arguments are checked at the binding. First derivatives
-exist for `project`, `attend`, `decode` and `attend_decode`; a second derivative raises NotImplementedError. The log-sum-exp
-that `attend` and `attend_decode` return carries no gradient.
+The operators, their shapes and dtypes are listed in docs/architecture.md; arguments are checked at the binding. First
+derivatives exist for `project`, `attend`, `decode` and `attend_decode`; a second derivative raises NotImplementedError.
+The log-sum-exp that `attend` and `attend_decode` return, and the z of `attend_decode`, carry no gradient.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from csat_ext._composite import accumulate_dtype
 
 _csat = torch.ops.csat
 
-# ---- fakes: shapes and dtypes of the results ---------------------------------------------------------------------------
+# ---- fakes: shapes and dtypes of the results -------------------------------------------------------------------------
 
 
 def _register_fake(name: str) -> Callable[[Callable[..., Any]], None]:
-    """Registers a fake that refuses tensors on different devices: of all bad input only this comes here before the binding."""
+    """Registers a fake that refuses tensors on different devices, which never reach the checks at the binding."""
     arguments = [argument.name for argument in getattr(_csat, name).default._schema.arguments]
 
     def register(fake: Callable[..., Any]) -> None:
@@ -101,10 +101,12 @@ def _(
     return q.new_empty((*rows, psi.shape[1])), z, q.new_empty(rows, dtype=accumulate_dtype(q.dtype))
 
 
-# ---- autograd ----------------------------------------------------------------------------------------------------------
+# ---- autograd --------------------------------------------------------------------------------------------------------
 
 
-def _if_needed(needs: tuple[bool, ...], gradients: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> list[Tensor | None]:
+def _if_needed(
+    needs: tuple[bool, ...], gradients: tuple[Tensor, ...], inputs: tuple[Tensor, ...]
+) -> list[Tensor | None]:
     """Gradients in the dtype of their inputs, None where nobody asked."""
     return [g.to(x.dtype) if need else None for need, g, x in zip(needs, gradients, inputs, strict=True)]
 
@@ -121,9 +123,10 @@ def _project_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _attend_gradients(
-    needs: tuple[bool, ...], dz: Tensor, q: Tensor, kc: Tensor, vc: Tensor, bias: Tensor | None, z: Tensor, lse: Tensor, scale: float
+    needs: tuple[bool, ...], dz: Tensor, saved: tuple[Tensor, ...], scale: float
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of (q, kc, vc, score_bias, scale)."""
+    """Gradients of (q, kc, vc, score_bias, scale) from the saved (q, kc, vc, score_bias, z, lse)."""
+    q, kc, vc, bias, z, lse = saved
     dq, dkc, dvc, dbias = _csat.attend_backward(dz, q, kc, vc, bias, z, lse, scale)
     if bias is not None and needs[3]:
         return *_if_needed(needs[:3], (dq, dkc, dvc), (q, kc, vc)), dbias.sum_to_size(bias.shape).to(bias.dtype), None
@@ -138,7 +141,7 @@ def _attend_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
 
 
 def _attend_backward(ctx: Any, dz: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
-    return _attend_gradients(ctx.needs_input_grad, dz, *ctx.saved_tensors, ctx.scale)
+    return _attend_gradients(ctx.needs_input_grad, dz, ctx.saved_tensors, ctx.scale)
 
 
 def _decode_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -165,14 +168,14 @@ def _attend_decode_backward(ctx: Any, dc: Tensor, _dz: Tensor, _dlse: Tensor) ->
     needs = ctx.needs_input_grad
     of_attend: tuple[Tensor | None, ...] = (None,) * 5
     if any(needs[:4]):
-        of_attend = _attend_gradients(needs[:4], dz, q, kc, vc, bias, z, lse, ctx.scale)
+        of_attend = _attend_gradients(needs[:4], dz, (q, kc, vc, bias, z, lse), ctx.scale)
     return *of_attend, *_if_needed(needs[5:10], tuple(dweights), tuple(weights)), None
 
 
 def _no_second_derivative(name: str) -> Callable[..., Any]:
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise NotImplementedError(
-            f"csat::{name} has no derivative: csat operators are differentiable once; csat_ext.reference is for any order"
+            f"csat::{name} has no derivative: csat operators are differentiable once; csat_ext.reference at any order"
         )
 
     return backward
@@ -185,7 +188,7 @@ torch.library.register_autograd("csat::attend_decode", _attend_decode_backward, 
 for _name in ("project_backward", "attend_backward", "decode_backward"):
     torch.library.register_autograd(f"csat::{_name}", _no_second_derivative(_name))
 
-# ---- autocast: data in the autocast dtype, parameters as they are ------------------------------------------------------
+# ---- autocast: data in the autocast dtype, parameters as they are ----------------------------------------------------
 
 # The arguments cast under autocast: x, q, kc, vc, z. float64 is left alone, as everywhere in torch's autocast.
 _AUTOCAST_ARGUMENTS = {"project": 1, "attend": 3, "decode": 1, "attend_decode": 3}

@@ -2,7 +2,7 @@
 
 A draw is a pure function of its coordinates, so a measurement matrix needs no storage: any device, rank or length gives
 the same column. Nothing here touches torch's generators, and everything is int64 arithmetic on 32-bit words, so the
-bits are equal on every device and `torch.compile` traces it with symbolic sizes.
+bits are equal on every device; `torch.compile` takes it with symbolic sizes.
 
 Generator version 1 (`GENERATOR_VERSION`), which a checkpoint stores beside its seed:
 
@@ -28,6 +28,8 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
 
+_CPU_CHUNK = 2**16  # draws at a time: the dozen temporaries of a round stay in the cache
+
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -48,15 +50,41 @@ def philox_bits(seed: int, layer: int | Tensor, head: int | Tensor, row: int | T
     """
     check_unsigned("seed", seed, 64)
     coordinates = {"position": position, "row": row, "head": head, "layer": layer}
-    words = [_as_word(name, value) for name, value in coordinates.items()]
-    c0, c1, c2, c3 = words
-    k0, k1 = seed & _WORD, seed >> 32
+    counter = [_as_word(name, value) for name, value in coordinates.items()]
+    words = _philox(*counter, seed & _WORD, seed >> 32)
+    return words[0], words[1], words[2], words[3]
+
+
+# An operator of its own, because Inductor inlines elementwise graphs: each round reads its words twice, so ten rounds
+# would unfold into more than a million operations and compile for minutes.
+@torch.library.custom_op("csat_ext::philox", mutates_args=())
+def _philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: int, k1: int) -> Tensor:
+    """(4, ...) int64 words from counter words that broadcast and the two key words."""
+    like = c0 ^ c1 ^ c2 ^ c3
+    counter = [word.to(like.device).expand_as(like).reshape(-1) for word in (c0, c1, c2, c3)]
+    words = like.new_empty((4, like.numel()))
+    size = _CPU_CHUNK if like.device.type == "cpu" else max(like.numel(), 1)
+    for start in range(0, like.numel(), size):
+        part = slice(start, start + size)
+        for word, value in zip(words, _rounds([word[part] for word in counter], k0, k1), strict=True):
+            word[part] = value
+    return words.reshape(4, *like.shape)
+
+
+def _rounds(counter: list[Tensor], k0: int, k1: int) -> list[Tensor]:
+    c0, c1, c2, c3 = counter
     for _ in range(_ROUNDS):
         high0, low0 = _multiply(_MULTIPLIERS[0], c0)
         high1, low1 = _multiply(_MULTIPLIERS[1], c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
-    return c0, c1, c2, c3
+    return [c0, c1, c2, c3]
+
+
+@_philox.register_fake
+def _(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: int, k1: int) -> Tensor:
+    word = c0 ^ c1 ^ c2 ^ c3
+    return word.new_empty((4, *word.shape))
 
 
 def uniform(high: Tensor, low: Tensor) -> Tensor:

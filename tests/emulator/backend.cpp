@@ -1,7 +1,8 @@
-// The C interface of the emulated library, for backend.py (ctypes): device memory, the report, and the kernels' own launch
-// functions of csrc/csat/launch.h, under C names and with the structures as they are.
+// The C interface of the emulated library, for backend.py (ctypes): device memory, the report, and the kernels' own
+// launch functions of csrc/csat/launch.h, under C names and with the structures as they are.
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <string>
 
 #include "csat/launch.h"
@@ -16,9 +17,20 @@ void csat_reset(unsigned seed, int count_bank_conflicts) {
   emulator::options.count_bank_conflicts = count_bank_conflicts != 0;
 }
 
-void* csat_allocate(int64_t bytes) { return emulator::device_allocate(size_t(bytes)); }
-void csat_to_device(void* device, const void* host, int64_t bytes) { emulator::copy_to_device(device, host, size_t(bytes)); }
-void csat_to_host(void* host, const void* device, int64_t bytes) { emulator::copy_to_host(host, device, size_t(bytes)); }
+// Null if device memory (emulator::kDeviceBytes) is used up.
+void* csat_allocate(int64_t bytes) {
+  try {
+    return emulator::device_allocate(size_t(bytes));
+  } catch (const std::bad_alloc&) {
+    return nullptr;
+  }
+}
+void csat_to_device(void* device, const void* host, int64_t bytes) {
+  emulator::copy_to_device(device, host, size_t(bytes));
+}
+void csat_to_host(void* host, const void* device, int64_t bytes) {
+  emulator::copy_to_host(host, device, size_t(bytes));
+}
 
 // The report as text, empty if nothing was found. Valid until the next call.
 const char* csat_report() {
@@ -45,7 +57,7 @@ int64_t csat_sizeof(const char* name) {
   return 0;
 }
 
-#define CSAT_EXPORT(name, Params)                                                      \
+#define CSAT_EXPORT(name, Params)                                                               \
   int64_t csat_##name##_workspace(const csat::Params* p) { return csat::name##_workspace(*p); } \
   int csat_##name(const csat::Params* p, void* workspace)
 

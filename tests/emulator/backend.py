@@ -1,15 +1,20 @@
 """The csat operators run by the CUDA kernels' own sources, emulated on the CPU with every memory access checked.
 
-`EmulatedOps` has the operators of `torch.ops.csat` under their names, with their arguments and results (CPU tensors of any
-strides; float32, bfloat16, float16). A call allocates emulated device memory, calls the launch function of csrc/csat/launch.h
-that the CUDA binding calls, and raises `EmulationError` if the emulator reports anything: a race, an uninitialised read, an access
-out of bounds, blocks in conflict, a divergent barrier, a budget exceeded. Elements that the kernel must not read (the gaps of
-a strided tensor, the workspace) are NaN or uninitialised.
+`EmulatedOps` has the operators of `torch.ops.csat` under their names, with their arguments and results (CPU tensors of
+any strides; float32, bfloat16, float16). A call allocates emulated device memory, calls the launch function of
+csrc/csat/launch.h that the CUDA binding calls, and raises `EmulationError` if the emulator reports anything: a race, an
+uninitialised read, an access out of bounds, blocks in conflict, a divergent barrier, a budget exceeded. What the kernel
+must not read is NaN (the gaps of a strided tensor) or uninitialised (the workspace).
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
 from ctypes import Structure, c_char_p, c_float, c_int, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
@@ -21,6 +26,20 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 class EmulationError(RuntimeError):
     """The emulator's report of a launch, one line a fault."""
+
+
+def _with_source_lines(report: str) -> str:
+    """Appends file and line to every "object+0xoffset" of a report, where binutils' addr2line is there to tell."""
+    if shutil.which("addr2line") is None:
+        return report
+
+    def line(match: re.Match[str]) -> str:
+        before_return = hex(int(match[2], 16) - 1)  # the offset is a return address: of the call, not of what follows
+        command = ["addr2line", "-i", "-s", "-e", match[1], before_return]
+        places = subprocess.run(command, capture_output=True, text=True).stdout.split("\n")
+        return f"{match[0]}, {' < '.join(place.split(' ')[0] for place in places if place)}"
+
+    return re.sub(r"([^ \[]+)\+(0x[0-9a-f]+)", line, report)
 
 
 # ---- the structures of csrc/csat/launch.h; their sizes are compared when the library is loaded
@@ -124,8 +143,11 @@ class EmulatedOps:
     def _reset(self) -> None:
         self._library.csat_reset(c_int(self.seed), c_int(self.count_bank_conflicts))
 
-    def _allocate(self, count: int) -> int:
-        return self._library.csat_allocate(c_int64(count))
+    def _allocate(self, size: int) -> int:
+        address = self._library.csat_allocate(c_int64(size))
+        if address is None:
+            raise MemoryError(f"no room for {size} bytes in the emulated device memory")
+        return address
 
     def _upload(self, tensor: Tensor) -> int:
         """Copies what the tensor's strides span, NaN in the gaps; returns the address of its first element."""
@@ -179,7 +201,7 @@ class EmulatedOps:
     def _raise_report(self) -> None:
         self._library.csat_counters(ctypes.byref(self.counters))
         if report := self._library.csat_report().decode():
-            raise EmulationError(report)
+            raise EmulationError(_with_source_lines(report))
 
     def _results(self, *results: tuple[Tensor, View | int | None]) -> tuple[Tensor, ...]:
         tensors = [
@@ -191,7 +213,9 @@ class EmulatedOps:
 
     # ---- parameters
 
-    def _attend_params(self, q: Tensor, kc: Tensor, vc: Tensor, score_bias: Tensor | None, scale: float) -> AttendParams:
+    def _attend_params(
+        self, q: Tensor, kc: Tensor, vc: Tensor, score_bias: Tensor | None, scale: float
+    ) -> AttendParams:
         (batch, heads, queries, head_dim), (key_heads, measurements) = q.shape, kc.shape[1:3]
         bias = None if score_bias is None else score_bias.expand(batch, heads, measurements)
         return AttendParams(
@@ -315,3 +339,21 @@ class EmulatedOps:
         decode = DecodeParams(self._decoder(S, B, theta, psi, step), View(), view, *q.shape[:3])
         self._launch("attend_decode", attend, decode)
         return self._results((out, view), (z, attend.z if need_z else None), (lse, attend.lse))
+
+
+OPERATORS = (
+    *("project", "project_backward", "attend", "attend_backward"),
+    *("decode", "decode_backward", "attend_decode"),
+)
+
+
+@contextlib.contextmanager
+def as_cpu_kernels(ops: EmulatedOps) -> Iterator[None]:
+    """Within the context `torch.ops.csat.*` on CPU tensors, and all that is built on it, runs emulated."""
+    override = torch.library.Library("csat", "IMPL")
+    try:
+        for name in OPERATORS:
+            override.impl(name, getattr(ops, name), "CPU", allow_override=True)
+        yield
+    finally:
+        override._destroy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -28,10 +29,14 @@ def _run(*command: str) -> None:
 
 
 def build(target: str = "csat_emulated", directory: Path = BUILD_DIRECTORY) -> Path:
-    """Configures, builds and returns the path of the shared library."""
-    compiler = ["-G", "Ninja"] if shutil.which("ninja") else []
-    switches = ["-DCSAT_EMULATE=ON", "-DCSAT_CUDA=OFF", "-DCMAKE_CXX_COMPILER=g++"]
-    if not (directory / "CMakeCache.txt").exists():
-        _run("cmake", "-S", str(ROOT), "-B", str(directory), *compiler, *switches)
-    _run("cmake", "--build", str(directory), "--target", target, "--parallel", str(len(os.sched_getaffinity(0))))
+    """Configures, builds and returns the path of the library; processes that come at once wait for each other."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (directory / "CMakeCache.txt").exists():
+            generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+            switches = ["-DCSAT_EMULATE=ON", "-DCSAT_CUDA=OFF", "-DCMAKE_CXX_COMPILER=g++"]
+            _run("cmake", "-S", str(ROOT), "-B", str(directory), *generator, *switches)
+        jobs = str(len(os.sched_getaffinity(0)))
+        _run("cmake", "--build", str(directory), "--target", target, "--parallel", jobs)
     return directory / f"lib{target}.so"

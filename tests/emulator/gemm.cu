@@ -1,6 +1,6 @@
-// csat::gemm for the emulated build, in place of cuBLAS: one thread an element of c, so that its operands are checked too.
+// csat::gemm for the emulated build, in place of cuBLAS: one thread an element of c, so that its operands are checked
+// too.
 #include "csat/gemm.h"
-
 #include "csat/prims.cuh"
 
 namespace csat {
@@ -35,9 +35,12 @@ int run(const GemmArgs& p) {
 int gemm(const GemmArgs& p, void*) {
   if (p.m * p.n * p.count == 0) return 0;
   switch (p.input) {
-    case DType::f32: return run<float, float>(p);
-    case DType::bf16: return p.output == DType::f32 ? run<bf16, float>(p) : run<bf16, bf16>(p);
-    case DType::f16: return p.output == DType::f32 ? run<f16, float>(p) : run<f16, f16>(p);
+    case DType::f32:
+      return run<float, float>(p);
+    case DType::bf16:
+      return p.output == DType::f32 ? run<bf16, float>(p) : run<bf16, bf16>(p);
+    case DType::f16:
+      return p.output == DType::f32 ? run<f16, float>(p) : run<f16, f16>(p);
   }
   return kUnsupported;
 }

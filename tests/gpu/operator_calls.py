@@ -1,7 +1,8 @@
 """Calls of every csat operator, forward and backward, at sizes that reach each branch of the CUDA kernels.
 
-A call is the operator's name and its arguments as CPU tensors, values exactly representable in the dtype asked for; `expected`
-is the operator in plain torch and float64, `plain` the same in the dtype of the call.
+A call is the operator's name and its arguments as CPU tensors, values exactly representable in the dtype asked for;
+`expected` is the operator in plain torch and float64, `plain` the same in the dtype of the call (a float32 phi beside
+16-bit tokens is rounded to their dtype there: that is how a matrix product in the tokens' dtype takes it).
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ class Call:
     def map(self, convert: Any) -> tuple[Any, ...]:
         return tuple(convert(a) if isinstance(a, Tensor) else a for a in self.args)
 
+    def to(self, device: torch.device | str) -> tuple[Any, ...]:
+        return self.map(lambda t: t.to(device))  # strides are kept
+
     def expected(self) -> tuple[Tensor, ...]:
         def double(t: Tensor) -> Tensor:
             return t.double() if t.is_floating_point() else t
@@ -49,7 +53,13 @@ class Call:
         return as_tuple(getattr(_composite, self.op)(*self.map(double)))
 
     def plain(self) -> tuple[Tensor, ...]:
-        return as_tuple(getattr(_composite, self.op)(*self.args))
+        operator, dtype = getattr(_composite, self.op), self.args[0].dtype
+        if self.op == "project_backward":
+            dx, dphi = operator(*self.map(lambda t: t.to(dtype) if t.is_floating_point() else t))
+            return dx, dphi.to(self.args[2].dtype)
+        if self.op == "project":
+            return as_tuple(operator(self.args[0], self.args[1].to(dtype), self.args[2]))
+        return as_tuple(operator(*self.args))
 
     def named(self, results: Any) -> Iterator[tuple[str, Tensor]]:
         return zip((f"{self} {name}" for name in RESULTS[self.op]), as_tuple(results), strict=True)
@@ -121,6 +131,11 @@ def attend_calls(dtype: torch.dtype) -> Iterator[Call]:
         yield Call("attend", label, arguments)
         z, lse = _composite.attend(*arguments)
         yield Call("attend_backward", label, (values.strided(*z.shape), *arguments[:4], z, lse, arguments[4]))
+    values = Values(dtype)  # measured values that are alike: ds is a small difference of large numbers
+    q, kc, vc, bias, scale = _attend_arguments(values, (1, 2, 2, 50, 150, 16, 16), (1, 2))
+    vc = (3 + 0.05 * vc.float()).to(dtype)
+    z, lse = _composite.attend(q, kc, vc, bias, scale)
+    yield Call("attend_backward", "alike-values", (values(*z.shape), q, kc, vc, bias, z, lse, scale))
     values = Values(dtype)
     q, kc, vc, bias, scale = _attend_arguments(values, (2, 2, 2, 7, 5, 8, 8), (2, 2))
     bias[1, 0] = -torch.inf  # nothing left to attend to
@@ -130,7 +145,15 @@ def attend_calls(dtype: torch.dtype) -> Iterator[Call]:
 
 
 def decoder_weights(
-    values: Values, heads: int, layers: int, s_layers: int, b_layers: int, p: int, r: int, dv: int, parameter: torch.dtype
+    values: Values,
+    heads: int,
+    layers: int,
+    s_layers: int,
+    b_layers: int,
+    p: int,
+    r: int,
+    dv: int,
+    parameter: torch.dtype,
 ) -> tuple[Tensor, ...]:
     S = (torch.eye(p) + values(heads, s_layers, p, p, scale=0.3 * p**-0.5, dtype=torch.float32)).to(parameter)
     B = values(heads, b_layers, p, r, scale=r**-0.5, dtype=parameter)

@@ -1,9 +1,6 @@
 // attend and its backward pass. Saved from the forward pass are z and the log-sum-exp of each row; probabilities are
-// recomputed per row tile: P = exp(scale q kc^T + bias - lse), dP = dz vc^T, delta = rowsum(P * dP) / rowsum(P),
-// ds = P * (dP - delta), dvc = P^T dz, dq = scale ds kc, dkc = scale ds^T q, dbias = colsum(ds).
-// delta is rowsum(dz * z) too, but z has been rounded to the dtype of q, and where measured values are alike ds is a small
-// difference that this rounding would swamp. For the same reason what all of a row of dP has in common (its first entry)
-// is taken off before the sums, and delta is divided by the sum of probabilities that a rounded lse leaves near 1.
+// recomputed per row tile: P = exp(scale q kc^T + bias - lse), dP = dz vc^T, ds = P * (dP - rowsum(P * dP)),
+// dvc = P^T dz, dq = scale ds kc, dkc = scale ds^T q, dbias = colsum(ds).
 #include "torch/cpu/attend.h"
 
 #include "torch/cpu/kernels.h"
@@ -64,15 +61,7 @@ void backward_tile(const AttendOperands<R>& operands, Block<R> keys, Block<R> va
       continue;
     }
     micro_kernels<R>().probability_row(p.row(i), bias, operands.scale, lse[i], padded<R>(n.M));
-    R delta = 0, mass = 0;
-    const R common = ds.row(i)[0];
-    for (int64_t j = 0; j < n.M; ++j) {
-      ds.row(i)[j] -= common;
-      delta += p.row(i)[j] * ds.row(i)[j];
-      mass += p.row(i)[j];
-    }
-    delta /= mass;
-    micro_kernels<R>().score_gradient_row(p.row(i), delta, operands.scale, padded<R>(n.M), ds.row(i), dbias);
+    micro_kernels<R>().score_gradient_row(p.row(i), operands.scale, padded<R>(n.M), ds.row(i), dbias);
   }
   multiply(rows, n.D, n.M, as_is(ds), keys, tile.dq[0]);
   multiply_add(n.M, n.D, rows, transposed(ds), q, sum.keys[slot]);

@@ -1,6 +1,9 @@
 #include "torch/cpu/gemm.h"
 
+#include <algorithm>
 #include <cmath>
+#include <cstdlib>
+#include <string_view>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define CSAT_MULTIVERSION 1
@@ -50,9 +53,17 @@ Isa detect() {
   return Isa::baseline;
 }
 
+// ATEN_CPU_CAPABILITY (default, avx2, avx512) bounds torch's own kernels, and these with them.
+Isa bound() {
+  const char* value = std::getenv("ATEN_CPU_CAPABILITY");
+  if (value && std::string_view(value) == "default") return Isa::baseline;
+  if (value && std::string_view(value) == "avx2") return Isa::avx2;
+  return Isa::avx512;
+}
+
 Isa isa() {
-  static const Isa detected = detect();
-  return detected;
+  static const Isa chosen = std::min(detect(), bound());
+  return chosen;
 }
 
 }  // namespace

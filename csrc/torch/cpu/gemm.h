@@ -16,10 +16,10 @@ struct MicroKernels {
   void (*probability_row)(R* s, const R* bias, R scale, R lse, int64_t n);
   void (*threshold_row)(const R* a, const R* drive, const R* theta, R step, int64_t n, R* y, R* next);
   R (*threshold_backward_row)(const R* next, const R* y, R step, int64_t n, R* g, R* scaled, R* dtheta);
-  void (*score_gradient_row)(const R* p, R delta, R scale, int64_t n, R* ds, R* dbias);
+  void (*score_gradient_row)(const R* p, R scale, int64_t n, R* dp, R* dbias);
 };
 
-// The table of this machine: AVX-512, AVX2 or the baseline.
+// The table of this machine: AVX-512, AVX2 or the baseline, bounded by ATEN_CPU_CAPABILITY.
 template <class R>
 const MicroKernels<R>& micro_kernels();
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import io
 import json
 import platform
+import shlex
+import sys
 import textwrap
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,7 @@ import csat_ext.deepspeed as csat_deepspeed
 from csat_ext.pretrain.data import PIXEL_MEAN, PIXEL_STD, CaptionTokenizer, validation_batches
 from csat_ext.pretrain.metrics import bleu4, chance_recall_at_k, cider_d, recall_at_k
 from csat_ext.pretrain.model import VisionLanguageModel
-from csat_ext.pretrain.train import CHECKPOINTS, Run, build_model
+from csat_ext.pretrain.train import CHECKPOINTS, METRICS, RUN, Run, build_model
 
 RANKS = (1, 5, 10)
 RESULTS, PICTURE = "results.json", "examples.png"
@@ -46,7 +50,9 @@ def evaluate(checkpoint: Path, output: Path | None = None) -> dict[str, Any]:
         "items": len(items.captions),
         "retrieval": _retrieval(items.image @ items.text.T, items.captions),
         "captioning": _captioning(items.generated, items.captions),
-        "config": json.loads((checkpoint / "run.json").read_text()),
+        "training": _last_metrics(checkpoint),
+        "config": _relative(json.loads((checkpoint / RUN).read_text())),
+        "command": shlex.join(["csat", *sys.argv[1:]]),
         "machine": {
             "platform": platform.platform(),
             "processor": _processor(),
@@ -114,7 +120,9 @@ def _weights(folder: Path, tag: str) -> dict[str, Tensor]:
     if any((folder / tag).glob("*zero_pp_rank_*")):
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag)
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it reports every shard
+            weights: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag)
+        return weights
     # DeepSpeed's file holds more than tensors; it is the user's own run, as with engine.load_checkpoint.
     states = torch.load(folder / tag / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
     return {name: weight.float() if weight.is_floating_point() else weight for name, weight in states["module"].items()}
@@ -175,6 +183,20 @@ def _captioning(generated: list[str], captions: list[str]) -> dict[str, dict[str
     }
 
 
+def _last_metrics(checkpoint: Path) -> dict[str, float]:
+    lines: list[str] = (checkpoint / METRICS).read_text().splitlines()
+    return json.loads(lines[-1]) if lines else {}
+
+
+def _relative(value: Any) -> Any:
+    """The same JSON value with paths below the working directory made relative to it: results are to be shared."""
+    if isinstance(value, dict):
+        return {key: _relative(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_relative(item) for item in value]
+    return value.removeprefix(f"{Path.cwd()}/") if isinstance(value, str) else value
+
+
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -197,8 +219,8 @@ def _draw(items: _Items, rows: int, path: Path) -> None:
 
     nearest = 5
     chosen = torch.linspace(0, len(items.captions) - 1, min(rows, len(items.captions))).long().tolist()
-    figure = Figure(figsize=(13, 2.3 * len(chosen)), layout="constrained")
-    axes = figure.subplots(len(chosen), nearest + 2, squeeze=False, width_ratios=[1, 2.4] + [1] * nearest)
+    figure = Figure(figsize=(13, 1.9 * len(chosen) + 0.5), layout="constrained")
+    axes = figure.subplots(len(chosen), nearest + 2, squeeze=False, width_ratios=[1, 2] + [1] * nearest)
     for row, index in zip(axes, chosen, strict=True):
         for axis in row:
             axis.set_xticks([])
@@ -206,7 +228,7 @@ def _draw(items: _Items, rows: int, path: Path) -> None:
         row[0].imshow(_picture(items.pictures[index]))
         row[1].axis("off")
         words = {"reference": items.captions[index], "generated": items.generated[index]}
-        text = "\n\n".join(textwrap.fill(f"{name}: {caption}", 38) for name, caption in words.items())
+        text = "\n\n".join(textwrap.fill(f"{name}: {caption}", 32) for name, caption in words.items())
         row[1].text(0, 0.5, text, va="center", fontsize=9, transform=row[1].transAxes)
         order = (items.image @ items.text[index]).argsort(descending=True)
         right = [items.captions[found] == items.captions[index] for found in order.tolist()]

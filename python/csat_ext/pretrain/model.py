@@ -8,7 +8,7 @@ that the DeepSpeed JSON names. Sites: `vision.blocks.*.attn`, `text.blocks.*.att
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -219,7 +219,7 @@ class VisionLanguageModel(nn.Module):
         rows = torch.arange(image.shape[0], device=image.device)
         all_image, all_text = image, text
         if _world_size() > 1:
-            all_image, all_text = _gather(image), _gather(text)
+            all_image, all_text = _Gather.apply(torch.cat([image, text], dim=-1)).chunk(2, dim=-1)
             rows = rows + dist.get_rank() * image.shape[0]
         scale = self.logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp()
         to_text, to_image = scale * image @ all_text.T, scale * text @ all_image.T
@@ -239,8 +239,17 @@ def _world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _gather(x: Tensor) -> Tensor:
-    """(B, E) of every rank stacked to (world B, E); the gradient of a row is the sum over the ranks that used it."""
-    from torch.distributed.nn.functional import all_gather
+class _Gather(torch.autograd.Function):
+    """(B, E) of every rank stacked to (world B, E); a row's gradient is the sum over the ranks that used it."""
 
-    return torch.cat(all_gather(x))
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = x.new_empty(dist.get_world_size() * x.shape[0], *x.shape[1:])
+        dist.all_gather_into_tensor(out, x.contiguous())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]

@@ -9,6 +9,7 @@ import shutil
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -128,6 +129,9 @@ def set_up_process_group() -> None:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"torch\.distributed"
+    )  # DeepSpeed's calls, not ours
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         # DeepSpeed would compile a shared-memory all-reduce with g++ for a minute before the first step; gloo serves.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

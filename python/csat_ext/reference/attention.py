@@ -45,15 +45,21 @@ def renormalise_rows(
     """
     phi = _four_axes(phi)
     phi = phi.to(_compute_dtype(phi))
-    keep = key_mask[:, None, None, :]
-    kept = torch.where(keep, phi, 0.0)
-    empty = (kept == 0).all(-1)
-    total, remaining = phi.sum(-1), kept.sum(-1)
     signed = (phi < 0).any(-1)
-    average = total / torch.where(empty | signed, 1.0, remaining)
+    remaining = _kept_sum(phi, key_mask)
+    empty = _kept_sum((phi != 0).to(phi.dtype), key_mask) == 0
+    average = phi.sum(-1) / torch.where(empty | signed, 1.0, remaining)
     count = key_mask.sum(-1).clamp_min(1).to(phi.dtype)[:, None, None]
     factor = torch.where(signed, torch.sqrt(phi.shape[-1] / count), average)
     return torch.where(empty, 0.0, factor), empty
+
+
+def _kept_sum(rows: Tensor, key_mask: Tensor) -> Tensor:
+    """sum over kept s of rows_js, (B, Hp, M); a shared Phi is not copied for every batch element."""
+    keep = key_mask.to(rows.dtype)
+    if rows.shape[0] == 1:
+        return torch.einsum("hmn,bn->bhm", rows[0], keep)
+    return torch.einsum("bhmn,bn->bhm", rows, keep)
 
 
 def attend(

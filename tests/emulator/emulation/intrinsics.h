@@ -9,12 +9,19 @@
 
 // ---- barriers
 inline void __syncthreads(int line = __builtin_LINE()) { emulator::block_barrier(line); }
-inline int __syncthreads_count(int p, int line = __builtin_LINE()) { return emulator::block_barrier_count(p != 0, line); }
-inline int __syncthreads_or(int p, int line = __builtin_LINE()) { return emulator::block_barrier_count(p != 0, line) != 0; }
-inline int __syncthreads_and(int p, int line = __builtin_LINE()) { return emulator::block_barrier_count(p == 0, line) == 0; }
+inline int __syncthreads_count(int p, int line = __builtin_LINE()) {
+  return emulator::block_barrier_count(p != 0, line);
+}
+inline int __syncthreads_or(int p, int line = __builtin_LINE()) {
+  return emulator::block_barrier_count(p != 0, line) != 0;
+}
+inline int __syncthreads_and(int p, int line = __builtin_LINE()) {
+  return emulator::block_barrier_count(p == 0, line) == 0;
+}
 inline void __syncwarp(unsigned mask = emulator::kFullMask) { emulator::warp_barrier(mask); }
 
-// Memory fences order one thread's accesses; they do not synchronise threads, so the race checker learns nothing from them.
+// Memory fences order one thread's accesses; they do not synchronise threads, so the race checker learns nothing from
+// them.
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 

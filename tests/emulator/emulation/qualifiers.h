@@ -12,8 +12,9 @@
 #define __align__(n) alignas(n)
 #define __grid_constant__
 
-// Blocks run one after another, on one host thread: thread-local storage is the one kind of static storage whose bounds the
-// runtime can ask for (dl_iterate_phdr), so it stands for static shared memory and is shadowed like the dynamic kind.
+// Blocks run one after another, on one host thread: thread-local storage is the one kind of static storage whose bounds
+// the runtime can ask for (dl_iterate_phdr), so it stands for static shared memory and is shadowed like the dynamic
+// kind.
 #define __shared__ static thread_local
 
 #define CSAT_DEVICE __forceinline__

@@ -30,7 +30,9 @@ namespace csat {
 
 inline void cp_async16(void* shared, const void* global) { emulator::async_copy(shared, global, 16, 16); }
 // Copies `valid` bytes (0..16) and fills up with zeros.
-inline void cp_async16_zfill(void* shared, const void* global, int valid) { emulator::async_copy(shared, global, 16, valid); }
+inline void cp_async16_zfill(void* shared, const void* global, int valid) {
+  emulator::async_copy(shared, global, 16, valid);
+}
 inline void cp_async_commit() { emulator::async_commit(); }
 template <int kGroupsLeft>
 inline void cp_async_wait() {
@@ -53,8 +55,8 @@ inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
   emulator::MmaOperand operand{c, a, {b0, b1}};
   constexpr bool is_bf16 = std::is_same_v<T, __nv_bfloat16>;
   static_assert(is_bf16 || std::is_same_v<T, __half>, "mma.sync.m16n8k16 takes bf16 or fp16");
-  emulator::warp_collective("mma.sync", is_bf16 ? emulator::mma_m16n8k16_bf16 : emulator::mma_m16n8k16_f16, emulator::kFullMask,
-                            &operand);
+  emulator::warp_collective("mma.sync", is_bf16 ? emulator::mma_m16n8k16_bf16 : emulator::mma_m16n8k16_f16,
+                            emulator::kFullMask, &operand);
 }
 
 // Two floats rounded to one register, the first in the low half.
@@ -63,7 +65,9 @@ inline uint32_t pack2(float low, float high) {
   return uint32_t(T(low).bits) | uint32_t(T(high).bits) << 16;
 }
 
-inline void named_barrier_sync(int id, int threads, int line = __builtin_LINE()) { emulator::named_barrier(id, threads, true, line); }
+inline void named_barrier_sync(int id, int threads, int line = __builtin_LINE()) {
+  emulator::named_barrier(id, threads, true, line);
+}
 inline void named_barrier_arrive(int id, int threads, int line = __builtin_LINE()) {
   emulator::named_barrier(id, threads, false, line);
 }

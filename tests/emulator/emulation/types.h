@@ -1,4 +1,5 @@
-// Vector types and the 16-bit floating-point types with their conversions (round to nearest even, as the hardware rounds).
+// Vector types and the 16-bit floating-point types with their conversions (round to nearest even, as the hardware
+// rounds).
 #pragma once
 
 #include <bit>
@@ -6,8 +7,8 @@
 #include <cstring>
 
 namespace emulator {
-// One access of a whole vector, as the hardware makes it. Its type claims no alignment: a misaligned address is the hook's to
-// report, and must not crash first.
+// One access of a whole vector, as the hardware makes it. Its type claims no alignment: a misaligned address is the
+// hook's to report, and must not crash first.
 template <size_t bytes>
 inline __attribute__((always_inline)) void move_vector(void* target, const void* source) {
   typedef char Vector __attribute__((vector_size(bytes), may_alias, aligned(1)));
@@ -15,29 +16,29 @@ inline __attribute__((always_inline)) void move_vector(void* target, const void*
 }
 }  // namespace emulator
 
-#define CSAT_EMULATED_VECTOR2(name, scalar)                                                                  \
-  struct alignas(2 * sizeof(scalar)) name {                                                                  \
-    scalar x, y;                                                                                             \
-    name() = default;                                                                                        \
-    name(scalar x, scalar y) : x(x), y(y) {}                                                                 \
-    name(const name& other) { emulator::move_vector<2 * sizeof(scalar)>(this, &other); }                     \
-    name& operator=(const name& other) {                                                                     \
-      emulator::move_vector<2 * sizeof(scalar)>(this, &other);                                               \
-      return *this;                                                                                          \
-    }                                                                                                        \
-  };                                                                                                         \
+#define CSAT_EMULATED_VECTOR2(name, scalar)                                              \
+  struct alignas(2 * sizeof(scalar)) name {                                              \
+    scalar x, y;                                                                         \
+    name() = default;                                                                    \
+    name(scalar x, scalar y) : x(x), y(y) {}                                             \
+    name(const name& other) { emulator::move_vector<2 * sizeof(scalar)>(this, &other); } \
+    name& operator=(const name& other) {                                                 \
+      emulator::move_vector<2 * sizeof(scalar)>(this, &other);                           \
+      return *this;                                                                      \
+    }                                                                                    \
+  };                                                                                     \
   inline name make_##name(scalar x, scalar y) { return {x, y}; }
-#define CSAT_EMULATED_VECTOR4(name, scalar)                                                                  \
-  struct alignas(4 * sizeof(scalar)) name {                                                                  \
-    scalar x, y, z, w;                                                                                       \
-    name() = default;                                                                                        \
-    name(scalar x, scalar y, scalar z, scalar w) : x(x), y(y), z(z), w(w) {}                                 \
-    name(const name& other) { emulator::move_vector<4 * sizeof(scalar)>(this, &other); }                     \
-    name& operator=(const name& other) {                                                                     \
-      emulator::move_vector<4 * sizeof(scalar)>(this, &other);                                               \
-      return *this;                                                                                          \
-    }                                                                                                        \
-  };                                                                                                         \
+#define CSAT_EMULATED_VECTOR4(name, scalar)                                              \
+  struct alignas(4 * sizeof(scalar)) name {                                              \
+    scalar x, y, z, w;                                                                   \
+    name() = default;                                                                    \
+    name(scalar x, scalar y, scalar z, scalar w) : x(x), y(y), z(z), w(w) {}             \
+    name(const name& other) { emulator::move_vector<4 * sizeof(scalar)>(this, &other); } \
+    name& operator=(const name& other) {                                                 \
+      emulator::move_vector<4 * sizeof(scalar)>(this, &other);                           \
+      return *this;                                                                      \
+    }                                                                                    \
+  };                                                                                     \
   inline name make_##name(scalar x, scalar y, scalar z, scalar w) { return {x, y, z, w}; }
 CSAT_EMULATED_VECTOR2(float2, float)
 CSAT_EMULATED_VECTOR2(int2, int)

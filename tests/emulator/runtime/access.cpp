@@ -86,14 +86,18 @@ void async_wait(int groups_left) {
 }  // namespace emulator
 
 // The compiler tells accesses that it cannot prove aligned from others; a device knows no such difference.
-#define CSAT_ACCESS_HOOK(bytes)                                                                                           \
-  void __tsan_read##bytes(void* p) { emulator::access(p, bytes, emulator::Access::read, __builtin_return_address(0)); }   \
-  void __tsan_write##bytes(void* p) { emulator::access(p, bytes, emulator::Access::write, __builtin_return_address(0)); } \
-  void __tsan_unaligned_read##bytes(void* p) {                                                                            \
-    emulator::access(p, bytes, emulator::Access::read, __builtin_return_address(0));                                      \
-  }                                                                                                                       \
-  void __tsan_unaligned_write##bytes(void* p) {                                                                           \
-    emulator::access(p, bytes, emulator::Access::write, __builtin_return_address(0));                                     \
+#define CSAT_ACCESS_HOOK(bytes)                                                       \
+  void __tsan_read##bytes(void* p) {                                                  \
+    emulator::access(p, bytes, emulator::Access::read, __builtin_return_address(0));  \
+  }                                                                                   \
+  void __tsan_write##bytes(void* p) {                                                 \
+    emulator::access(p, bytes, emulator::Access::write, __builtin_return_address(0)); \
+  }                                                                                   \
+  void __tsan_unaligned_read##bytes(void* p) {                                        \
+    emulator::access(p, bytes, emulator::Access::read, __builtin_return_address(0));  \
+  }                                                                                   \
+  void __tsan_unaligned_write##bytes(void* p) {                                       \
+    emulator::access(p, bytes, emulator::Access::write, __builtin_return_address(0)); \
   }
 
 extern "C" {
@@ -102,8 +106,8 @@ CSAT_ACCESS_HOOK(2)
 CSAT_ACCESS_HOOK(4)
 CSAT_ACCESS_HOOK(8)
 CSAT_ACCESS_HOOK(16)
-// Accesses of a type that claims no alignment: the vectors of emulation/types.h, and structures copied as a whole. A device
-// takes vectors of 8 and 16 bytes in one piece, at their natural alignment, and other sizes as smaller elements.
+// Accesses of a type that claims no alignment: the vectors of emulation/types.h, and structures copied as a whole. A
+// device takes vectors of 8 and 16 bytes in one piece, at their natural alignment, and other sizes as smaller elements.
 void __tsan_read_range(void* p, size_t bytes) {
   emulator::range_access(p, bytes, emulator::Access::read, __builtin_return_address(0));
 }

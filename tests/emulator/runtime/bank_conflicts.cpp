@@ -17,16 +17,17 @@ constexpr uint32_t kBankBytes = 4;
 }  // namespace
 
 int wavefronts(const uint32_t* offsets, int count, uint32_t bytes) {
-  std::array<std::vector<uint32_t>, kBanks> words;  // distinct words asked of each bank
+  uint32_t words[kBanks][kBanks];  // the distinct words asked of each bank: at most one a lane
+  int asked[kBanks] = {}, most = 1;
   for (int i = 0; i < count; ++i) {
     for (uint32_t word = offsets[i] / kBankBytes; word <= (offsets[i] + bytes - 1) / kBankBytes; ++word) {
-      auto& bank = words[word % kBanks];
-      if (std::find(bank.begin(), bank.end(), word) == bank.end()) bank.push_back(word);
+      uint32_t* bank = words[word % kBanks];
+      int& known = asked[word % kBanks];
+      if (std::find(bank, bank + known, word) == bank + known) bank[known++] = word;
+      most = std::max(most, known);
     }
   }
-  size_t most = 1;
-  for (const auto& bank : words) most = std::max(most, bank.size());
-  return int(most);
+  return most;
 }
 
 void count_bank_conflicts(Thread* lanes, int count) {

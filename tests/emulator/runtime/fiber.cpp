@@ -53,8 +53,8 @@ void Fiber::prepare(void (*entry)()) {
     stack_ = static_cast<char*>(mapped);
     mprotect(stack_, kGuardBytes, PROT_NONE);  // an overflowing kernel stops here instead of spoiling its neighbour
   }
-  // What emulator_switch pops: the registers, then its return address. The word above them stands for the return address of
-  // entry(), so that the stack is aligned as at any function's start (16 n + 8).
+  // What emulator_switch pops: the registers, then its return address. The word above them stands for the return
+  // address of entry(), so that the stack is aligned as at any function's start (16 n + 8).
   auto top = reinterpret_cast<void**>(stack_ + kGuardBytes + kStackBytes - 64);
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(entry);

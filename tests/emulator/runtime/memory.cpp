@@ -36,7 +36,8 @@ void copy_to_device(void* device, const void* host, size_t bytes) {
 void copy_to_host(void* host, const void* device, size_t bytes) {
   if (bytes == 0) return;
   const size_t hole = shadow_first_unwritten(device, bytes);
-  if (hole < bytes) report.add(Fault::uninitialised_read, nullptr, format("output byte %zu of %zu never written", hole, bytes));
+  if (hole < bytes)
+    report.add(Fault::uninitialised_read, nullptr, format("output byte %zu of %zu never written", hole, bytes));
   std::memcpy(host, device, bytes);
 }
 
@@ -65,7 +66,9 @@ cudaError_t cudaGetDevice(int* device) {
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
-    case cudaDevAttrMultiProcessorCount: *value = 4; return cudaSuccess;
+    case cudaDevAttrMultiProcessorCount:
+      *value = 4;
+      return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = int(emulator::options.shared_bytes_per_block);
       return cudaSuccess;

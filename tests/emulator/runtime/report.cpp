@@ -25,24 +25,36 @@ std::string describe(const void* where) {
     std::free(demangled);
   }
   const auto offset = static_cast<const char*>(where) - static_cast<const char*>(info.dli_fbase);
-  return format(" [%s%s%s+%#lx]", symbol.c_str(), symbol.empty() ? "" : ", ", info.dli_fname, static_cast<unsigned long>(offset));
+  return format(" [%s%s%s+%#lx]", symbol.c_str(), symbol.empty() ? "" : ", ", info.dli_fname,
+                static_cast<unsigned long>(offset));
 }
 
 }  // namespace
 
 const char* fault_name(Fault fault) {
   switch (fault) {
-    case Fault::race: return "race";
-    case Fault::block_conflict: return "block conflict";
-    case Fault::uninitialised_read: return "uninitialised read";
-    case Fault::in_flight_access: return "access to bytes in flight";
-    case Fault::out_of_bounds: return "out of bounds";
-    case Fault::misaligned: return "misaligned";
-    case Fault::divergence: return "divergence";
-    case Fault::deadlock: return "deadlock";
-    case Fault::budget: return "over budget";
-    case Fault::missing_fence: return "missing fence";
-    case Fault::missing_wait: return "missing wait";
+    case Fault::race:
+      return "race";
+    case Fault::block_conflict:
+      return "block conflict";
+    case Fault::uninitialised_read:
+      return "uninitialised read";
+    case Fault::in_flight_access:
+      return "access to bytes in flight";
+    case Fault::out_of_bounds:
+      return "out of bounds";
+    case Fault::misaligned:
+      return "misaligned";
+    case Fault::divergence:
+      return "divergence";
+    case Fault::deadlock:
+      return "deadlock";
+    case Fault::budget:
+      return "over budget";
+    case Fault::missing_fence:
+      return "missing fence";
+    case Fault::missing_wait:
+      return "missing wait";
   }
   return "unknown";
 }

@@ -34,7 +34,8 @@ struct Counters {
   uint64_t launches, blocks, barriers, accesses;
   uint64_t mma, ldmatrix;
   uint64_t shared_wavefronts;  // passes over shared memory that the accesses of the warps take ...
-  uint64_t bank_conflicts;     // ... and how many of them are there because of bank conflicts (if Options::count_bank_conflicts)
+  uint64_t bank_conflicts;     // ... and how many of them are there because of bank conflicts (if
+                               // Options::count_bank_conflicts)
 };
 
 class Report {

@@ -22,8 +22,8 @@ size_t device_bytes_used();
 namespace {
 
 struct Warp {
-  uint32_t clock;                            // ticks at each of its barriers
-  std::array<uint32_t, kMaxWarps> learned;   // clocks of the other warps whose accesses are ordered before its own
+  uint32_t clock;                           // ticks at each of its barriers
+  std::array<uint32_t, kMaxWarps> learned;  // clocks of the other warps whose accesses are ordered before its own
 };
 
 // Threads that have come to a meeting point and wait for the others.
@@ -48,7 +48,9 @@ class Block {
   void run(dim3 grid, dim3 shape, dim3 index, unsigned number, const std::function<void()>& body);
 
   void meet_warp(const char* name, WarpFunction function, uint32_t mask, void* operand);
+  void meet_warpgroup(const char* name, WarpFunction function);
   void meet_block(int line, bool predicate);
+  void fence_proxy();
   void meet_named(int id, int expected, bool wait, int line);
   int predicates_true() const { return predicate_count_; }
   Thread& thread(int id) { return threads_[id]; }
@@ -66,6 +68,7 @@ class Block {
   std::array<Thread, kMaxThreads> threads_;
   std::array<Warp, kMaxWarps> warps_;
   std::array<std::vector<Meeting>, kMaxWarps> meetings_;
+  std::array<Meeting, kMaxThreads / kWarpgroupSize> group_meetings_;  // `arrived` counts here
   std::array<Barrier, kNamedBarriers> named_;
   int thread_count_ = 0, warp_count_ = 0, exited_ = 0;
   int at_barrier_ = 0, barrier_line_ = 0, predicates_now_ = 0, predicate_count_ = 0;
@@ -81,6 +84,9 @@ Block& block() {
 void Block::entry() {
   (*block().body_)();
   Thread& self = *running;
+  if (!self.open_products.empty() || !self.products.empty()) {
+    report.add(Fault::missing_wait, nullptr, format("thread %d ends with warpgroup products in flight", self.id));
+  }
   if (!self.open.empty() || !self.pending.empty()) {
     report.add(Fault::missing_wait, nullptr, format("thread %d ends with asynchronous copies in flight", self.id));
   }
@@ -110,6 +116,9 @@ void Block::run(dim3 grid, dim3 shape, dim3 index, unsigned number, const std::f
     t.lanes_ordered = start - 1;
     t.open.clear();
     t.pending.clear();
+    t.open_products.clear();
+    t.products.clear();
+    t.fenced = start - 1;
     t.shared_log.clear();
     t.fiber.prepare(&Block::entry);
   }
@@ -119,6 +128,7 @@ void Block::run(dim3 grid, dim3 shape, dim3 index, unsigned number, const std::f
     meetings_[w].clear();
   }
   for (Barrier& barrier : named_) barrier = Barrier{};
+  group_meetings_.fill(Meeting{});
 
   std::vector<int> order(warp_count_);
   std::iota(order.begin(), order.end(), 0);
@@ -185,7 +195,8 @@ void Block::meet_warp(const char* name, WarpFunction function, uint32_t mask, vo
   if (meeting->arrived != mask) return wait(name, mask, 0);
   const Meeting complete = *meeting;
   meetings.erase(meeting);
-  if (options.count_bank_conflicts && mask == kFullMask) count_bank_conflicts(&threads_[self.warp * kWarpSize], kWarpSize);
+  if (options.count_bank_conflicts && mask == kFullMask)
+    count_bank_conflicts(&threads_[self.warp * kWarpSize], kWarpSize);
   function(mask, complete.operands.data());
   impersonate(self);
   for (int lane = 0; lane < kWarpSize; ++lane) {
@@ -193,8 +204,34 @@ void Block::meet_warp(const char* name, WarpFunction function, uint32_t mask, vo
   }
 }
 
+void Block::meet_warpgroup(const char* name, WarpFunction function) {
+  Thread& self = *running;
+  const int first = self.id / kWarpgroupSize * kWarpgroupSize;
+  Meeting& meeting = group_meetings_[size_t(self.id / kWarpgroupSize)];
+  if (meeting.arrived == 0) {
+    meeting.function = function;
+  } else if (meeting.function != function) {
+    report.add(Fault::divergence, nullptr,
+               format("%s: thread %d finds its warpgroup in another instruction", name, self.id));
+  }
+  if (++meeting.arrived < kWarpgroupSize) return wait(name, 0, 0);
+  meeting.arrived = 0;
+  function(kFullMask, nullptr);
+  impersonate(self);
+  for (int i = first; i < first + kWarpgroupSize; ++i) threads_[size_t(i)].state = Thread::State::ready;
+}
+
+// The tick tells the writes before the fence from those after.
+void Block::fence_proxy() {
+  Warp& warp = warps_[size_t(running->warp)];
+  running->fenced = warp.clock;
+  warp.clock = ++clock_now;
+  impersonate(*running);
+}
+
 void Block::tick(int w) {
-  for (int i = w * kWarpSize; i < std::min(thread_count_, (w + 1) * kWarpSize); ++i) threads_[i].lanes_ordered = warps_[w].clock;
+  for (int i = w * kWarpSize; i < std::min(thread_count_, (w + 1) * kWarpSize); ++i)
+    threads_[i].lanes_ordered = warps_[w].clock;
   warps_[w].clock = clock_now;
 }
 
@@ -203,7 +240,8 @@ void Block::meet_block(int line, bool predicate) {
     barrier_line_ = line;
   } else if (barrier_line_ != line) {
     report.add(Fault::divergence, nullptr,
-               format("thread %d is at the __syncthreads of line %d, others at that of line %d", running->id, line, barrier_line_));
+               format("thread %d is at the __syncthreads of line %d, others at that of line %d", running->id, line,
+                      barrier_line_));
   }
   ++at_barrier_;
   predicates_now_ += predicate;
@@ -212,8 +250,9 @@ void Block::meet_block(int line, bool predicate) {
 
 void Block::finish_block_barrier() {
   if (exited_ > 0) {
-    report.add(Fault::divergence, nullptr,
-               format("__syncthreads of line %d: %d of %d threads have returned", barrier_line_, exited_, thread_count_));
+    report.add(
+        Fault::divergence, nullptr,
+        format("__syncthreads of line %d: %d of %d threads have returned", barrier_line_, exited_, thread_count_));
   }
   join_all();
   predicate_count_ = predicates_now_;
@@ -239,7 +278,8 @@ void Block::join_all() {
 void Block::meet_named(int id, int expected, bool wait_here, int line) {
   Thread& self = *running;
   if (id < 0 || id >= kNamedBarriers || expected <= 0 || expected % kWarpSize) {
-    report.add(Fault::divergence, nullptr, format("barrier %d for %d threads: 0..15 and whole warps are allowed", id, expected));
+    report.add(Fault::divergence, nullptr,
+               format("barrier %d for %d threads: 0..15 and whole warps are allowed", id, expected));
     return;
   }
   Barrier& barrier = named_[id];
@@ -247,8 +287,9 @@ void Block::meet_named(int id, int expected, bool wait_here, int line) {
     barrier.expected = expected;
     barrier.learned.fill(0);
   } else if (barrier.expected != expected) {
-    report.add(Fault::divergence, nullptr, format("barrier %d: thread %d expects %d threads, others expect %d", id, self.id, expected,
-                                                  barrier.expected));
+    report.add(
+        Fault::divergence, nullptr,
+        format("barrier %d: thread %d expects %d threads, others expect %d", id, self.id, expected, barrier.expected));
   }
   Warp& mine = warps_[self.warp];
   for (int w = 0; w < warp_count_; ++w) barrier.learned[w] = std::max(barrier.learned[w], mine.learned[w]);
@@ -291,13 +332,15 @@ void Block::report_stuck() {
     ++named;
   }
   report.add(Fault::deadlock, nullptr,
-             format("block %u stands still, %d of %d threads have returned%s", observer.block, exited_, thread_count_, who.c_str()));
+             format("block %u stands still, %d of %d threads have returned%s", observer.block, exited_, thread_count_,
+                    who.c_str()));
 }
 
 // What a launch must satisfy on every device that is supported.
 std::string refusal(dim3 grid, dim3 block, size_t dynamic_shared_bytes) {
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
-  if (threads == 0 || threads > kMaxThreads || block.z > 64) return format("%llu threads a block", (unsigned long long)threads);
+  if (threads == 0 || threads > kMaxThreads || block.z > 64)
+    return format("%llu threads a block", (unsigned long long)threads);
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
     return format("grid of (%u, %u, %u)", grid.x, grid.y, grid.z);
   }
@@ -316,6 +359,12 @@ dim3 grid_dim() { return running->index.grid_dim; }
 
 Thread& lane_of_running_warp(int lane) { return block().thread(running->warp * kWarpSize + lane); }
 
+Thread& lane_of_running_warpgroup(int lane) {
+  return block().thread(running->id / kWarpgroupSize * kWarpgroupSize + lane);
+}
+
+bool fenced(int thread, const void* p) { return shadow_last_write_clock(p) <= block().thread(thread).fenced; }
+
 void impersonate(Thread& thread) {
   const Warp& warp = block().warp(thread.warp);
   running = &thread;
@@ -325,6 +374,10 @@ void impersonate(Thread& thread) {
   observer.lanes_ordered = thread.lanes_ordered;
   observer.learned = warp.learned.data();
 }
+
+void warpgroup_collective(const char* name, WarpFunction function) { block().meet_warpgroup(name, function); }
+
+void fence_proxy_async() { block().fence_proxy(); }
 
 void block_barrier(int line) { block().meet_block(line, false); }
 
@@ -378,8 +431,8 @@ int launch(const char* kernel, dim3 grid, dim3 shape, size_t dynamic_shared_byte
   }
   const size_t static_bytes = static_shared_bytes_touched();
   if (static_bytes > kMaxStaticSharedBytes || static_bytes + dynamic_shared_bytes > options.shared_bytes_per_block) {
-    report.add(Fault::budget, nullptr, format("%zu bytes of static and %zu of dynamic shared memory", static_bytes,
-                                              dynamic_shared_bytes));
+    report.add(Fault::budget, nullptr,
+               format("%zu bytes of static and %zu of dynamic shared memory", static_bytes, dynamic_shared_bytes));
   }
   ++report.counters.launches;
   report.counters.blocks += blocks;

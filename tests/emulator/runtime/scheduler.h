@@ -2,8 +2,10 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <vector>
 
+#include "emulation/warpgroup.h"
 #include "runtime/fiber.h"
 #include "runtime/thread.h"
 
@@ -27,19 +29,25 @@ struct Thread {
   ThreadIndex index;
   int id, warp, lane;
   State state;
-  const char* waits_for;      // what kind of thing, for messages
-  uint32_t waits_with;        // mask, or barrier number
-  int line;                   // source line of the barrier it waits at
-  uint32_t lanes_ordered;     // Observer::lanes_ordered
-  std::vector<AsyncCopy> open;                   // copies of the group being built
-  std::vector<std::vector<AsyncCopy>> pending;   // committed groups, oldest first
-  std::vector<struct SharedAccess> shared_log;   // since the warp's last meeting, when bank conflicts are counted
+  const char* waits_for;                        // what kind of thing, for messages
+  uint32_t waits_with;                          // mask, or barrier number
+  int line;                                     // source line of the barrier it waits at
+  uint32_t lanes_ordered;                       // Observer::lanes_ordered
+  std::vector<AsyncCopy> open;                  // copies of the group being built
+  std::vector<std::vector<AsyncCopy>> pending;  // committed groups, oldest first
+  std::vector<WgmmaOperand> open_products;            // the same for wgmma
+  std::deque<std::vector<WgmmaOperand>> products;
+  uint32_t fenced;  // its writes up to this clock are visible to the asynchronous proxy
+  std::vector<struct SharedAccess> shared_log;  // since the warp's last meeting, when bank conflicts are counted
 };
 
 // The thread whose fiber runs. Null on the host.
 extern Thread* running;
 // The lanes of the running thread's warp.
 Thread& lane_of_running_warp(int lane);
+Thread& lane_of_running_warpgroup(int lane);
+// Whether the last write at `p`, by `thread` of the running block, is visible to the asynchronous proxy.
+bool fenced(int thread, const void* p);
 // Makes `observer` and `running` those of a thread: collectives check the accesses of every lane in its own name.
 void impersonate(Thread& thread);
 

@@ -16,7 +16,7 @@ MemoryMap memory_map;
 
 namespace {
 
-constexpr size_t kGap = size_t(64) << 20;         // stray accesses this far off are still recognised
+constexpr size_t kGap = size_t(64) << 20;          // stray accesses this far off are still recognised
 constexpr size_t kSharedWindow = size_t(1) << 20;  // more than any device has
 constexpr size_t kSharedAlignment = 1024;          // of the 128-byte swizzle's pattern
 
@@ -46,8 +46,8 @@ const char* verb(Access access) {
 }
 
 std::string place(const Site& site) {
-  return format("%s of %s memory at %#zx by thread %d of block %u", verb(site.access), site.shared ? "shared" : "device",
-                site.offset, observer.thread, observer.block);
+  return format("%s of %s memory at %#zx by thread %d of block %u", verb(site.access),
+                site.shared ? "shared" : "device", site.offset, observer.thread, observer.block);
 }
 
 [[gnu::noinline]] void fault(Fault kind, const Site& site, const std::string& detail = "") {
@@ -134,7 +134,8 @@ inline void step(Cell& cell, Stamp mine, size_t offset, const void* where) {
   }
   if (access == Access::read) return record_read<shared>(cell, mine);
   for (const Stamp read : cell.read) {
-    if (!forgotten<shared>(read) && !settled(read)) [[unlikely]] judge_read(read, {shared, offset, access, where});
+    if (!forgotten<shared>(read) && !settled(read)) [[unlikely]]
+      judge_read(read, {shared, offset, access, where});
   }
   cell = Cell{access == Access::atomic ? mine | kFlag : mine, {}};
 }
@@ -162,9 +163,12 @@ void walk(Cell* cells, size_t offset, size_t bytes, const void* where) {
 template <bool shared>
 void walk(Access access, Cell* cells, size_t offset, size_t bytes, const void* where) {
   switch (access) {
-    case Access::read: return walk<Access::read, shared>(cells, offset, bytes, where);
-    case Access::write: return walk<Access::write, shared>(cells, offset, bytes, where);
-    case Access::atomic: return walk<Access::atomic, shared>(cells, offset, bytes, where);
+    case Access::read:
+      return walk<Access::read, shared>(cells, offset, bytes, where);
+    case Access::write:
+      return walk<Access::write, shared>(cells, offset, bytes, where);
+    case Access::atomic:
+      return walk<Access::atomic, shared>(cells, offset, bytes, where);
   }
 }
 
@@ -176,6 +180,12 @@ Cell* cells_of(const void* p, size_t& offset) {
   if (offset < kDeviceBytes) return memory_map.device_cells;
   offset = size_t(address - memory_map.static_shared);
   return offset < memory_map.static_shared_bytes ? memory_map.static_shared_cells : nullptr;
+}
+
+Stamp last_write(const void* p) {
+  size_t offset;
+  const Cell* cells = cells_of(p, offset);
+  return cells[offset / kGranule].write;
 }
 
 }  // namespace
@@ -205,7 +215,8 @@ void shadow_access(const void* p, size_t bytes, Access access, const void* where
     size_t offset = size_t(address - memory_map.shared);
     if (offset < kSharedWindow) {
       if (offset + bytes > memory_map.shared_bytes) {
-        return fault(Fault::out_of_bounds, {true, offset, access, where}, format(", which has %zu bytes", memory_map.shared_bytes));
+        return fault(Fault::out_of_bounds, {true, offset, access, where},
+                     format(", which has %zu bytes", memory_map.shared_bytes));
       }
       return walk<true>(access, memory_map.shared_cells, offset, bytes, where);
     }
@@ -223,7 +234,8 @@ void shadow_issue_copy(const void* target, size_t bytes, const void* where) {
   shadow_access(target, bytes, Access::write, where);
   size_t offset;
   Cell* cells = cells_of(target, offset);
-  for (size_t i = 0; i < bytes; i += kGranule) cells[(offset + i) / kGranule].write = make_stamp(kInFlight, observer.thread);
+  for (size_t i = 0; i < bytes; i += kGranule)
+    cells[(offset + i) / kGranule].write = make_stamp(kInFlight, observer.thread);
 }
 
 void shadow_finish_copy(const void* target, size_t bytes) {
@@ -232,6 +244,12 @@ void shadow_finish_copy(const void* target, size_t bytes) {
   const Cell written{make_stamp(observer.clock, observer.thread), {}};
   for (size_t i = 0; i < bytes; i += kGranule) cells[(offset + i) / kGranule] = written;
 }
+
+int shadow_last_writer(const void* p) {
+  return shadow_last_write_clock(p) < observer.block_start ? -1 : thread_of(last_write(p));
+}
+
+uint32_t shadow_last_write_clock(const void* p) { return clock_of(last_write(p)); }
 
 void shadow_mark(const void* device, size_t bytes, uint32_t clock) {
   if (bytes == 0) return;

@@ -1,11 +1,11 @@
 // Shadow memory: for every two bytes of shared and device memory, who wrote them last and who has read them since.
 //
-// Order is kept as vector clocks of warps. Every warp has a clock that ticks at each of its barriers; an access is stamped with
-// the accessing thread and its warp's clock. A barrier teaches its participants the clocks of all the others. An access of
-// warp u with clock c happened before the running thread's if the running warp has learned c from u. Within a warp, lanes
-// are ordered by __syncwarp and by barriers alone: a shuffle orders nothing. Clocks grow from block to block and from launch to
-// launch, so the clock of a stamp also tells whether it was made by this block, another block of the launch, or before, and
-// nothing needs clearing between blocks.
+// Order is kept as vector clocks of warps. Every warp has a clock that ticks at each of its barriers; an access is
+// stamped with the accessing thread and its warp's clock. A barrier teaches its participants the clocks of all the
+// others. An access of warp u with clock c happened before the running thread's if the running warp has learned c from
+// u. Within a warp, lanes are ordered by __syncwarp and by barriers alone: a shuffle orders nothing. Clocks grow from
+// block to block and from launch to launch, so the clock of a stamp also tells whether it was made by this block,
+// another block of the launch, or before, and nothing needs clearing between blocks.
 //
 // Two bytes are the smallest element that kernels share: neighbouring one-byte elements would count as one.
 #pragma once
@@ -53,7 +53,7 @@ struct MemoryMap {
   unsigned char* reservation = nullptr;
   size_t reserved_bytes = 0;
   unsigned char *shared = nullptr, *device = nullptr;  // device: the arena of all device allocations
-  unsigned char *static_shared = nullptr;              // thread-local storage of the object that holds the kernels
+  unsigned char* static_shared = nullptr;              // thread-local storage of the object that holds the kernels
   size_t shared_bytes = 0, static_shared_bytes = 0;    // dynamic shared memory of the launch; size of the static block
   Cell *shared_cells = nullptr, *device_cells = nullptr, *static_shared_cells = nullptr;
 };
@@ -69,10 +69,15 @@ void shadow_access(const void* p, size_t bytes, Access access, const void* where
 void shadow_issue_copy(const void* target, size_t bytes, const void* where);
 void shadow_finish_copy(const void* target, size_t bytes);
 
+// The thread of the running block that last wrote shared memory at `p`, and the clock of its write; thread -1 if none did.
+int shadow_last_writer(const void* p);
+uint32_t shadow_last_write_clock(const void* p);
+
 // For the host: marks device memory, and finds the first byte that nobody wrote (or `bytes`).
 void shadow_mark(const void* device, size_t bytes, uint32_t clock);
 size_t shadow_first_unwritten(const void* device, size_t bytes);
-// Brings every stamp back to "written by the host", so that clocks can start again. `used` bytes of the arena are in use.
+// Brings every stamp back to "written by the host", so that clocks can start again. `used` bytes of the arena are in
+// use.
 void shadow_restart_clocks(size_t used);
 
 }  // namespace emulator

@@ -14,7 +14,7 @@ struct dim3 {
 
 namespace emulator {
 
-inline constexpr int kWarpSize = 32;
+inline constexpr int kWarpSize = 32, kWarpgroupSize = 128;
 inline constexpr uint32_t kFullMask = 0xffffffffu;
 
 // The index of the thread that runs now. A kernel cannot see them change, so the compiler need not ask twice.
@@ -36,20 +36,20 @@ void named_barrier(int id, int threads, bool wait, int line);
 // __syncthreads_count / _and / _or: the barrier, and how many of the threads held a true predicate.
 int block_barrier_count(bool predicate, int line);
 
-// A warp collective: blocks until every lane in `mask` has called it with the same function and mask; the last arrival runs
-// `function` once. `operands[l]` is what lane l passed, null outside the mask.
+// A warp collective: blocks until every lane in `mask` has called it with the same function and mask; the last arrival
+// runs `function` once. `operands[l]` is what lane l passed, null outside the mask.
 using WarpFunction = void (*)(uint32_t mask, void* const* operands);
 void warp_collective(const char* name, WarpFunction function, uint32_t mask, void* operand);
 
-// The same over the four warps of a warpgroup (128 lanes).
-void warpgroup_collective(const char* name, WarpFunction function, void* operand);
+// The same over the four warps of a warpgroup (128 lanes); the operands are the function's own affair.
+void warpgroup_collective(const char* name, WarpFunction function);
 
 // __syncwarp: the only instruction that orders the memory accesses of the lanes of a warp.
 void warp_barrier(uint32_t mask);
 
 // ---- memory, as the instructions that the compiler cannot instrument see it
-// Asynchronous copy of `bytes` (4, 8 or 16): reads `source`, writes `target` (shared) no earlier than its wait. The bytes from
-// `valid` on are zero-filled and not read.
+// Asynchronous copy of `bytes` (4, 8 or 16): reads `source`, writes `target` (shared) no earlier than its wait. The
+// bytes from `valid` on are zero-filled and not read.
 void async_copy(void* target, const void* source, int bytes, int valid);
 void async_commit();
 void async_wait(int groups_left);

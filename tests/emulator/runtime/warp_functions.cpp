@@ -1,4 +1,5 @@
-// What the warp collectives compute, for all lanes at once. Fragment layouts: PTX ISA, "Warp Level Matrix Instructions".
+// What the warp collectives compute, for all lanes at once. Fragment layouts: PTX ISA, "Warp Level Matrix
+// Instructions".
 #include <array>
 #include <bit>
 #include <cstring>
@@ -21,7 +22,8 @@ void shuffle(uint32_t mask, void* const* operands) {
     // Every lane of an exchange has the same lane mask: other lanes have come from another shuffle.
     if (operand.kind != first.kind || operand.width != first.width ||
         (operand.kind == Shuffle::exchange && operand.argument != first.argument)) {
-      report.add(Fault::divergence, nullptr, format("lane %d is in another shuffle than the first lane of mask %08x", lane, mask));
+      report.add(Fault::divergence, nullptr,
+                 format("lane %d is in another shuffle than the first lane of mask %08x", lane, mask));
     }
   }
   for (int lane = 0; lane < kWarpSize; ++lane) {
@@ -30,14 +32,23 @@ void shuffle(uint32_t mask, void* const* operands) {
     const int segment = lane & ~(operand.width - 1), last = segment + operand.width - 1;
     int source = lane;
     switch (operand.kind) {
-      case Shuffle::exchange: source = lane ^ operand.argument; break;
-      case Shuffle::index: source = segment + (operand.argument & (operand.width - 1)); break;
-      case Shuffle::up: source = lane - operand.argument; break;
-      case Shuffle::down: source = lane + operand.argument; break;
+      case Shuffle::exchange:
+        source = lane ^ operand.argument;
+        break;
+      case Shuffle::index:
+        source = segment + (operand.argument & (operand.width - 1));
+        break;
+      case Shuffle::up:
+        source = lane - operand.argument;
+        break;
+      case Shuffle::down:
+        source = lane + operand.argument;
+        break;
     }
     if (source < segment || source > last) source = lane;  // out of the segment: the lane's own value
     if (!(mask >> source & 1)) {
-      report.add(Fault::divergence, nullptr, format("shuffle: lane %d reads lane %d, which takes no part", lane, source));
+      report.add(Fault::divergence, nullptr,
+                 format("shuffle: lane %d reads lane %d, which takes no part", lane, source));
       operand.result = 0x7ff8dead7fc0deadull;  // NaN as float, as double
     } else {
       operand.result = values[source];
@@ -67,7 +78,8 @@ std::array<const unsigned char*, kWarpSize> matrix_rows(void* const* operands, i
     impersonate(lane_of_running_warp(lane));
     check_aligned(rows[lane], kRowBytes, "ldmatrix row");
     if (!in_shared_window(rows[lane])) {
-      report.add(Fault::out_of_bounds, nullptr, format("ldmatrix: lane %d gives an address outside shared memory", lane));
+      report.add(Fault::out_of_bounds, nullptr,
+                 format("ldmatrix: lane %d gives an address outside shared memory", lane));
     }
     shadow_access(rows[lane], kRowBytes, Access::read, nullptr);
   }
@@ -108,8 +120,8 @@ void ldmatrix_transposed(uint32_t, void* const* operands) {
 
 namespace {
 
-// C (16, 8) += A (16, 16) B (16, 8). Lane l holds, with g = l / 4 and t = 2 (l % 4): of A the pairs at rows g, g + 8 and columns
-// t, t + 8; of B those at rows t, t + 8 and column g; of C those at rows g, g + 8 and column t.
+// C (16, 8) += A (16, 16) B (16, 8). Lane l holds, with g = l / 4 and t = 2 (l % 4): of A the pairs at rows g, g + 8
+// and columns t, t + 8; of B those at rows t, t + 8 and column g; of C those at rows g, g + 8 and column t.
 template <float (*value)(uint16_t)>
 void mma_m16n8k16(void* const* operands) {
   ++report.counters.mma;

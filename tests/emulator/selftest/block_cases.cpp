@@ -8,8 +8,17 @@ namespace {
 
 // ---- sum of each block's elements through shared memory
 enum class Sum {
-  correct, no_barrier_before_tree, no_barrier_in_tree, store_past_end, slot_never_written, barrier_in_branch, two_barriers,
-  early_return, inactive_lane, collective_in_branch, half_mask
+  correct,
+  no_barrier_before_tree,
+  no_barrier_in_tree,
+  store_past_end,
+  slot_never_written,
+  barrier_in_branch,
+  two_barriers,
+  early_return,
+  inactive_lane,
+  collective_in_branch,
+  half_mask
 };
 constexpr int kThreads = 128;
 
@@ -179,11 +188,17 @@ std::vector<Case> block_cases() {
       {"sum: lane calls a shuffle whose mask leaves it out", {Fault::divergence}, run_sum<Sum::half_mask>},
       {"transpose", {}, run_transpose<Transpose::correct>},
       {"transpose: no __syncwarp between store and load", {Fault::race}, run_transpose<Transpose::no_syncwarp>},
-      {"transpose: no __syncwarp before the tile's reuse", {Fault::race}, run_transpose<Transpose::no_syncwarp_before_reuse>},
+      {"transpose: no __syncwarp before the tile's reuse",
+       {Fault::race},
+       run_transpose<Transpose::no_syncwarp_before_reuse>},
       {"transpose: a shuffle taken for a memory barrier", {Fault::race}, run_transpose<Transpose::shuffle_as_barrier>},
       {"broadcast", {}, run_broadcast<Broadcast::correct>},
-      {"broadcast: overwritten while others may still read", {Fault::race}, run_broadcast<Broadcast::no_barrier_before_write>},
-      {"broadcast: read while it may not be written yet", {Fault::race}, run_broadcast<Broadcast::no_barrier_after_write>},
+      {"broadcast: overwritten while others may still read",
+       {Fault::race},
+       run_broadcast<Broadcast::no_barrier_before_write>},
+      {"broadcast: read while it may not be written yet",
+       {Fault::race},
+       run_broadcast<Broadcast::no_barrier_after_write>},
       {"votes", {}, run_votes<16>},
       {"votes: shuffle down across the mask's end", {Fault::divergence}, run_votes<32>},
   };

@@ -8,7 +8,14 @@ namespace {
 
 // ---- y = 2 x, 256 elements a block
 enum class Scale {
-  correct, no_tail_check, store_past_end, load_before_start, blocks_overlap, in_place_neighbour, reads_other_block, tail_left_out,
+  correct,
+  no_tail_check,
+  store_past_end,
+  load_before_start,
+  blocks_overlap,
+  in_place_neighbour,
+  reads_other_block,
+  tail_left_out,
   reads_output
 };
 
@@ -125,8 +132,8 @@ bool run_halves() {
   std::vector<float> x(99);
   for (size_t i = 0; i < x.size(); ++i) x[i] = float(i) / 8 - 3;  // exact in both types
   float* device = upload(x);
-  auto *a = allocate<__nv_bfloat16>(99);
-  auto *b = allocate<__half>(99);
+  auto* a = allocate<__nv_bfloat16>(99);
+  auto* b = allocate<__half>(99);
   CSAT_LAUNCH(halves, dim3(3), dim3(33), 0, nullptr, device, a, b);
   const auto first = download(a, 99);
   const auto second = download(b, 99);
@@ -165,6 +172,21 @@ bool run_two_launches() {
   return download(z, 1000)[999] == 4.0f;
 }
 
+// Arriving at a barrier makes the clocks of shadow memory tick, here until they have to start again from zero.
+__global__ void tick(int times) {
+  for (int i = 0; i < times; ++i) csat::named_barrier_arrive(1, 32);
+}
+
+template <bool racing>
+bool run_after_many_ticks() {
+  float *x = upload(std::vector<float>(1000, 1.0f)), *y = allocate<float>(1000), *z = allocate<float>(1000);
+  auto kernel = scale<Scale::correct>;
+  CSAT_LAUNCH(kernel, dim3(4), dim3(256), 0, nullptr, x, y, 1000);
+  for (int launches = 0; launches < 4; ++launches) CSAT_LAUNCH(tick, dim3(1), dim3(32), 0, nullptr, 12000);
+  CSAT_LAUNCH(kernel, dim3(4), dim3(256), 0, nullptr, y, racing ? y + 1 : z, racing ? 999 : 1000);
+  return download(z, racing ? 0 : 1000) == std::vector<float>(racing ? 0 : 1000, 4.0f);
+}
+
 }  // namespace
 
 std::vector<Case> grid_cases() {
@@ -175,7 +197,9 @@ std::vector<Case> grid_cases() {
       {"scale: stores one element too far", {Fault::out_of_bounds}, run_scale<Scale::store_past_end>},
       {"scale: loads the element before the first", {Fault::out_of_bounds}, run_scale<Scale::load_before_start>},
       {"scale: two blocks write one element", {Fault::block_conflict}, run_scale<Scale::blocks_overlap>},
-      {"scale: in place, reads what the next block writes", {Fault::block_conflict}, run_scale<Scale::in_place_neighbour>},
+      {"scale: in place, reads what the next block writes",
+       {Fault::block_conflict},
+       run_scale<Scale::in_place_neighbour>},
       {"scale: reads what another block writes", {Fault::block_conflict}, run_scale<Scale::reads_other_block>},
       {"scale: the last element is never written", {Fault::uninitialised_read}, run_scale<Scale::tail_left_out>},
       {"scale: adds to an output that nobody set", {Fault::uninitialised_read}, run_scale<Scale::reads_output>},
@@ -189,7 +213,13 @@ std::vector<Case> grid_cases() {
       {"vectors: a float4 load at an odd element", {Fault::misaligned}, run_copy<1>},
       {"two-byte elements of blocks that share words", {}, run_halves},
       {"two launches", {}, run_two_launches},
-      {"launch: too much dynamic shared memory", {Fault::budget}, [=] { return launches(dim3(1), dim3(32), budget + 1); }},
+      {"after two million ticks of the clocks", {}, run_after_many_ticks<false>},
+      {"after two million ticks of the clocks: in place, shifted by one",
+       {Fault::race, Fault::block_conflict},
+       run_after_many_ticks<true>},
+      {"launch: too much dynamic shared memory",
+       {Fault::budget},
+       [=] { return launches(dim3(1), dim3(32), budget + 1); }},
       {"launch: too many threads", {Fault::budget}, [] { return launches(dim3(1), dim3(1025), 0); }},
       {"launch: grid too high", {Fault::budget}, [] { return launches(dim3(1, 65536), dim3(32), 0); }},
       {"launch: empty grid", {Fault::budget}, [] { return launches(dim3(0), dim3(32), 0); }},

@@ -1,5 +1,5 @@
-// Runs the self tests: every planted fault must be flagged as what it is, every correct kernel must pass without an entry,
-// in order and under shuffled lanes, warps and blocks. With an argument: only the cases whose name contains it.
+// Runs the self tests: every planted fault must be flagged as what it is, every correct kernel must pass without an
+// entry, in order and under shuffled lanes, warps and blocks. With an argument: only the cases whose name contains it.
 #include <algorithm>
 #include <cstdio>
 #include <string>
@@ -31,9 +31,8 @@ bool passes(const Case& test, unsigned seed) {
   const bool planted = !test.expected.empty();
   const bool ok = planted ? flagged(test) : right && report.empty() && report.counters.accesses > 0;
   if (!ok) {
-    std::printf("FAIL %s, seed %u: expected %s, %s\n%s", test.name.c_str(), seed,
-                expectation(test).c_str(), right ? "result right" : "result wrong",
-                report.empty() ? "  (empty report)\n" : report.text().c_str());
+    std::printf("FAIL %s, seed %u: expected %s, %s\n%s", test.name.c_str(), seed, expectation(test).c_str(),
+                right ? "result right" : "result wrong", report.empty() ? "  (empty report)\n" : report.text().c_str());
   }
   return ok;
 }
@@ -61,6 +60,7 @@ int main(int count, char** arguments) {
                   planted && right ? " (result right: only the emulator sees it)" : "");
     }
   }
-  std::printf("%d planted faults (%d with right results), %d correct kernels, %d failed\n", faults, silent, clean, failed);
+  std::printf("%d planted faults (%d with right results), %d correct kernels, %d failed\n", faults, silent, clean,
+              failed);
   return failed != 0;
 }

@@ -14,7 +14,17 @@ using csat::cp_async_commit;
 using csat::cp_async_wait;
 
 // ---- rows of 128 floats copied to shared memory one ahead, double-buffered, and summed
-enum class Stream { correct, no_wait, waits_for_older, no_barrier, buffer_reused_early, never_waited, misaligned, tail, no_commit };
+enum class Stream {
+  correct,
+  no_wait,
+  waits_for_older,
+  no_barrier,
+  buffer_reused_early,
+  never_waited,
+  misaligned,
+  tail,
+  no_commit
+};
 
 template <Stream fault>
 __global__ void stream_rows(const float* x, float* y, int rows, int columns) {
@@ -185,10 +195,16 @@ std::vector<Case> tensor_cases() {
       {"product: fp16", {}, run_product<f16, false, Product::correct>},
       {"product: bf16, B by rows", {}, run_product<bf16, true, Product::correct>},
       {"product: fp16, B by rows", {}, run_product<f16, true, Product::correct>},
-      {"product: the last row of A is never written", {Fault::uninitialised_read}, run_product<bf16, false, Product::rows_missing>},
+      {"product: the last row of A is never written",
+       {Fault::uninitialised_read},
+       run_product<bf16, false, Product::rows_missing>},
       {"product: no barrier before ldmatrix", {Fault::race}, run_product<bf16, false, Product::no_barrier>},
-      {"product: rows of ldmatrix not aligned to 16 bytes", {Fault::misaligned}, run_product<bf16, false, Product::misaligned_pitch>},
-      {"product: ldmatrix from device memory", {Fault::out_of_bounds}, run_product<f16, false, Product::device_address>},
+      {"product: rows of ldmatrix not aligned to 16 bytes",
+       {Fault::misaligned},
+       run_product<bf16, false, Product::misaligned_pitch>},
+      {"product: ldmatrix from device memory",
+       {Fault::out_of_bounds},
+       run_product<f16, false, Product::device_address>},
       {"pipe", {}, run_pipe<Pipe::correct>},
       {"pipe: the consumer does not wait", {Fault::race}, run_pipe<Pipe::consumer_does_not_wait>},
       {"pipe: the producer does not wait", {Fault::race, Fault::deadlock}, run_pipe<Pipe::producer_does_not_wait>},

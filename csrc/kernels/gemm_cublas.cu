@@ -12,8 +12,8 @@ int64_t at_least_one(int64_t n) { return n > 0 ? n : 1; }
 
 }  // namespace
 
-// cuBLAS is column-major: a row-major c = a b is there c^T = b^T a^T, so a and b change places and nothing is transposed.
-// float32 runs in full float32 unless the math mode of the handle (torch's allow_tf32) says otherwise.
+// cuBLAS is column-major: a row-major c = a b is there c^T = b^T a^T, so a and b change places and nothing is
+// transposed. float32 runs in full float32 unless the math mode of the handle (torch's allow_tf32) says otherwise.
 int gemm(const GemmArgs& p, void* blas) {
   const float one = 1.f, zero = 0.f;
   const auto op = [](const GemmOperand& x) { return x.transposed ? CUBLAS_OP_T : CUBLAS_OP_N; };

@@ -1,0 +1,205 @@
+"""The CUDA kernels on a device: accuracy, determinism, streams, graphs, masks, long tensors. Skipped without one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import assert_accurate, rms
+from operator_calls import RESULTS, Call, Values, as_tuple, attend_decode_calls, calls, decoder_weights, project_calls
+from torch import Tensor
+
+import csat_ext
+from csat_ext import _library
+
+csat = torch.ops.csat
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LABELS = [str(call) for call in calls(torch.float32)]
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(not _library.CUDA.kernels, reason=_library.CUDA.reason),
+]
+
+
+@pytest.fixture(autouse=True)
+def full_float32() -> Any:
+    """float32 products in full float32, as the limits assume."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def run(call: Call) -> tuple[Tensor, ...]:
+    return as_tuple(getattr(csat, call.op)(*call.to("cuda")))
+
+
+def pick(label: str, dtype: torch.dtype) -> Call:
+    return next(call for call in calls(dtype) if str(call) == label)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("label", LABELS)
+def test_agrees_with_float64(label: str, dtype: torch.dtype) -> None:
+    call = pick(label, dtype)
+    for (name, exact), got, plain in zip(call.named(call.expected()), run(call), call.plain(), strict=True):
+        assert got.dtype == plain.dtype, name
+        finite = exact.isfinite()  # lse is -inf where nothing is left to attend to
+        assert torch.equal(got.cpu()[~finite].double(), exact[~finite]), name
+        assert_accurate(name, got.cpu()[finite], exact[finite], plain[finite])
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_bitwise_deterministic(label: str) -> None:
+    call = pick(label, torch.bfloat16)
+    first = run(call)
+    for _ in range(3):
+        junk = torch.full((1 << 22,), torch.nan, device="cuda")  # other workspace contents, other addresses
+        again = run(call)
+        del junk
+        for name, a, b in zip(RESULTS[call.op], first, again, strict=True):
+            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), f"{call} {name}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masked_tokens_are_never_read(dtype: torch.dtype) -> None:
+    for call in project_calls(dtype):
+        at_x = 0 if call.op == "project" else 1
+        keep = call.args[at_x + 2]
+        if keep is None:
+            continue
+        junk = list(call.to("cuda"))
+        junk[at_x] = junk[at_x].masked_fill(~keep.cuda()[:, None, :, None], torch.nan)
+        for clean, got in zip(run(call), as_tuple(getattr(csat, call.op)(*junk)), strict=True):
+            assert torch.equal(clean, got), str(call)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fused_equals_attend_then_decode(dtype: torch.dtype) -> None:
+    for call in attend_decode_calls(dtype):
+        args = call.to("cuda")
+        out, z, lse = csat.attend_decode(*args)
+        expected_z, expected_lse = csat.attend(*args[:5])
+        assert torch.equal(lse, expected_lse)
+        assert torch.equal(out, csat.decode(expected_z, *args[5:10]))
+        assert torch.equal(z, expected_z) if args[10] else z.shape == (0,)
+
+
+def training_step(q: Tensor, k: Tensor, v: Tensor, phi: Tensor, decoder: Any) -> tuple[Tensor, ...]:
+    out = csat_ext.csat_attention(q, k, v, phi, decoder=decoder)
+    leaves = [q, k, v, phi, decoder.S, decoder.B, decoder.theta, decoder.psi]
+    return out, *torch.autograd.grad(out.float().square().sum(), leaves)
+
+
+def training_inputs(dtype: torch.dtype) -> tuple[Any, ...]:
+    values = Values(dtype)
+    q, k, v = (values.strided(2, 4, n, 32).cuda().requires_grad_() for n in (100, 130, 130))
+    phi = torch.rand(4, 20, 130, generator=torch.Generator().manual_seed(1)).softmax(-1).cuda().requires_grad_()
+    weights = decoder_weights(values, 1, 3, 1, 1, 64, 32, 32, torch.float32)
+    S, B, theta, psi, _ = (w[0].cuda().requires_grad_() for w in weights)
+    return q, k, v, phi, csat_ext.SparseDecoder(S, B, theta, psi)
+
+
+@pytest.mark.own_memory  # a captured graph owns its memory
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_training_step_in_a_cuda_graph(dtype: torch.dtype) -> None:
+    inputs = training_inputs(dtype)
+    eager = training_step(*inputs)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        training_step(*inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = training_step(*inputs)
+    for _ in range(2):
+        for t in captured:
+            t.detach().fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        for a, b in zip(eager, captured, strict=True):
+            assert torch.isfinite(b).all()
+            # cuBLAS may choose another kernel under capture, where its workspace is another one.
+            assert rms(a.double() - b.double()) <= (1e-5 if dtype == torch.float32 else 1e-2) * rms(a)
+
+
+def test_runs_on_the_current_stream() -> None:
+    call = pick("attend_decode-shared", torch.float32)
+    expected = run(call)
+    args = call.to("cuda")
+    source = args[0].clone()
+    args[0].zero_()
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        args[0].copy_(source)
+        got = csat.attend_decode(*args)
+    stream.synchronize()
+    for a, b in zip(expected, got, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_no_host_synchronisation() -> None:
+    prepared = [(call, call.to("cuda")) for call in calls(torch.bfloat16)]
+    for call, args in prepared:
+        getattr(csat, call.op)(*args)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for call, args in prepared:
+            getattr(csat, call.op)(*args)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def test_decode_backward_goes_in_chunks() -> None:
+    """More saved iterates than the workspace may hold: rows go in chunks, parameter gradients are their sum."""
+    values = Values(torch.float32)
+    weights = decoder_weights(values, 1, 4, 1, 1, 128, 32, 32, torch.float32)
+    z, dc = values(1, 1, 100_000, 32), values(1, 1, 100_000, 32)
+    whole = csat.decode_backward(*(t.cuda() for t in (dc, z, *weights)))
+    halves = [
+        csat.decode_backward(*(t.cuda() for t in (dc[:, :, part], z[:, :, part], *weights)))
+        for part in (slice(0, 50_000), slice(50_000, None))
+    ]
+    assert_accurate("dz", whole[0].cpu(), torch.cat([h[0] for h in halves], 2).cpu())
+    for name, got, a, b in zip(RESULTS["decode_backward"][1:], whole[1:], halves[0][1:], halves[1][1:], strict=True):
+        assert_accurate(name, got.cpu(), (a.double() + b.double()).cpu())
+
+
+@pytest.mark.slow
+@pytest.mark.own_memory
+def test_more_than_2_to_the_31_elements() -> None:
+    free, _ = torch.cuda.mem_get_info()
+    if free < 24 << 30:
+        pytest.skip(f"needs 24 GiB of free device memory, {free >> 30} GiB are free")
+    queries = (1 << 31) // 64 + 1000
+    q = torch.zeros(1, 1, queries, 64, device="cuda", dtype=torch.bfloat16)
+    q[:, :, -1000:].normal_()
+    values = Values(torch.bfloat16)
+    kc, vc = values(1, 1, 5, 64).cuda(), values(1, 1, 5, 64).cuda()
+    z, lse = csat.attend(q, kc, vc, None, 0.125)
+    tail, tail_lse = csat.attend(q[:, :, -1000:], kc, vc, None, 0.125)
+    assert torch.equal(z[:, :, -1000:], tail)
+    assert torch.equal(lse[:, :, -1000:], tail_lse)
+
+
+def test_a_size_out_of_range_is_refused_by_name() -> None:
+    values = Values(torch.float32)
+    z = values(1, 1, 4, 8).cuda()
+    weights = [w.cuda() for w in decoder_weights(values, 1, 1, 1, 1, 1030, 8, 8, torch.float32)]
+    with pytest.raises((ValueError, RuntimeError), match="coefficient count P above 1024"):
+        csat.decode(z, *weights)
+
+
+def test_tensors_on_two_devices_are_refused() -> None:
+    call = pick("attend-plain", torch.float32)
+    args = list(call.to("cuda"))
+    args[1] = args[1].cpu()
+    with pytest.raises((ValueError, RuntimeError), match="kc must be on cuda"):
+        csat.attend(*args)
