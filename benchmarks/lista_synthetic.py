@@ -25,11 +25,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import csat_ext.ops  # noqa: F401  (loads torch.ops.csat)
 import machine
 import torch
-from csat_ext.reference import lista, solvers
 from torch import Tensor
+
+import csat_ext.ops  # noqa: F401  (loads torch.ops.csat)
+from csat_ext.reference import lista, solvers
 
 RESULT = Path(__file__).parent / "results" / "lista_synthetic.json"
 

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from csat_ext.pretrain import data
 from csat_ext.pretrain.data import (
     Batch,
@@ -27,7 +29,6 @@ from csat_ext.pretrain.data import (
     train_batches,
     validation_batches,
 )
-from PIL import Image
 
 SHIPPED = Path(__file__).parents[1] / "examples" / "data"
 TOKENIZER = SHIPPED / "tokenizer.json"

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from csat_ext import diagnostics as d
 from csat_ext import reference
 from csat_ext.measurements import measurement

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from csat_ext.pretrain.metrics import bleu4, caption_words, chance_recall_at_k, cider_d, cider_d_scores, recall_at_k
 
 # Rows are images, columns texts. Ranks of the diagonal: image to text 1, 2, 3; text to image (columns) 1, 1, 3.

@@ -6,15 +6,17 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from csat_ext.reference import lista, solvers
-from csat_ext.reference.attention import decode
 from scipy.optimize import linprog
 from sklearn.linear_model import Lasso, orthogonal_mp
+
+from csat_ext.reference import SolverDecoder, csat_attention, lista, solvers
+from csat_ext.reference.attention import decode
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TRAINED = BENCHMARKS / "results" / "lista_synthetic.json"
@@ -400,3 +402,26 @@ def test_lista_result_reaches_the_literature():
     final = {name: row["nmse_db"][-1] for name, row in methods.items()}
     assert final["lista_tied"] <= -33 and final["alista"] <= -35 and final["coupled_tied"] <= -35
     assert final["fista_16"] > -20
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        partial(solvers.ista, lam=1e-9, iterations=4000),
+        partial(solvers.fista, lam=1e-9, iterations=1000, tolerance=1e-12),
+        partial(solvers.omp, sparsity=2),
+        partial(solvers.basis_pursuit, tolerance=1e-10),
+    ],
+    ids=["ista", "fista", "omp", "basis_pursuit"],
+)
+def test_any_solver_decodes_the_rows_of_the_operator(solver):
+    """Values 1-sparse in Psi, one measurement a token: every solver gives back exact attention."""
+    torch.manual_seed(0)
+    psi = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0]
+    q, k = torch.randn(2, 1, 2, 5, 4, dtype=torch.float64)
+    q = 100 * k[..., :2, :] / k[..., :2, :].norm(dim=-1, keepdim=True)  # each query picks nearly one token
+    v = torch.randn(1, 2, 5, 1, dtype=torch.float64) * psi.T[torch.arange(5)]
+    eye = torch.eye(5, dtype=torch.float64)
+    z = csat_attention(q, k, v, eye)
+    decoded = csat_attention(q, k, v, eye, decoder=SolverDecoder(solver, psi))
+    torch.testing.assert_close(decoded, z, rtol=1e-4, atol=1e-4)

@@ -20,11 +20,12 @@ from csat_ext.reference.lista import (
     ista_weights,
     lista_untied,
 )
-from csat_ext.reference.solvers import Recovery, basis_pursuit, fista, ista, omp
+from csat_ext.reference.solvers import Recovery, SolverDecoder, basis_pursuit, fista, ista, omp
 
 __all__ = [
     "DecoderWeights",
     "Recovery",
+    "SolverDecoder",
     "alista_weights",
     "analytic_weight",
     "attend",

@@ -129,7 +129,7 @@ def csat_attention(
     phi_k: Tensor,  # (M, N), (1, Hk or H, M, N) or (1 or B, 1, Hk or H, M, N), heads in one axis
     phi_v: Tensor | None = None,  # like phi_k; phi_k where absent
     *,
-    decoder: Any = None,  # .S .B .theta .psi .step: `decode`; .weight (R, Dv) or (1 or H, R, Dv): z W; None: Z
+    decoder: Any = None,  # .S .B .theta .psi .step: `decode`; .weight (1 or H, R, Dv): z W; a function of Z; None: Z
     feature_sensing: Tensor | None = None,  # F (R, Dv) or (1, Hk or H, R, Dv)
     scale: float | None = None,  # tau, 1 / sqrt(D) where absent
     score_bias: Tensor | None = None,  # beta: (M,), (1 or H, M) or (1 or B, 1 or H, M)
@@ -159,6 +159,8 @@ def csat_attention(
     z, _ = attend(query, kc, vc, score_bias, query.shape[-1] ** -0.5 if scale is None else scale)
     if decoder is None:
         return z
+    if callable(decoder):
+        return decoder(z)
     if hasattr(decoder, "weight"):
         return (z.to(_compute_dtype(z)) @ decoder.weight.to(_compute_dtype(z))).to(z.dtype)
     return decode(z, decoder.S, decoder.B, decoder.theta, decoder.psi, decoder.step)

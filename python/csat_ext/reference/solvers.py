@@ -19,6 +19,7 @@ Every row is a problem of its own: given z = A a + noise with A (R, P), find a s
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,26 @@ class Recovery:
     coefficients: Tensor
     iterations: int
     residual: Tensor
+
+
+@dataclass(frozen=True)
+class SolverDecoder:
+    """A classical solver in the decoder's place: c = Psi a with a = solver(z, F Psi), for every row of Z.
+
+    Args:
+        solver: z (..., R), A (R, P) -> `Recovery`, its other arguments bound, such as
+            ``functools.partial(fista, lam=0.01, iterations=50, tolerance=1e-6)`` or ``partial(omp, sparsity=4)``.
+        psi: (Dv, P), the dictionary.
+        feature_sensing: F (R, Dv), as given to `csat_attention`; None is F = I.
+    """
+
+    solver: Callable[[Tensor, Tensor], Recovery]
+    psi: Tensor
+    feature_sensing: Tensor | None = None
+
+    def __call__(self, z: Tensor) -> Tensor:
+        sensing = self.psi if self.feature_sensing is None else self.feature_sensing @ self.psi
+        return self.solver(z, sensing).coefficients @ self.psi.mT
 
 
 def _problem(z: Tensor, A: Tensor) -> tuple[Tensor, tuple[int, ...]]:

@@ -59,14 +59,18 @@ const char* fault_name(Fault fault) {
   return "unknown";
 }
 
-void Report::add(Fault fault, const void* where, std::string message) {
+bool Report::count_again(Fault fault, const void* where) {
   for (Entry& entry : entries_) {
     if (entry.fault == fault && entry.where == where && entry.kernel == kernel) {
       ++entry.count;
-      return;
+      return true;
     }
   }
-  entries_.push_back({fault, kernel, std::move(message), where, 1});
+  return false;
+}
+
+void Report::add(Fault fault, const void* where, std::string message) {
+  if (!count_again(fault, where)) entries_.push_back({fault, kernel, std::move(message), where, 1});
 }
 
 bool Report::has(Fault fault) const {

@@ -40,7 +40,9 @@ struct Counters {
 
 class Report {
  public:
-  // Adds an entry, or counts it where the same fault of the same kernel at the same place is known.
+  // Counts a fault of the running kernel that is known at this place. False if it is not: then add() it.
+  bool count_again(Fault fault, const void* where);
+  // Adds an entry, or counts it where it is known.
   void add(Fault fault, const void* where, std::string message);
   bool empty() const { return entries_.empty(); }
   bool has(Fault fault) const;

@@ -50,8 +50,13 @@ std::string place(const Site& site) {
                 site.shared ? "shared" : "device", site.offset, observer.thread, observer.block);
 }
 
-[[gnu::noinline]] void fault(Fault kind, const Site& site, const std::string& detail = "") {
-  report.add(kind, site.where, place(site) + detail);
+// `detail` makes the rest of the message; it is asked once a place, however often the fault occurs.
+template <typename Detail>
+[[gnu::noinline]] void fault(Fault kind, const Site& site, Detail detail) {
+  if (!report.count_again(kind, site.where)) report.add(kind, site.where, place(site) + detail());
+}
+[[gnu::noinline]] void fault(Fault kind, const Site& site, const char* detail = "") {
+  if (!report.count_again(kind, site.where)) report.add(kind, site.where, place(site) + detail);
 }
 
 std::string other(const char* what, Stamp stamp) {
@@ -62,12 +67,12 @@ std::string other(const char* what, Stamp stamp) {
 [[gnu::noinline]] bool judge_last_write(Stamp write, const Site& site) {
   const uint32_t clock = clock_of(write);
   if (clock == kInFlight) {
-    fault(Fault::in_flight_access, site, format(", into which a copy of thread %d is in flight", thread_of(write)));
+    fault(Fault::in_flight_access, site, [&] { return format(", into which a copy of thread %d is in flight", thread_of(write)); });
     return true;
   }
   if (clock >= observer.block_start) {
     const bool both_atomic = site.access == Access::atomic && (write & kFlag);
-    if (!both_atomic && !ordered(write & ~kFlag)) fault(Fault::race, site, other("written", write));
+    if (!both_atomic && !ordered(write & ~kFlag)) fault(Fault::race, site, [&] { return other("written", write); });
     return true;
   }
   if (site.shared) {
@@ -97,7 +102,7 @@ inline bool last_write_is_fine(Stamp write) {
 
 [[gnu::noinline]] void judge_read(Stamp read, const Site& site) {
   if (clock_of(read) >= observer.block_start) {
-    fault(Fault::race, site, other("read", read));
+    fault(Fault::race, site, [&] { return other("read", read); });
   } else {
     fault(Fault::block_conflict, site, ", read by another block of this launch");
   }
