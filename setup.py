@@ -166,10 +166,19 @@ def main() -> None:
     from setuptools import setup
     from torch.utils.cpp_extension import BuildExtension
 
-    os.environ["MAX_JOBS"] = str(
-        job_count(len(os.sched_getaffinity(0)), available_memory(), os.environ.get("MAX_JOBS"))
-    )
-    setup(ext_modules=extensions(os.environ), cmdclass={"build_ext": BuildExtension})
+    class BuildLibraries(BuildExtension):
+        """Leaves no library of an earlier build in build/lib, from where it would get into the wheel."""
+
+        def run(self) -> None:
+            super().run()
+            built = {Path(output).name for output in self.get_outputs()}
+            for library in Path(self.build_lib, "csat_ext").glob("*.so"):
+                if library.name not in built:
+                    library.unlink()
+
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ["MAX_JOBS"] = str(job_count(cpus, available_memory(), os.environ.get("MAX_JOBS")))
+    setup(ext_modules=extensions(os.environ), cmdclass={"build_ext": BuildLibraries})
 
 
 if __name__ == "__main__":

@@ -181,6 +181,26 @@ def test_a_registered_converter_is_used(monkeypatch: pytest.MonkeyPatch) -> None
     assert isinstance(model[0], CSATAttention)
 
 
+def test_parameters_collected_before_the_conversion_are_refused() -> None:
+    pytest.importorskip("deepspeed")
+    model = Model()
+    early = list(model.parameters())
+    config = {"train_batch_size": 1, "csat_attention": {"layers": "vision.*", "measurements": 4}}
+    with pytest.raises(ValueError, match=r"model_parameters lacks \d+ parameters .* such as vision\.0\."):
+        integration.initialize(model=model, model_parameters=early, config=config)
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="optimizer lacks"):
+        integration.initialize(model=model, optimizer=optimizer, config=config)
+
+
+@pytest.mark.parametrize(("argument", "keys"), [("model", {"config": {}}), ("config", {"model": nn.Linear(1, 1)})])
+def test_initialize_names_what_is_missing(argument: str, keys: dict[str, Any]) -> None:
+    pytest.importorskip("deepspeed")
+    with pytest.raises(TypeError, match=f"{argument}: None came"):
+        integration.initialize(**keys)
+
+
 # ---- the real engine -------------------------------------------------------------------------------------------------
 
 ENGINE = """

@@ -196,6 +196,29 @@ def test_order_of_threads_does_not_matter(library: Any, generator: torch.Generat
             assert torch.equal(first, second)
 
 
+# Passes over shared memory above the least possible, as a share of all: what each operator's kernels may have.
+BANK_CONFLICTS = {"attend": 0.0, "attend_backward": 0.001, "decode": 0.0, "decode_backward": 0.0, "attend_decode": 0.0}
+
+
+def test_bank_conflicts(library: Any, generator: torch.Generator) -> None:
+    ops = EmulatedOps(library, count_bank_conflicts=True)
+    inputs = _attend_inputs(generator, torch.bfloat16, (1, 2, 1, 35, 70, 64, 64), "finite")
+    weights = _decoder(generator, (1, 2, 1, 1, 64, 64, 64))
+    z, lse = ops.attend(*inputs)
+    calls: dict[str, tuple[Any, ...]] = {
+        "attend": inputs,
+        "attend_backward": (z, *inputs[:4], z, lse, inputs[4]),
+        "decode": (z, *weights),
+        "decode_backward": (z, z, *weights),
+        "attend_decode": (*inputs, *weights, True),
+    }
+    for name, arguments in calls.items():
+        getattr(ops, name)(*arguments)
+        conflicts, all_passes = ops.counters.bank_conflicts, ops.counters.shared_wavefronts
+        assert all_passes > 0
+        assert conflicts <= BANK_CONFLICTS[name] * all_passes, f"{name}: {conflicts} of {all_passes}"
+
+
 def test_report_is_raised(library: Any, generator: torch.Generator) -> None:
     """A row of vc less than kc has: the read past its end is reported, with its place in the kernel."""
     q, kc, vc, _, scale = _attend_inputs(generator, torch.float32, (1, 1, 1, 9, 5, 8, 8), "none")

@@ -522,3 +522,15 @@ def test_head_counts_and_layers() -> None:
     assert "S must have shape" in refused("decode", "S", torch.zeros(2, 5, 4, 4))
     with pytest.raises(ValueError, match=r"x must have shape .* with size 1 or more"):
         csat.project(torch.zeros(1, 0, 6, 3), torch.zeros(1, 1, 4, 6), None)
+
+
+def test_pybind_module_is_the_same_ops() -> None:
+    from csat_ext import _C
+
+    for name, call in CALLS.items():
+        if name.endswith("_backward"):
+            continue
+        torch.testing.assert_close(getattr(_C, name)(*call.values()), getattr(csat, name)(**call), rtol=0, atol=0)
+        torch.testing.assert_close(getattr(_C, name)(**call), getattr(csat, name)(**call), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="csat::project: x must have 4 dimensions"):
+        _C.project(torch.zeros(3), torch.zeros(3), None)

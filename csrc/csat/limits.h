@@ -7,9 +7,9 @@
 //   D, R                         1 .. 1024        one row tile lives in shared memory
 //   P, Dv                        1 .. 1024        three rows of P and one of max(R, Dv) in shared memory
 //   blocks of one launch         < 2^31           one linear grid
-//   shared memory of a block     device           163 KiB on sm_80 and 227 KiB on sm_90 hold every size above; 99 KiB
-//   on
-//                                                 sm_86 and sm_89 hold 3 P + max(R, Dv) <= 3164 (each rounded up to 64)
+//   shared memory of a block     of the device    163 KiB (sm_80) and 227 KiB (sm_90) hold every size above; 99 KiB
+//                                                 (sm_86, sm_89): 3 P + max(R, Dv) <= 3164 and 2 D + R <= 3033,
+//                                                 each rounded up to 64
 #pragma once
 #include <cstdint>
 #include <initializer_list>

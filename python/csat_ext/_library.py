@@ -16,7 +16,7 @@ import torch
 _FOLDER = Path(__file__).resolve().parent
 
 try:
-    from csat_ext import _C
+    import csat_ext._C as _C
 except ImportError as error:
     raise ImportError(
         f"csat_ext: the compiled library csat_ext._C could not be loaded from {_FOLDER} ({error}). Build it with "

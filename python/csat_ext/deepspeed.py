@@ -164,11 +164,12 @@ def initialize(
 
     Where neither `optimizer` nor `model_parameters` is given, the JSON's optimizer gets the groups of
     `csat_ext.module.parameter_groups`: no weight decay on norms, biases and thresholds, and the thresholds'
-    own learning rate. With `model_parameters` given, they must be collected after `apply`; parameters of the
-    replaced modules that are missing from them are an error.
+    own learning rate. `model.parameters()`, a generator, is read after the replacement and therefore complete.
 
     Raises:
-        ValueError, TypeError, FileNotFoundError: as `read_section` and `apply`.
+        ValueError: parameters of the replaced modules that `model_parameters` or `optimizer` lacks: they were
+            collected before the replacement; or as `read_section` and `apply`.
+        TypeError, FileNotFoundError: as `read_section`.
     """
     import deepspeed
 
@@ -182,9 +183,14 @@ def initialize(
     register()
     ds_config = load_json(config)
     section = read_section(ds_config)
-    apply(model, section)
+    replaced = apply(model, section)
     if optimizer is None and model_parameters is None:
         model_parameters = _groups(model, ds_config, section)
+    elif model_parameters is not None:
+        model_parameters = [{**g, "params": list(g["params"])} if isinstance(g, dict) else g for g in model_parameters]
+        _check_trained(model, replaced, "model_parameters", model_parameters)
+    elif hasattr(optimizer, "param_groups"):
+        _check_trained(model, replaced, "optimizer", optimizer.param_groups)
     return deepspeed.initialize(
         args=args,
         model=model,
@@ -310,6 +316,19 @@ def _from_projections(module: Any, config: CSATConfig) -> nn.Module:
     for name in _PROJECTIONS:  # the Linear itself: its Parameter objects keep their ZeRO-3 bookkeeping
         setattr(new, name, getattr(module, name))
     return new
+
+
+def _check_trained(model: nn.Module, replaced: list[str], argument: str, groups: list[Any]) -> None:
+    """Raises ValueError where a replaced module's parameter is in none of the groups (tensors or dicts of them)."""
+    params = [p for group in groups for p in (group["params"] if isinstance(group, dict) else [group])]
+    known = {id(p) for p in params}
+    inside = ((f"{name}.{key}", p) for name in replaced for key, p in model.get_submodule(name).named_parameters())
+    missing = [name for name, p in inside if p.requires_grad and id(p) not in known]
+    if missing:
+        raise ValueError(
+            f"{argument} lacks {len(missing)} parameters of the replaced modules, such as {missing[0]}: never trained; "
+            f"call csat_ext.deepspeed.apply before collecting them, or leave {argument} out"
+        )
 
 
 def _groups(model: nn.Module, ds_config: dict[str, Any], section: CSATSection) -> Any:

@@ -2,7 +2,7 @@
 //
 // csrc/csat/prims.cuh includes this file in place of the CUDA headers when CSAT_EMULATE is defined, so the very kernel
 // sources that nvcc compiles run under CTest. Kernel files are compiled with -fsanitize=thread and linked without its
-// runtime: every load and store then calls a hook of ours (runtime/hooks.cpp) that checks it against shadow memory.
+// runtime: every load and store then calls a hook of ours (runtime/access.cpp) that checks it against shadow memory.
 #pragma once
 
 #include "emulation/qualifiers.h"

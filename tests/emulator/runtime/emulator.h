@@ -20,6 +20,7 @@ inline constexpr size_t kDeviceBytes = size_t(512) << 20;
 
 // Device memory, 256-byte aligned, with red zones around it, uninitialised.
 void* device_allocate(size_t bytes);
+size_t device_bytes_used();
 void copy_to_device(void* device, const void* host, size_t bytes);
 // Reports bytes that no thread has written.
 void copy_to_host(void* host, const void* device, size_t bytes);

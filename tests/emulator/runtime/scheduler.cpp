@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <array>
-#include <deque>
 #include <numeric>
 #include <random>
 #include <string>
@@ -16,8 +15,6 @@
 namespace emulator {
 
 Thread* running = nullptr;
-
-size_t device_bytes_used();
 
 namespace {
 

@@ -35,9 +35,9 @@ struct Thread {
   uint32_t lanes_ordered;                       // Observer::lanes_ordered
   std::vector<AsyncCopy> open;                  // copies of the group being built
   std::vector<std::vector<AsyncCopy>> pending;  // committed groups, oldest first
-  std::vector<WgmmaOperand> open_products;            // the same for wgmma
+  std::vector<WgmmaOperand> open_products;      // the same for wgmma
   std::deque<std::vector<WgmmaOperand>> products;
-  uint32_t fenced;  // its writes up to this clock are visible to the asynchronous proxy
+  uint32_t fenced;                              // its writes up to this clock are visible to the asynchronous proxy
   std::vector<struct SharedAccess> shared_log;  // since the warp's last meeting, when bank conflicts are counted
 };
 

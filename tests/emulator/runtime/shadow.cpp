@@ -67,7 +67,8 @@ std::string other(const char* what, Stamp stamp) {
 [[gnu::noinline]] bool judge_last_write(Stamp write, const Site& site) {
   const uint32_t clock = clock_of(write);
   if (clock == kInFlight) {
-    fault(Fault::in_flight_access, site, [&] { return format(", into which a copy of thread %d is in flight", thread_of(write)); });
+    fault(Fault::in_flight_access, site,
+          [&] { return format(", into which a copy of thread %d is in flight", thread_of(write)); });
     return true;
   }
   if (clock >= observer.block_start) {
@@ -221,7 +222,7 @@ void shadow_access(const void* p, size_t bytes, Access access, const void* where
     if (offset < kSharedWindow) {
       if (offset + bytes > memory_map.shared_bytes) {
         return fault(Fault::out_of_bounds, {true, offset, access, where},
-                     format(", which has %zu bytes", memory_map.shared_bytes));
+                     [] { return format(", which has %zu bytes", memory_map.shared_bytes); });
       }
       return walk<true>(access, memory_map.shared_cells, offset, bytes, where);
     }

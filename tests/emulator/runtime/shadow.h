@@ -69,7 +69,8 @@ void shadow_access(const void* p, size_t bytes, Access access, const void* where
 void shadow_issue_copy(const void* target, size_t bytes, const void* where);
 void shadow_finish_copy(const void* target, size_t bytes);
 
-// The thread of the running block that last wrote shared memory at `p`, and the clock of its write; thread -1 if none did.
+// The thread of the running block that last wrote shared memory at `p`, and the clock of its write; thread -1 if none
+// did.
 int shadow_last_writer(const void* p);
 uint32_t shadow_last_write_clock(const void* p);
 

@@ -1,4 +1,5 @@
-// wgmma: collective over the 128 lanes of a warpgroup, asynchronous, reading shared memory through the asynchronous proxy.
+// wgmma: collective over the 128 lanes of a warpgroup, asynchronous, reading shared memory through the asynchronous
+// proxy.
 #include "emulation/warpgroup.h"
 
 #include <algorithm>
@@ -20,21 +21,23 @@ constexpr int kRows = 64, kDepth = 16, kMaxColumns = 256, kSwizzleRow = 128, kAt
 uint32_t element_offset(const WgmmaOperand& operand, int k, int n) {
   const auto field = [&](int shift) { return uint32_t(operand.b >> shift & 0x3fff) << 4; };
   const uint32_t start = field(0), leading = field(16), stride = field(32);
-  const uint32_t offset =
-      operand.transposed
-          ? start + uint32_t(n / kAtomColumns) * leading + uint32_t(k / 8) * stride + uint32_t(k % 8) * kSwizzleRow +
-                uint32_t(n % kAtomColumns) * 2
-          : start + uint32_t(n / 8) * stride + uint32_t(n % 8) * kSwizzleRow + uint32_t(k) * 2;
+  const uint32_t offset = operand.transposed
+                              ? start + uint32_t(n / kAtomColumns) * leading + uint32_t(k / 8) * stride +
+                                    uint32_t(k % 8) * kSwizzleRow + uint32_t(n % kAtomColumns) * 2
+                              : start + uint32_t(n / 8) * stride + uint32_t(n % 8) * kSwizzleRow + uint32_t(k) * 2;
   return offset ^ (offset >> 7 & 7) << 4;
 }
 
+// The product reads in the name of all four warps. Checked is one that the writer is not of: a warp is ordered after
+// itself.
 float element_of_b(const WgmmaOperand& operand, int k, int n) {
   const uint32_t offset = element_offset(operand, k, n);
   const unsigned char* p = dynamic_shared_memory() + offset;
-  impersonate(lane_of_running_warpgroup((k * operand.columns + n) % kWarpgroupSize));
+  const int writer = offset + 2 <= memory_map.shared_bytes ? shadow_last_writer(p) : -1;
+  impersonate(lane_of_running_warpgroup((writer + kWarpSize) % kWarpgroupSize));
   shadow_access(p, 2, Access::read, nullptr);
   if (offset + 2 > memory_map.shared_bytes) return 0;
-  if (const int writer = shadow_last_writer(p); writer >= 0 && !fenced(writer, p)) {
+  if (writer >= 0 && !fenced(writer, p)) {
     report.add(Fault::missing_fence, nullptr,
                format("wgmma reads shared memory at %#x, written by thread %d without fence.proxy.async after", offset,
                       writer));

@@ -1,0 +1,32 @@
+"""CSAT operators on the CPU; every function is torch.ops.csat.* of the same name (docs/architecture.md)."""
+
+from typing import Any
+
+from torch import Tensor
+
+def project(x: Tensor, phi: Tensor, key_mask: Tensor | None) -> Tensor: ...
+def project_backward(
+    dy: Tensor, x: Tensor, phi: Tensor, key_mask: Tensor | None, need_dx: bool, need_dphi: bool
+) -> tuple[Tensor, Tensor]: ...
+def attend(q: Tensor, kc: Tensor, vc: Tensor, score_bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]: ...
+def attend_backward(
+    dz: Tensor, q: Tensor, kc: Tensor, vc: Tensor, score_bias: Tensor | None, z: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+def decode(z: Tensor, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor, step: Tensor) -> Tensor: ...
+def decode_backward(
+    dc: Tensor, z: Tensor, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor, step: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...
+def attend_decode(
+    q: Tensor,
+    kc: Tensor,
+    vc: Tensor,
+    score_bias: Tensor | None,
+    scale: float,
+    S: Tensor,
+    B: Tensor,
+    theta: Tensor,
+    psi: Tensor,
+    step: Tensor,
+    need_z: bool,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def build_info() -> dict[str, Any]: ...
