@@ -110,19 +110,19 @@ METHODS = {
         "ALISTA: W analytic; theta and step learned (2 T numbers)",
         lambda A: [],
         _alista,
-        Schedule(per_layer=150, together=3000, rate=1e-3),
+        Schedule(per_layer=150, together=6000, rate=1e-3),
     ),
     "coupled_tied": Method(
         "coupled, tied: S = I - W^T A, B = W^T; W, theta, step learned, W from the analytic one",
         lambda A: [lista.analytic_weight(A)],
         lambda A: lambda matrices, theta, step: lista.coupled_weights(matrices[0], A, theta, step),
-        Schedule(per_layer=150, together=3000, rate=5e-4),
+        Schedule(per_layer=150, together=5000, rate=5e-4),
     ),
     "lista_tied": Method(
         "LISTA, tied: free S and B from ISTA's; theta and step learned",
         _free_start,
         _free,
-        Schedule(per_layer=150, together=5000, rate=1e-3),
+        Schedule(per_layer=150, together=12000, rate=1e-3),
     ),
 }
 

@@ -101,7 +101,7 @@ def _evaluate(checkpoint: Path, output: Path | None) -> None:
 
 
 def main() -> Any:
-    """Entry point: exit code 0; 1 with one line for what the user can mend (CSAT_TRACEBACK=1 shows where); 2 for a wrong
+    """Entry point: exit code 0; 1 with a line for what the user can mend (CSAT_TRACEBACK=1 shows where); 2 for a wrong
     command line."""
     try:
         return app()
