@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -117,6 +118,24 @@ def cublas_of_wheel(torch_file: str, torch_cuda: str) -> tuple[list[str], list[s
     return [], [], ["-lcublas"]
 
 
+def toolkit_of(dryrun: str) -> str | None:
+    """The toolkit's folder from what `nvcc --dryrun` prints: "#$ TOP=/usr/local/cuda/bin/.."."""
+    found = re.search(r"^#\$ TOP=(.+)$", dryrun, re.MULTILINE)
+    return os.path.realpath(found[1].strip()) if found else None
+
+
+def find_toolkit(environment: Mapping[str, str]) -> str | None:
+    """CUDA_HOME where the user set none: asked of nvcc itself, for an nvcc on PATH may be a wrapper or a link elsewhere."""
+    nvcc = shutil.which("nvcc", path=environment.get("PATH"))
+    if environment.get("CUDA_HOME") or environment.get("CUDA_PATH") or nvcc is None:
+        return None
+    command = [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull]
+    try:
+        return toolkit_of(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stderr)
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
 def sources(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
 
@@ -163,6 +182,8 @@ def extensions(environment: Mapping[str, str]) -> list:
 
 
 def main() -> None:
+    if toolkit := find_toolkit(os.environ):
+        os.environ["CUDA_HOME"] = toolkit  # read by torch.utils.cpp_extension when it is imported
     from setuptools import setup
     from torch.utils.cpp_extension import BuildExtension
 

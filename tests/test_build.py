@@ -94,6 +94,18 @@ def test_cublas_comes_from_torchs_wheel(build: ModuleType, tmp_path: Path) -> No
     assert link == ["-l:libcublas.so.13"]
 
 
+def test_the_toolkit_is_asked_of_nvcc_itself(build: ModuleType, tmp_path: Path) -> None:
+    """An nvcc on PATH may be a wrapper script: its own folder says nothing about the toolkit."""
+    assert build.toolkit_of("#$ _SPACE_= \n#$ TOP=/opt/cuda/bin/..\n#$ X=1\n") == "/opt/cuda"
+    assert build.toolkit_of("nvcc fatal: no input") is None
+    assert build.find_toolkit({"PATH": str(tmp_path)}) is None
+    wrapper = tmp_path / "nvcc"
+    wrapper.write_text("#!/bin/sh\necho '#$ TOP=/opt/other' >&2\n")
+    wrapper.chmod(0o755)
+    assert build.find_toolkit({"PATH": str(tmp_path)}) == "/opt/other"
+    assert build.find_toolkit({"PATH": str(tmp_path), "CUDA_HOME": "/opt/mine"}) is None
+
+
 def test_one_version(build: ModuleType) -> None:
     import csat_ext
     from csat_ext import _C
