@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from emulator import build
+from emulator.backend import EmulatedOps, as_cpu_kernels
 from torch import Tensor
 
 import csat_ext
@@ -28,23 +31,33 @@ class Backend:
         return None if tensor is None else tensor.to(device=self.device, dtype=dtype or tensor.dtype)
 
 
-def _backend(name: str) -> Backend:
+@contextlib.contextmanager
+def _running(name: str) -> Iterator[Backend]:
     if name == "reference":
-        return Backend(name, reference.csat_attention, torch.device("cpu"))
-    if name == "cuda" and not torch.cuda.is_available():
+        yield Backend(name, reference.csat_attention, torch.device("cpu"))
+    elif name == "emulated":
+        # The kernels' own CUDA sources, compiled for the emulator, in place of the CPU kernels for the whole test.
+        if reason := build.why_not_buildable():
+            pytest.skip(reason)
+        with as_cpu_kernels(EmulatedOps(build.build())):
+            yield Backend(name, csat_ext.csat_attention, torch.device("cpu"))
+    elif name == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    return Backend(name, csat_ext.csat_attention, torch.device(name))
+    else:
+        yield Backend(name, csat_ext.csat_attention, torch.device(name))
 
 
-@pytest.fixture(params=["reference", "cpu", "cuda"])
-def backend(request: pytest.FixtureRequest) -> Backend:
-    return _backend(request.param)
+@pytest.fixture(params=["reference", "cpu", "emulated", "cuda"])
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    with _running(request.param) as running:
+        yield running
 
 
-@pytest.fixture(params=["cpu", "cuda"])
-def kernels(request: pytest.FixtureRequest) -> Backend:
+@pytest.fixture(params=["cpu", "emulated", "cuda"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """The backends that are not the oracle itself."""
-    return _backend(request.param)
+    with _running(request.param) as running:
+        yield running
 
 
 @pytest.fixture
