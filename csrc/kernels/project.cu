@@ -130,11 +130,11 @@ int backward_x(const ProjectBackwardParams& p, Carver& carver, void* blas, void*
 int backward_phi(const ProjectBackwardParams& p, Carver& carver, void* blas, void* stream) {
   const ProjectParams& f = p.forward;
   const int64_t H = heads_out(f), M = f.measurements, N = f.tokens, D = f.head_dim;
-  const bool sum_batch = f.phi_batch == 1 && f.batch > 1, sum_heads = f.phi_heads == 1 && H > 1;
+  const bool sum_batch = f.phi_batch == 1 && f.batch != 1, sum_heads = f.phi_heads == 1 && H > 1;
   const int64_t batch = sum_batch ? 1 : f.batch, heads = sum_heads ? 1 : H, x_heads = sum_heads ? 1 : f.x_heads;
   const int64_t depth = (sum_batch ? f.batch : 1) * (sum_heads ? H : 1) * D;
   Operands operands{carver, stream};
-  // (batch, heads, rows, [summed batch] [summed heads] D)
+  // (batch, heads, rows, [summed batch] [summed heads] D). An empty batch is a sum of nothing: depth 0, dphi = 0.
   const auto join = [&](View& v, int64_t all_heads, int64_t outer_heads, int64_t rows,
                         const unsigned char* keep) -> int {
     const Shape shape{f.batch, all_heads, rows, D};
