@@ -53,14 +53,14 @@ def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:
         style = {"color": COLOURS[index % 4], "linestyle": LINES[index % 4]}
         curve.plot(run["steps"], run["contrastive"], **style, label=f"{name}: contrastive")
         curve.plot(run["steps"], run["caption"], **style, linewidth=0.9, alpha=0.7, label=f"{name}: captioning")
-        scores = [100 * sum(d[k] for d in run["retrieval"].values()) / len(run["retrieval"]) for k in names]
+        scores = [100 * sum(d[k]["score"] for d in run["retrieval"].values()) / len(run["retrieval"]) for k in names]
         places = [x + (index - (len(runs) - 1) / 2) * width for x in range(3)]
         bars.bar(places, scores, 0.92 * width, color=COLOURS[index % 4], label=name)
         for x, score in zip(places, scores, strict=True):
             bars.annotate(f"{score:.1f}", (x, score), ha="center", va="bottom", fontsize=8)
     direction = next(iter(next(iter(runs.values()))["retrieval"].values()))
     for x, name in enumerate(names):
-        chance = 100 * direction[f"chance {name}"]
+        chance = 100 * direction[name]["chance"]
         bars.plot([x - 0.45, x + 0.45], [chance] * 2, color="black", linewidth=1, label="chance" if x == 0 else None)
     curve.set(xlabel="step", ylabel="training loss")
     bars.set(xticks=range(3), xticklabels=names, ylabel="held-out retrieval, mean of both ways (%)")
