@@ -157,6 +157,70 @@ def test_project(ops: EmulatedOps, generator: torch.Generator, sizes: tuple[int,
     check(ops, "project_backward", _tokens(generator, dtype, *y.shape), x, phi, mask, True, True)
 
 
+def _check_empty(ops: EmulatedOps, name: str, *arguments: Any) -> Any:
+    """Every element written (memory of the emulator starts unwritten), and with what plain torch gives."""
+    got = getattr(ops, name)(*arguments)
+    for a, b in zip(
+        *([t] if isinstance(t, Tensor) else t for t in (got, getattr(_composite, name)(*arguments))), strict=True
+    ):
+        assert torch.equal(a, b), name
+    return got
+
+
+@pytest.mark.parametrize("parameter", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [(0, 2, 1, 1, 5, 3, 4), (2, 2, 1, 4, 0, 3, 4), (2, 2, 1, 2, 5, 0, 4), (2, 2, 1, 4, 5, 0, 4), (2, 2, 2, 1, 5, 3, 0)],
+)
+def test_project_of_nothing_is_zero(library: Any, sizes: tuple[int, ...], parameter: torch.dtype) -> None:
+    batch, x_heads, phi_batch, phi_heads, tokens, measurements, head_dim = sizes
+    ops = EmulatedOps(library)
+    x = torch.ones(batch, x_heads, tokens, head_dim, dtype=torch.bfloat16)
+    phi = torch.ones(phi_batch, phi_heads, measurements, tokens, dtype=parameter)
+    for mask in (None, torch.ones(batch, tokens, dtype=torch.bool)):
+        y = _check_empty(ops, "project", x, phi, mask)
+        _check_empty(ops, "project_backward", torch.ones_like(y), x, phi, mask, True, True)
+
+
+@pytest.mark.parametrize("batch,queries,measurements", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
+def test_attend_and_decode_of_nothing_are_zero(library: Any, batch: int, queries: int, measurements: int) -> None:
+    ops = EmulatedOps(library)
+    q, kc, vc = (
+        torch.ones(batch, 2, queries, 5),
+        torch.ones(batch, 1, measurements, 5),
+        torch.ones(batch, 1, measurements, 24),
+    )
+    for bias in (None, torch.zeros(1, 2, measurements)):
+        z, lse = ops.attend(q, kc, vc, bias, 1.0)
+        assert (z == (measurements > 0)).all()
+        assert lse.isneginf().all() or measurements > 0
+        gradients = _check_empty(ops, "attend_backward", torch.zeros_like(z), q, kc, vc, bias, z, lse, 1.0)
+        assert all((g == 0).all() for g in gradients)
+    for sizes in DECODERS[:2]:
+        weights = _decoder(torch.Generator(), sizes)
+        out = _check_empty(ops, "decode", torch.zeros_like(z), *weights)
+        _check_empty(ops, "decode_backward", out, torch.zeros_like(z), *weights)
+
+
+def test_rows_with_nothing_to_attend_to_are_zero_whatever_the_values_are(ops: EmulatedOps) -> None:
+    q, kc, vc = torch.ones(1, 1, 3, 4), torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4)
+    vc[..., 0, :2] = torch.tensor([math.inf, math.nan])
+    bias = torch.full((1, 1, 2), -math.inf)
+    z, lse = ops.attend(q, kc, vc, bias, 1.0)
+    assert (z == 0).all() and lse.isneginf().all()
+    assert all((g == 0).all() for g in ops.attend_backward(torch.ones_like(z), q, kc, vc, bias, z, lse, 1.0))
+
+
+@pytest.mark.parametrize("theta", [-0.5, 0.0, 0.3, math.inf, math.nan])
+def test_soft_threshold_is_the_cpu_kernels(library: Any, generator: torch.Generator, theta: float) -> None:
+    """NaN thresholds of a diverged training show in the output, they do not pass for a sparse one."""
+    S, B, thresholds, psi, step = _decoder(generator, DECODERS[0])
+    arguments = torch.randn(1, 2, 9, 24, generator=generator), S, B, torch.full_like(thresholds, theta), psi, step
+    out = EmulatedOps(library).decode(*arguments)
+    assert torch.allclose(out, torch.ops.csat.decode(*arguments), rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert bool(out.isnan().all()) == math.isnan(theta)
+
+
 @pytest.mark.filterwarnings("ignore:Warning only once for all operators")
 def test_csat_attention_and_its_gradients(library: Any, generator: torch.Generator) -> None:
     """The public function with autograd, its every operator emulated, against the reference in float64."""

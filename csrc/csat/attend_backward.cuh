@@ -1,11 +1,10 @@
 // Backward of attend, from the saved lse (probabilities are recomputed, never stored in global memory):
 //
 //   p = exp(s - lse), dP = dz vc^T, delta = rowsum(p dP) / rowsum(p), ds = p (dP - delta)
-//   query_backward:        delta for both kernels, dq = scale ds kc; one block a tile of queries, two passes over kc,
-//   vc measurement_backward:  dkc = scale ds^T q, dvc = p^T dz, dbias = colsum ds; one block a (head, chunk of queries,
-//   64
-//                          measurements), which walks its query tiles in order and adds to a partial sum of its own in
-//                          the workspace; reduce() then adds chunks and the heads of a group in a fixed order.
+//   query_backward        delta for both kernels, dq = scale ds kc; one block a tile of queries, two passes over kc, vc
+//   measurement_backward  dkc = scale ds^T q, dvc = p^T dz, dbias = colsum ds; one block a (head, chunk of queries,
+//                         64 measurements), which walks its query tiles in order and adds to a partial sum of its own
+//                         in the workspace; reduce() then adds chunks and the heads of a group in a fixed order
 //
 // delta equals rowsum(dz z), but z has been rounded to T, and where measured values are alike ds is a small difference
 // that this rounding would swamp. rowsum(dz z) is therefore only the centre: dP - centre is summed against p, divided
@@ -14,7 +13,7 @@
 // Data flow: rows of q and dz -> shared; kc^T and vc^T (query_backward: kc too) streamed as panels; p and ds -> shared;
 // query_backward keeps dq in shared, measurement_backward adds to L2-resident partials (one read and write a 32 FMA).
 // Budget of a row: 2 M (3 D + 2 R) FLOP in query_backward, 2 M (2 D + 2 R) in measurement_backward; shared memory
-// limits::query_backward_row and limits::measurement_backward_row floats. Rows with lse = -inf have p = 0.
+// limits::query_backward_row and limits::measurement_backward_row floats. Rows with lse = -inf have p = ds = 0.
 #pragma once
 #include "csat/tile.cuh"
 
@@ -46,9 +45,9 @@ CSAT_DEVICE void score_gradients(const AttendBackwardArgs& p, const float* q, in
   for (int r = 0; r < limits::kMicroRows; ++r)
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float row_lse = lse[r];
-      const float probability = row_lse == -INFINITY ? 0.f : exp_f32(p.scale * s[r][i] + bias[32 * i] - row_lse);
-      store(r, i, probability, dp[r][i] - centre[r]);
+      const bool empty = lse[r] == -INFINITY;  // no gradient, whatever vc holds
+      const float probability = empty ? 0.f : exp_f32(p.scale * s[r][i] + bias[32 * i] - lse[r]);
+      store(r, i, probability, empty ? 0.f : dp[r][i] - centre[r]);
     }
 }
 

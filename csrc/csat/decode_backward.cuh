@@ -12,8 +12,8 @@
 // Data flow: z -> shared; a_t, v_t (later e'_t in its place) -> workspace slots of this tile, coalesced; g, e', sum of
 // e', dc and dz in shared memory; weights streamed as panels. Sums over the rows of a tile (dtheta, dstep) are taken by
 // one thread a column in row order; sums over tiles by reduce(). No atomics.
-// Budget of a row: 3 T P (P + R) FLOP x 2; shared memory limits::decode_backward_row floats; workspace (2 T + 1) P
-// floats.
+// Budget of a row: 6 T P (P + R) + 6 P Dv FLOP (less with B tied), the sums over rows included; shared memory
+// limits::decode_backward_row floats; workspace (2 T + 1 + b_layers) P + R + Dv floats, each padded to 64.
 #pragma once
 #include "csat/tile.cuh"
 

@@ -24,7 +24,7 @@ struct ForwardArgs {
   View z;  // attend: where to write it (data null: not wanted); decode alone: where to read it
   // attend
   View q, lse;
-  Panel keys, values, bias;  // (B Hk)(D, M), (B Hk)(M, R), (B)(H, M) with -inf in the padding
+  Panel keys, values, bias;  // (B Hk)(D, M), (B Hk)(M, R), (B H)(1, M) with -inf in the padding
   int64_t group;             // H / Hk
   int64_t measurements;
   int head_dim, q_pitch, measurement_tile;
@@ -108,10 +108,10 @@ CSAT_DEVICE void attend_rows(const ForwardArgs& p, const RowTile& tile, float* z
   }
 
   for (int r = warp_id(); r < rows; r += limits::kWarps) {
-    const float total = mass[r], inverse = total == 0.f ? 0.f : 1.f / total;
+    const float total = mass[r], inverse = 1.f / total;
     for (int c = lane; c < p.z_pitch; c += 32) {
       float& value = z[r * p.z_pitch + c];
-      value = to_float(from_float<T>(value * inverse));
+      value = total == 0.f ? 0.f : to_float(from_float<T>(value * inverse));  // nothing to look at, whatever vc holds
       if (p.z.data && r < tile.valid && c < p.features)
         at<T>(p.z, tile.batch, tile.head, tile.first + r)[c * p.z.stride[3]] = from_float<T>(value);
     }

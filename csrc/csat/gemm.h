@@ -13,7 +13,8 @@ struct GemmOperand {
   bool transposed;
 };
 
-// c (m, n) = a (m, k) b (k, n), `count` times. a and b share a dtype; c has it too or is float32.
+// c (m, n) = a (m, k) b (k, n), `count` times; every size is at least 1 (libraries disagree on k = 0). a and b share a
+// dtype; c has it too or is float32.
 struct GemmArgs {
   GemmOperand a, b;
   DType input;

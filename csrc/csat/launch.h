@@ -10,8 +10,8 @@ namespace csat {
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 constexpr int64_t size_of(DType t) { return t == DType::f32 ? 4 : 2; }
 
-// A strided tensor of up to four axes, aligned right: stride[3] belongs to the last axis. A broadcast axis has stride
-// 0.
+// A strided tensor of up to four axes; which axis of the view an axis takes stands where it is used. A broadcast axis
+// has stride 0.
 struct View {
   void* data = nullptr;
   DType dtype = DType::f32;
@@ -93,8 +93,7 @@ int decode_forward(const DecodeParams& p, void* workspace, void* stream);
 int64_t decode_backward_workspace(const DecodeBackwardParams& p);
 int decode_backward(const DecodeBackwardParams& p, void* workspace, void* stream);
 
-// attend and decode in one kernel: `decode.z` is ignored, the row of z never leaves shared memory unless attend.z is
-// set.
+// attend and decode in one kernel: `decode.z` is ignored, z never leaves shared memory unless attend.z is set.
 int64_t attend_decode_workspace(const AttendParams& attend, const DecodeParams& decode);
 int attend_decode_forward(const AttendParams& attend, const DecodeParams& decode, void* workspace, void* stream);
 

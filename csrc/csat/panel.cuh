@@ -1,15 +1,13 @@
 // The small kernels around the row tiles; memory bound, one pass each.
 //
 //   pack    strided operand of any dtype -> float32 panel, padded (tile.cuh says why). 32 x 32 tiles through shared
-//   memory,
-//           read along whichever source axis has the smaller stride and written along the panel's rows: both coalesced.
+//           memory, read along whichever source axis has the smaller stride and written along the panel's rows: both
+//           coalesced.
 //   reduce  partial sums -> result. A block sums 32 columns: 4 warps take the splits s = w, w + 4, ... in order, then
-//   the
-//           four sums are added in order: the same tree for every run.
-//   outer   sum over k of x_k^T y_k for 64 x 64 outputs a block: 32 rows of x and y at a time -> shared (16 KiB), 16 x
-//   64 outputs
-//           a warp in registers (32 accumulators a lane; 4 broadcasts and 2 loads for 32 FMA). The depth is split over
-//           blocks by shape alone; each writes its own part.
+//           the four sums are added in order: the same tree for every run.
+//   outer   sum over k of x_k^T y_k for 64 x 64 outputs a block: 32 rows of x and y at a time -> shared (16 KiB),
+//           16 x 64 outputs a warp in registers (32 accumulators a lane; 4 broadcasts and 2 loads for 32 FMA). The
+//           depth is split over blocks by shape alone; each writes its own part.
 #pragma once
 #include "csat/panel.h"
 #include "csat/tile.cuh"

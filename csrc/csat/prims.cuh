@@ -77,9 +77,10 @@ CSAT_DEVICE float4 load4(const float* p) { return *reinterpret_cast<const float4
 CSAT_DEVICE float exp_f32(float x) { return expf(x); }
 CSAT_DEVICE float log_f32(float x) { return logf(x); }
 
-// soft(u, theta) = sign(u) max(|u| - theta, 0); a NaN stays a NaN.
+// soft(u, theta) = sign(u) max(|u| - theta, 0); a NaN in either stays a NaN.
 CSAT_DEVICE float soft_threshold(float u, float theta) {
-  return u > theta ? u - theta : (u < -theta ? u + theta : 0.f * u);
+  const float magnitude = fabsf(u) - theta;
+  return magnitude <= 0.f ? 0.f : copysignf(magnitude, u);
 }
 
 // 0, or the cudaError_t of the launch before.

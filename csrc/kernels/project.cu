@@ -31,8 +31,12 @@ struct BatchedProduct {
 };
 
 // One call where the strides allow, else one per batch element or per head, whichever are fewer.
-int multiply(const BatchedProduct& p, void* blas) {
+int multiply(const BatchedProduct& p, void* blas, void* stream) {
   if (p.m == 0 || p.n == 0 || p.batch == 0 || p.heads == 0) return 0;
+  if (p.k == 0) {  // a sum of nothing
+    const View c{p.c, p.output, {p.c_batch, p.c_head, p.c_pitch, 1}};
+    return reduce({nullptr, 0, 0, 0, 0, p.batch, p.heads, p.m, p.n, c, 1.f, false}, stream);
+  }
   const bool grouped = p.a.group > 1 || p.b.group > 1;
   const bool flat = p.batch == 1 || (p.a.batch == p.heads * p.a.head && p.b.batch == p.heads * p.b.head &&
                                      p.c_batch == p.heads * p.c_head);
@@ -104,7 +108,8 @@ int forward(const ProjectParams& p, Carver& carver, void* blas, void* stream) {
   const int64_t H = heads_out(p), M = p.measurements, D = p.head_dim;
   Stack a = stack_of(phi, p.tokens), b = stack_of(x, D);
   b.group = H / p.x_heads;
-  return multiply({a, b, p.x.dtype, p.y.data, p.y.dtype, D, H * M * D, M * D, M, D, p.tokens, p.batch, H}, blas);
+  return multiply({a, b, p.x.dtype, p.y.data, p.y.dtype, D, H * M * D, M * D, M, D, p.tokens, p.batch, H}, blas,
+                  stream);
 }
 
 // dx[hx] = sum over the heads of its group of phi_h^T dy_h: one product whose depth is (head in group, m).
@@ -121,7 +126,8 @@ int backward_x(const ProjectBackwardParams& p, Carver& carver, void* blas, void*
   a.head *= group;
   b.head *= group;
   CSAT_TRY(multiply(
-      {a, b, f.x.dtype, p.dx.data, f.x.dtype, D, f.x_heads * N * D, N * D, N, D, group * M, f.batch, f.x_heads}, blas));
+      {a, b, f.x.dtype, p.dx.data, f.x.dtype, D, f.x_heads * N * D, N * D, N, D, group * M, f.batch, f.x_heads}, blas,
+      stream));
   if (!f.keep) return 0;
   return zero_tokens({View{}, p.dx, f.keep, f.batch, f.x_heads, N, D}, stream);
 }
@@ -154,7 +160,7 @@ int backward_phi(const ProjectBackwardParams& p, Carver& carver, void* blas, voi
   b.transposed = !b.transposed;
   b.group = heads / x_heads;
   return multiply({a, b, f.x.dtype, p.dphi.data, p.dphi.dtype, N, heads * M * N, M * N, M, N, depth, batch, heads},
-                  blas);
+                  blas, stream);
 }
 
 }  // namespace

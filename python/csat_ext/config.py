@@ -31,7 +31,7 @@ def refuse_unknown(keys: Mapping[str, Any], accepted: tuple[str, ...], where: st
     for key in keys:
         if key not in accepted:
             near = difflib.get_close_matches(str(key), accepted, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ValueError(f"{where}: unknown key {key!r}{hint} Accepted: {', '.join(accepted)}")
 
 
@@ -50,10 +50,10 @@ class CSATConfig:
         learned: Phi (and the score bias) are parameters that start at the ensemble; needs ``length``, the one
             sequence length of keys that the layer then takes.
         length: the key length of a learned Phi.
-        seed: seed of the counter-based generator; with ``layer`` it determines every fixed Phi on every device.
+        seed: seed of the counter-based generator, below 2**63; with ``layer`` it determines every fixed Phi on every device.
         layer: index of the layer in its model, so that layers draw different columns from one seed.
         share_kv: K and V share Phi. When False, V has an independent one (paper: Phi_K and Phi_V); note that for signed
-            ensembles the output then tends to 0 (DESIGN section 2).
+            ensembles the output then tends to 0 (see `csat_ext.measurements`).
         log_mass: add log(mass) of averaging rows to the scores, which makes constant segments exact.
         gain: a learned gain per head on the score scale, 1 at the start.
         decoder: one of `DECODERS`.
@@ -95,13 +95,19 @@ class CSATConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("seed", "layer"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name, bits in (("seed", 63), ("layer", 32)):  # an int64 of the state dict; a word of the counter
+            if not 0 <= getattr(self, name) < 2**bits:
+                raise ValueError(f"{name} must be in [0, 2**{bits}), got {getattr(self, name)}")
         if not (math.isfinite(self.threshold) and self.threshold >= 0):
             raise ValueError(f"threshold must be finite and at least 0, got {self.threshold}")
         if self.learned and self.length is None:
             raise ValueError("learned=True needs length, the one sequence length of keys that a learned Phi takes")
+        if self.length is not None and not self.learned:
+            raise ValueError(f"length = {self.length} belongs to learned=True: a fixed Phi takes any length")
+        if self.ensemble == "learned" and not self.learned:
+            raise ValueError("ensemble='learned' starts a learned Phi: it needs learned=True and length")
+        if self.feature_rank is not None and self.decoder == "none":
+            raise ValueError("feature_rank needs a decoder that leads back to the features: decoder='none' is none")
         if self.learned and not self.share_kv:
             raise ValueError("learned=True shares one Phi between K and V: share_kv=False is not accepted with it")
         _check_positions(self)
@@ -112,8 +118,10 @@ class CSATConfig:
 
         Raises:
             ValueError: an unknown key (the nearest known one is named) or a value out of range.
-            TypeError: a value of the wrong type.
+            TypeError: a value of the wrong type, or no mapping.
         """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"{where}: {values!r} came, a mapping is accepted")
         refuse_unknown(values, tuple(field.name for field in dataclasses.fields(cls)), where)
         plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
         return cls(**plain)
@@ -163,7 +171,7 @@ def _check_types(config: CSATConfig) -> None:
 def _check_choice(name: str, value: str, accepted: tuple[str, ...]) -> None:
     if value not in accepted:
         near = difflib.get_close_matches(value, accepted, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(f"{name}: unknown value {value!r}{hint} Accepted: {', '.join(accepted)}")
 
 

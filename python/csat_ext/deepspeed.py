@@ -96,7 +96,7 @@ def load_json(config: str | Path | dict[str, Any]) -> dict[str, Any]:
             raise FileNotFoundError(f"DeepSpeed config: no file {path}")
         try:
             config = json.loads(path.read_text(), object_pairs_hook=_unique_keys)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"DeepSpeed config: {path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise TypeError(f"DeepSpeed config: {type(config).__name__} came, a mapping is accepted")
@@ -311,6 +311,14 @@ def _converter(module: nn.Module) -> Converter | None:
 def _from_projections(module: Any, config: CSATConfig) -> nn.Module:
     """Any attention made of q_proj, k_proj, v_proj, out_proj (torch.nn.Linear) and num_heads."""
     embed_dim, kv_dim = module.q_proj.in_features, module.k_proj.in_features
+    expected = dict(zip(_PROJECTIONS, (embed_dim, kv_dim, kv_dim, embed_dim), strict=True))
+    for name, width in expected.items():
+        linear = getattr(module, name)
+        if (linear.in_features, linear.out_features) != (width, embed_dim):
+            raise ValueError(
+                f"{SECTION}.layers: {type(module).__name__}.{name} maps {linear.in_features} features to "
+                f"{linear.out_features}; accepted: {width} to {embed_dim} (grouped keys need a converter of their own)"
+            )
     new = CSATAttention(embed_dim, module.num_heads, config, kv_dim=kv_dim)
     new.to(device=module.q_proj.weight.device)
     for name in _PROJECTIONS:  # the Linear itself: its Parameter objects keep their ZeRO-3 bookkeeping

@@ -11,17 +11,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from csat_ext import ops as _ops  # noqa: F401  (registers fakes, autograd and autocast of torch.ops.csat)
-from csat_ext.reference.attention import renormalise_rows
+from csat_ext.reference.attention import has_values, renormalise_rows
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
 class SparseDecoder:
-    """Weights of the unrolled sparse decoder (DESIGN section 1; LISTA of the paper, section 3.3).
+    """Weights of the unrolled sparse decoder (`csat_ext.reference.decode`; LISTA of the paper, section 3.3).
 
     ``a_0 = 0``; ``u_t = a_t + step_t ((S_t - I) a_t + B_t z)``; ``a_{t+1} = sign(u_t) max(|u_t| - theta_t, 0)``;
     output ``c = Psi a_T``. Every tensor may carry a head axis in front (1 or H).
@@ -72,7 +71,7 @@ class SparseDecoder:
                 raise ValueError(
                     f"decoder.{name} is on {value.device}, decoder.theta on {self.theta.device}: one device is needed"
                 )
-        if self.check_values and not torch.compiler.is_compiling():
+        if self.check_values and has_values(self.theta):
             _check_thresholds(self.theta)
 
     @property
@@ -107,6 +106,7 @@ class LinearDecoder:
 
     def __post_init__(self) -> None:
         _check_parameter("decoder.weight", self.weight, (2, 3))
+        _check_sizes("decoder.weight", self.weight, 2, {-2: ("R", None), -1: ("Dv", None)}, least=1)
 
 
 Decoder = SparseDecoder | LinearDecoder
@@ -126,7 +126,7 @@ def csat_attention(
     key_mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> Tensor:
-    """Compressed sensing attention (Kiruluta, Raju and Burity 2025, section 3; DESIGN section 1).
+    """Compressed sensing attention (Kiruluta, Raju and Burity 2025, section 3).
 
     ``Kc = Phi_K K``, ``Vc = Phi_V V F^T``, ``Z = softmax(scale Q Kc^T + score_bias) Vc``, then the decoder on every
     row of Z. The paper writes Z_i = Phi_V Psi alpha_i with shapes that do not match; here tokens are measured by Phi,
@@ -156,10 +156,12 @@ def csat_attention(
         ValueError: shapes, devices or values that do not fit. The message names the argument, what came and what is
         accepted.
     """
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal must be False, got {is_causal!r}")
     if is_causal:
         raise ValueError(
-            "is_causal=True: plain CSAT mixes tokens along the sequence and would leak the future into the past. "
-            "The exact causal forms are causal='block' and causal='prefix' (DESIGN section 3)"
+            "is_causal=True came, False is accepted: a measurement mixes tokens along the sequence and would leak the "
+            "future into the past (the exact causal forms, block and prefix, are not part of this version)"
         )
     query, key, value = _autocast(query, key, value)
     _check_attention(query, key, value)
@@ -194,7 +196,7 @@ def measure(
     if phi_v.shape[-2] != phi_k.shape[-2]:
         raise ValueError(f"phi_v has {phi_v.shape[-2]} measurements, phi_k has {phi_k.shape[-2]}: they must agree")
     bias = _canonical_bias(score_bias, key, heads, phi_k.shape[-2])
-    kc = torch.ops.csat.project(key, phi_k, key_mask if key_mask is None else _checked_mask(key_mask, key))
+    kc = torch.ops.csat.project(key, phi_k, key_mask if key_mask is None else checked_mask(key_mask, key))
     vc = torch.ops.csat.project(value, phi_v, key_mask)
     if key_mask is not None and renormalise:
         ratio_k, empty = renormalise_rows(phi_k, key_mask)
@@ -282,6 +284,9 @@ def _match_heads(kc: Tensor, vc: Tensor, heads: int) -> tuple[Tensor, Tensor]:
 def _check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.is_nested or value.layout != torch.strided:
+        layout = "nested" if value.is_nested else value.layout
+        raise TypeError(f"{name} must be a dense tensor, got a {layout} one")
 
 
 def _check_parameter(name: str, value: object, dims: tuple[int, ...]) -> None:
@@ -326,8 +331,6 @@ def _check_heads(decoder: SparseDecoder) -> None:
 
 def _check_thresholds(theta: Tensor) -> None:
     theta = theta.detach()
-    if theta.device.type == "meta" or isinstance(theta, FakeTensor):
-        return
     if not bool((theta >= 0).all()):
         bad = "NaN" if bool(theta.isnan().any()) else f"{float(theta.min()):g}"
         raise ValueError(f"decoder.theta holds {bad}; accepted: soft thresholds >= 0")
@@ -336,10 +339,20 @@ def _check_thresholds(theta: Tensor) -> None:
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast the inputs take its dtype, as those of a matrix product do; parameters stay as they are."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+    if not autocasts(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors)
+    return tuple(t.to(dtype) if _is_autocast(t) else t for t in tensors)
+
+
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on, on a device type that csat has a rule for."""
+    return device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
+
+
+def _is_autocast(value: object) -> bool:
+    """float64 is left alone, as everywhere in torch's autocast."""
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
 
 
 def _check_attention(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -393,16 +406,18 @@ def _canonical_bias(bias: Tensor | None, key: Tensor, heads: int, m: int) -> Ten
         return None
     _check_parameter("score_bias", bias, (1, 2, 3))
     _check_dtype_device("score_bias", bias, key, "the query")
+    came = tuple(bias.shape)
     bias = bias.reshape((1,) * (3 - bias.dim()) + bias.shape)
     if bias.shape[2] != m or bias.shape[1] not in (1, heads) or bias.shape[0] not in (1, key.shape[0]):
         raise ValueError(
-            f"score_bias has shape {tuple(bias.shape)}; accepted: ({m},), (1 or {heads}, {m}) or "
+            f"score_bias has shape {came}; accepted: ({m},), (1 or {heads}, {m}) or "
             f"(1 or {key.shape[0]}, 1 or {heads}, {m})"
         )
     return bias
 
 
-def _checked_mask(mask: Tensor, key: Tensor) -> Tensor:
+def checked_mask(mask: Tensor, key: Tensor) -> Tensor:
+    """key_mask itself, if it fits the keys (B, heads, N, D): (B, N) bool on their device."""
     _check_tensor("key_mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"key_mask has dtype {mask.dtype}; accepted: torch.bool, True = keep (additive masks are not)")

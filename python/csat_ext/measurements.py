@@ -233,9 +233,9 @@ def _pool(layout: Layout) -> tuple[Tensor, int]:
     """Means of contiguous segments (cells of a grid in 2-D and 3-D), fractional at the borders.
 
     In 1-D segment j covers [j L / m, (j + 1) L / m) of the L tokens measured, and a token's weight is its overlap with
-    it. On a grid the m rows are the cells of `cell_grid`, row-major. The best untrained approximation to softmax
-    attention among the fixed ensembles (relative error 0.62 at n = 512, m = 64, where predicting the mean gives 0.69 to
-    0.83), and exact for keys that are constant in each segment.
+    it. On a grid the m rows are the cells of `cell_grid`, row-major. The nearest to softmax attention of the
+    fixed ensembles where neighbouring tokens are alike (benchmarks/results/ensembles.json), and exact for keys that are
+    constant in each segment.
     """
     if layout.grid is None:
         return _overlaps(layout, layout.coordinate, layout.extent, layout.m)
@@ -256,8 +256,8 @@ def _bucket(layout: Layout) -> tuple[Tensor, int]:
     """Random buckets per head, averaged: every stretch of m tokens is dealt to the m buckets in a random order.
 
     Bucket sizes differ by at most one, none is empty, and m = n is a permutation (exact attention). It loses to `pool`
-    where neighbours are alike (relative error 0.73 to 0.62) and beats it on recall of unrelated tokens (accuracy 0.71
-    to 0.81 against 0.33; fixed, associative recall, n = 48, m = 12).
+    where neighbours are alike (benchmarks/results/ensembles.json); it is meant for tokens whose order says nothing, as
+    every head deals them out differently.
     """
     stretches = -(-layout.n // layout.m)
     positions = torch.arange(stretches * layout.m, dtype=torch.int64, device=layout.device)
@@ -271,8 +271,7 @@ def _bucket(layout: Layout) -> tuple[Tensor, int]:
 def _learned(layout: Layout) -> tuple[Tensor, int]:
     """Initial value of a learned Phi: `pool`.
 
-    Learned from the pool it was the best on recall (0.65, with LISTA 0.77; learned from Gaussian 0.34). A learned Phi
-    belongs to one length, and with few data it overfits.
+    A learned Phi belongs to one length, and with few data it can overfit.
     """
     return _pool(layout)
 
@@ -282,15 +281,15 @@ def _learned(layout: Layout) -> tuple[Tensor, int]:
 
 @_signed("gaussian")
 def _gaussian(layout: Layout) -> Tensor:
-    """Entries N(0, 1/n), the paper's. Not an approximation of softmax attention: relative error 2.0 at m = 64 and 2.1
-    at m = 256 of n = 512; as m grows the output tends to V^T s / n (unnormalised linear attention)."""
+    """Entries N(0, 1/n), the paper's. Not an approximation of softmax attention (benchmarks/results/ensembles.json): as
+    m grows the output tends to V^T s / n (unnormalised linear attention)."""
     return philox.normal(layout.words(layout.rows(), layout.tokens())) / math.sqrt(layout.n)
 
 
 @_signed("rademacher")
 def _rademacher(layout: Layout) -> Tensor:
-    """Signs / sqrt(n). Not an approximation of softmax attention (relative error 1.9 and more): the output tends to
-    V^T tanh(s / sqrt(n)) / sqrt(n)."""
+    """Signs / sqrt(n). Not an approximation of softmax attention (benchmarks/results/ensembles.json): as m grows the
+    output tends to V^T tanh(s / sqrt(n)) / sqrt(n)."""
     return philox.sign(layout.words(layout.rows(), layout.tokens())).to(torch.float64) / math.sqrt(layout.n)
 
 
@@ -299,7 +298,7 @@ def _srht(layout: Layout) -> Tensor:
     """Subsampled randomised Hadamard transform: sign_s (-1)^popcount(i_j & s) / sqrt(n), i_j = (a j + c) mod 2^62.
 
     a is odd, so i_j mod 2^k is a permutation for every k and rows are orthogonal where n is a power of two (nearly so
-    elsewhere). Not an approximation of softmax attention (relative error 1.9 to 5.7 at n = 512).
+    elsewhere). Not an approximation of softmax attention (benchmarks/results/ensembles.json).
     """
     word = layout.words(_MATRIX_ROW, 0)
     start, step_low = word[0], word[1] | 1
@@ -316,7 +315,7 @@ def _srht(layout: Layout) -> Tensor:
 @_signed("count_sketch")
 def _count_sketch(layout: Layout) -> Tensor:
     """Every token goes to one random row with a random sign; entries 0 or +-sqrt(m / n), of variance 1/n. Not an
-    approximation of softmax attention (relative error 1.9 to 5.7 at n = 512)."""
+    approximation of softmax attention (benchmarks/results/ensembles.json)."""
     words = layout.words(0, layout.tokens()[None, :])
     row = words[1] * layout.m >> 32
     values = philox.sign(words).to(torch.float64) * math.sqrt(layout.m / layout.n)
@@ -326,7 +325,7 @@ def _count_sketch(layout: Layout) -> Tensor:
 @_signed("dct")
 def _dct(layout: Layout) -> Tensor:
     """Low-pass DCT-II: the first m rows of the orthonormal cosine transform. Deterministic. Its row 0 alone is an
-    average; not an approximation of softmax attention (relative error 1.9 to 5.7 at n = 512; recall 0.14)."""
+    average; not an approximation of softmax attention (benchmarks/results/ensembles.json)."""
     return dct_rows(layout.rows(), layout.n, layout.device)[None]
 
 
@@ -471,14 +470,21 @@ def _anchor_rows(anchors: tuple[int, ...], n: int, valid: Tensor, masked: bool) 
 
 def resolve_device(device: torch.device | str | None) -> torch.device:
     """None is torch's default device (asked for in a way that torch.compile traces and `zero.Init` does not patch)."""
-    return torch.scalar_tensor(0, dtype=torch.int64).device if device is None else torch.device(device)
+    if device is None:
+        return torch.scalar_tensor(0, dtype=torch.int64).device
+    if isinstance(device, torch.device):
+        return device
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be a torch.device or its name, got {device!r}") from error
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
 def _lookup(ensemble: str) -> Ensemble:
-    if ensemble not in ENSEMBLES:
+    if not isinstance(ensemble, str) or ensemble not in ENSEMBLES:
         raise ValueError(f"ensemble must be one of {sorted(ENSEMBLES)}, got {ensemble!r}")
     return ENSEMBLES[ensemble]
 
@@ -495,11 +501,11 @@ def _check_sizes(m: int, n: int, heads: int | None, dtype: torch.dtype) -> None:
 
 
 def _check_anchors(anchors: Sequence[Anchor], m: int) -> tuple[int, ...]:
-    if isinstance(anchors, (str, int)):
+    if isinstance(anchors, str) or not isinstance(anchors, Sequence):
         raise TypeError(f"anchors must be a sequence such as ('first', 'last'), got {anchors!r}")
     named: dict[Anchor, int] = {"first": 0, "last": -1}
     for anchor in anchors:
-        if isinstance(anchor, bool) or not (isinstance(anchor, int) or anchor in named):
+        if isinstance(anchor, bool) or not (isinstance(anchor, int) or anchor in tuple(named)):
             raise ValueError(f"anchors must hold 'first', 'last' or ints, got {anchor!r}")
     if len(anchors) >= m:
         raise ValueError(f"m must exceed the number of anchors: got m = {m} with {len(anchors)} anchors")
@@ -509,12 +515,16 @@ def _check_anchors(anchors: Sequence[Anchor], m: int) -> tuple[int, ...]:
 def _check_options(
     ensemble: Ensemble, grid: Sequence[int] | None, head_shift: bool, n: int, anchors: tuple[int, ...]
 ) -> tuple[int, ...] | None:
+    if not isinstance(head_shift, bool):
+        raise TypeError(f"head_shift must be a bool, got {head_shift!r}")
     for option, given in (("grid", grid is not None), ("head_shift", head_shift)):
         if given and option not in ensemble.options:
             takers = sorted(e.name for e in ENSEMBLES.values() if option in e.options)
             raise ValueError(f"{option} is an option of the ensembles {takers}, not of {ensemble.name!r}")
     if grid is None:
         return None
+    if not isinstance(grid, Sequence):
+        raise TypeError(f"grid must be a sequence such as (h, w), got {grid!r}")
     sides = tuple(grid)
     if len(sides) not in (1, 2, 3) or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sides):
         raise ValueError(f"grid must be 1 to 3 positive ints such as (h, w), got {grid!r}")

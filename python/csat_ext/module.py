@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,17 +12,27 @@ from torch import Tensor, nn
 
 from csat_ext.config import CSATConfig
 from csat_ext.dictionaries import dictionary
-from csat_ext.functional import Decoder, LinearDecoder, SparseDecoder, measure, recover
+from csat_ext.functional import Decoder, LinearDecoder, SparseDecoder, autocasts, checked_mask, measure, recover
 from csat_ext.measurements import ENSEMBLES, Measurement, measurement
 from csat_ext.philox import GENERATOR_VERSION
-from csat_ext.reference.lista import DecoderWeights, alista_weights, analytic_weight, coupled_start, coupled_weights
+from csat_ext.reference.attention import has_values
+from csat_ext.reference.lista import (
+    DecoderWeights,
+    analytic_weight,
+    coupled_start,
+    coupled_weights,
+    lipschitz_constant,
+)
 
 _INDEPENDENT_PHI_V = 1 << 32
 """Offset of the seed of Phi_V when K and V do not share one (config seeds are used as they are for Phi_K)."""
 
+_FEATURE_SENSING = 2 << 32
+"""Offset of the seed that F starts from."""
+
 
 class CSATAttention(nn.Module):
-    """Attention over m measurements of the keys and values (DESIGN section 1), with input and output projections.
+    """Attention over m measurements of the keys and values (`csat_attention`) between input and output projections.
 
     A fixed Phi is never stored: the state dict holds ``measurement_key`` = (generator version, ensemble, seed, layer)
     as int64, which a cast to bfloat16 leaves alone, and Phi is made in float32 from it, for any length and on any
@@ -29,8 +40,8 @@ class CSATAttention(nn.Module):
 
     - ``gain`` (H,): factor on the score scale;
     - ``phi`` (H, M, N), ``score_bias`` (H, M): with ``config.learned``;
-    - ``feature_sensing`` (H, R, Dv): with ``config.feature_rank``; call `calibrate` once to start it at the principal
-      components;
+    - ``feature_sensing`` (H, R, Dv): with ``config.feature_rank``; random orthonormal rows until `calibrate`, to be
+      called once before training, puts the principal components in their place;
     - ``threshold`` (H, T, P), ``step`` (H, T) and the weights of the decoder: ``decoder_w`` (H, R, P) of the coupled
       form, ``decoder_s`` (H, T, P, P) and ``decoder_b`` (H, T, P, R) of the untied one, ``linear_weight`` (H, R, Dv)
       of the control.
@@ -41,6 +52,9 @@ class CSATAttention(nn.Module):
         config: what is computed.
         kv_dim: width of the context of cross-attention; ``embed_dim`` when absent.
         bias: the projections have biases.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is accepted.
     """
 
     measurement_key: Tensor
@@ -49,6 +63,13 @@ class CSATAttention(nn.Module):
         self, embed_dim: int, num_heads: int, config: CSATConfig, kv_dim: int | None = None, *, bias: bool = True
     ) -> None:
         super().__init__()
+        if not isinstance(config, CSATConfig):
+            raise TypeError(f"config must be a CSATConfig (CSATConfig.from_dict makes one), got {config!r}")
+        for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads), ("kv_dim", kv_dim)):
+            if (size is not None or name != "kv_dim") and (isinstance(size, bool) or not isinstance(size, int)):
+                raise TypeError(f"{name} must be an int, got {size!r}")
+        if kv_dim is not None and kv_dim < 1:
+            raise ValueError(f"kv_dim must be at least 1, got {kv_dim}")
         if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
             raise ValueError(f"embed_dim = {embed_dim} must be a positive multiple of num_heads = {num_heads}")
         self.embed_dim, self.num_heads, self.config = embed_dim, num_heads, config
@@ -78,19 +99,25 @@ class CSATAttention(nn.Module):
         if config.feature_rank is not None:
             if config.feature_rank > self.head_dim:
                 raise ValueError(f"feature_rank = {config.feature_rank} exceeds the head width {self.head_dim}")
-            rows = torch.eye(config.feature_rank, self.head_dim)
-            self.feature_sensing = nn.Parameter(rows.expand(heads, -1, -1).clone())
+            self.feature_sensing = nn.Parameter(self._random_rows(config.feature_rank))
         if config.dictionary == "learned" and config.decoder not in ("none", "linear"):
             psi = dictionary("learned", self.head_dim, config.atoms, seed=config.seed)
             self.psi = nn.Parameter(psi.expand(heads, -1, -1).clone())
         self._create_decoder()
+
+    def _random_rows(self, rank: int) -> Tensor:
+        """(H, R, Dv), orthonormal rows: no coordinate is preferred, so that F Psi has no zero column."""
+        seed = self.config.seed + _FEATURE_SENSING
+        rows = measurement("gaussian", rank, self.head_dim, seed=seed, layer=self.config.layer, heads=self.num_heads)
+        return torch.linalg.qr(rows.phi.mT).Q.mT.contiguous()
 
     def _create_decoder(self) -> None:
         config, heads, rank = self.config, self.num_heads, self.config.feature_rank or self.head_dim
         if config.decoder == "none":
             return
         if config.decoder == "linear":
-            self.linear_weight = nn.Parameter(torch.eye(rank, self.head_dim).expand(heads, -1, -1).clone())
+            start = torch.eye(rank, self.head_dim) if config.feature_rank is None else self.feature_sensing.detach()
+            self.linear_weight = nn.Parameter(start.expand(heads, -1, -1).clone())
             return
         w, sensing, _, _ = coupled_start(self._sensing_matrix().detach().float(), 0.0, config.iterations)
         atoms, layers = sensing.shape[-1], config.iterations
@@ -106,31 +133,43 @@ class CSATAttention(nn.Module):
             self.step = nn.Parameter(torch.ones(heads, layers))
 
     def _psi(self) -> Tensor:
-        """The dictionary, (1 or H, Dv, P) in float32."""
-        if self.config.dictionary == "learned":
-            return self.psi.float()
-        device = self.q_proj.weight.device
-        return self._remember(
-            ("psi", device),
-            lambda: dictionary(
-                self.config.dictionary, self.head_dim, self.config.atoms, seed=self.config.seed, device=device
-            ).unsqueeze(0),
-        )
+        """The dictionary, (1 or H, Dv, P)."""
+        config, dtype, device = self.config, self._decoder_dtype, self.q_proj.weight.device
+        if config.dictionary == "learned":
+            return self._wide(self.psi)
+
+        def make() -> Tensor:
+            kind, seed = config.dictionary, config.seed
+            return dictionary(kind, self.head_dim, config.atoms, seed=seed, dtype=dtype, device=device).unsqueeze(0)
+
+        return self._remember(("psi", dtype, device), make)
+
+    @property
+    def _decoder_dtype(self) -> torch.dtype:
+        return torch.float64 if self.q_proj.weight.dtype == torch.float64 else torch.float32
+
+    def _wide(self, weight: Tensor) -> Tensor:
+        return weight.to(self._decoder_dtype)
 
     def _sensing_matrix(self) -> Tensor:
-        """A = F Psi, (H, R, P) in float32."""
+        """A = F Psi, (H, R, P)."""
         psi = self._psi().expand(self.num_heads, -1, -1)
-        return psi if self.config.feature_rank is None else self.feature_sensing.float() @ psi
+        return psi if self.config.feature_rank is None else self._wide(self.feature_sensing) @ psi
 
     def decoder(self) -> Decoder | None:
-        """The decoder at the parameters' present values, its weights in float32, or None."""
+        """The decoder at the parameters' present values, or None; its weights are in float32 (float64 for float64),
+        under autocast too."""
+        with _no_autocast(self.q_proj.weight.device.type):
+            return self._decoder()
+
+    def _decoder(self) -> Decoder | None:
         config = self.config
         if config.decoder == "none":
             return None
         if config.decoder == "linear":
             return LinearDecoder(self.linear_weight)
         # The forward clamps at 0, the backward passes: a threshold pushed below 0 can come back.
-        raw = self.threshold.float()
+        raw = self._wide(self.threshold)
         theta = raw + (raw.clamp(min=0) - raw).detach()
         s, b, theta, psi, step = (weight.contiguous() for weight in self._decoder_weights(theta))
         return SparseDecoder(s, b, theta, psi, step, check_values=False)
@@ -138,40 +177,39 @@ class CSATAttention(nn.Module):
     def _decoder_weights(self, theta: Tensor) -> DecoderWeights:
         config, a = self.config, self._sensing_matrix()
         psi = self._psi().expand(self.num_heads, -1, -1)
+        ones = torch.ones_like(theta[..., 0])
         if config.decoder == "lista_untied":
-            return DecoderWeights(
-                self.decoder_s.float(), self.decoder_b.float(), theta, psi, torch.ones_like(theta[..., 0])
-            )
-        if config.decoder == "lista":
-            return coupled_weights(self.decoder_w.float(), a, theta, self.step.float(), psi)
-        if config.decoder == "alista":
-            return alista_weights(a, theta, self.step.float(), self._analytic_weight(a), psi)
-        start, _, _, step = coupled_start(a, 0.0, config.iterations)
-        return coupled_weights(start, a, theta, step, psi)
+            s, b = self._wide(self.decoder_s), self._wide(self.decoder_b)
+            return DecoderWeights(s, b, theta, psi, ones)
+        w = self._wide(self.decoder_w) if config.decoder == "lista" else self._unlearned_weight(a)
+        step = ones if config.decoder == "ista" else self._wide(self.step)
+        return coupled_weights(w, a, theta, step, psi)
 
-    def _analytic_weight(self, a: Tensor) -> Tensor:
-        """ALISTA's W, scaled so that step 1 is the ISTA-sized step; computed once where A is fixed."""
+    def _unlearned_weight(self, a: Tensor) -> Tensor:
+        """W of ISTA, A / L, and of ALISTA, the analytic one over L, so that step 1 is ISTA's; computed once where A is
+        fixed."""
 
-        def compute() -> Tensor:
+        def make() -> Tensor:
+            if self.config.decoder == "ista":
+                return a / lipschitz_constant(a)[:, None, None]
             with torch.no_grad():
-                lipschitz = torch.linalg.matrix_norm(a, ord=2).square()
-                return analytic_weight(a.detach()) / lipschitz[:, None, None]
+                return analytic_weight(a) / lipschitz_constant(a)[:, None, None]
 
         if self.config.dictionary == "learned" or self.config.feature_rank is not None:
-            return compute()
-        return self._remember(("analytic", a.device), compute)
+            return make()
+        return self._remember(("w", a.dtype, a.device), make)
 
     # ---- measurement ------------------------------------------------------------------------------------------------
 
-    def _remember(self, key: tuple[Any, ...], make: Any) -> Any:
-        """A fixed tensor, made once for every key; made anew inside a compiled graph, which must not depend on a
+    def _remember(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """A fixed tensor, made once for every key; made anew while a compiler traces: its graph must not depend on a
         length."""
-        if torch.compiler.is_compiling():
+        if not has_values(self.q_proj.weight):
             return make()
         if key not in self._fixed:
             if len(self._fixed) >= 16:  # many lengths in one run: keep memory bounded
                 self._fixed.clear()
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():  # training may need it after an evaluation
                 self._fixed[key] = make()
         return self._fixed[key]
 
@@ -210,6 +248,8 @@ class CSATAttention(nn.Module):
 
     def _measure(self, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         config, n = self.config, k.shape[2]
+        if key_mask is not None:
+            checked_mask(key_mask, k)
         if config.learned and n != config.length:
             raise ValueError(
                 f"a learned Phi takes keys of length {config.length}, got {n}; learned=False takes any length"
@@ -263,15 +303,26 @@ class CSATAttention(nn.Module):
             TypeError, ValueError: naming the argument, what came and what is accepted.
         """
         context = x if context is None else context
-        for name, tensor, width in (("x", x, self.embed_dim), ("context", context, self.kv_dim)):
-            if tensor.dim() != 3 or tensor.shape[-1] != width:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; accepted: (batch, tokens, {width})")
+        self._check_inputs(x, context)
         q, k, v = self._heads(self.q_proj(x)), self._heads(self.k_proj(context)), self._heads(self.v_proj(context))
         kc, vc, bias = self._measure(k, v, key_mask)
         if self.config.gain:
             kc = kc * self.gain.to(kc.dtype)[:, None, None]
         rows = recover(q, kc, vc, decoder=self.decoder(), score_bias=bias)
         return self.out_proj(rows.transpose(1, 2).flatten(2))
+
+    def _check_inputs(self, x: Tensor, context: Tensor) -> None:
+        weight = self.q_proj.weight
+        casts = autocasts(weight.device.type) or not weight.is_floating_point()
+        for name, tensor, width in (("x", x, self.embed_dim), ("context", context, self.kv_dim)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+            if not tensor.is_floating_point() or not (casts or tensor.dtype == weight.dtype):
+                raise TypeError(f"{name} has dtype {tensor.dtype}; accepted: {weight.dtype}, that of the projections")
+            if tensor.dim() != 3 or tensor.shape[-1] != width:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; accepted: (batch, tokens, {width})")
+        if context.shape[0] != x.shape[0]:
+            raise ValueError(f"context has batch size {context.shape[0]}, x has {x.shape[0]}: they must agree")
 
     @torch.no_grad()
     def calibrate(self, context: Tensor) -> None:
@@ -332,6 +383,10 @@ class CSATAttention(nn.Module):
         )
 
 
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device_type, enabled=False) if device_type in ("cpu", "cuda") else nullcontext()
+
+
 def _ensemble_code(name: str) -> int:
     """A number for the ensemble in `measurement_key` that no reordering of the registry changes."""
     return zlib.crc32(name.encode())
@@ -347,7 +402,7 @@ def parameter_groups(
     """Optimizer groups: matrices with weight decay; biases, norms, gains, Phi without; soft thresholds with a rate of
     their own.
 
-    With the common rate thresholds barely move (DESIGN section 2), so theirs is ``threshold_lr_scale`` times ``lr``.
+    With the common rate thresholds barely move, so theirs is ``threshold_lr_scale`` times ``lr``.
     """
     thresholds, undecayed = set(), set()
     for module in model.modules():

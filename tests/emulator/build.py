@@ -1,4 +1,4 @@
-"""Builds the emulated library with CMake (cmake/emulator.cmake), which recompiles only what has changed."""
+"""Builds the emulated library with CMake (tests/emulator/CMakeLists.txt), which recompiles only what has changed."""
 
 from __future__ import annotations
 

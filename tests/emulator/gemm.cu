@@ -1,5 +1,4 @@
-// csat::gemm for the emulated build, in place of cuBLAS: one thread an element of c, so that its operands are checked
-// too.
+// csat::gemm for the emulated build, in place of cuBLAS: one thread an element of c, so its operands are checked too.
 #include "csat/gemm.h"
 #include "csat/prims.cuh"
 
@@ -33,7 +32,7 @@ int run(const GemmArgs& p) {
 }  // namespace
 
 int gemm(const GemmArgs& p, void*) {
-  if (p.m * p.n * p.count == 0) return 0;
+  if (p.m < 1 || p.n < 1 || p.k < 1 || p.count < 1) return kUnsupported;  // the contract of gemm.h
   switch (p.input) {
     case DType::f32:
       return run<float, float>(p);

@@ -1,4 +1,5 @@
-"""Calls of every csat operator, forward and backward, at sizes that reach each branch of the CUDA kernels.
+"""Calls of every csat operator, forward and backward, at sizes that reach each branch of the CUDA kernels,
+sizes of zero included.
 
 A call is the operator's name and its arguments as CPU tensors, values exactly representable in the dtype asked for;
 `expected` is the operator in plain torch and float64, `plain` the same in the dtype of the call (a float32 phi beside
@@ -93,11 +94,15 @@ def project_calls(dtype: torch.dtype) -> Iterator[Call]:
         "per-batch-shared-heads": (2, 2, 19, 8, 2, 1, 4, False, torch.float32),
         "grouped": (2, 2, 21, 8, 1, 4, 6, True, dtype),
         "one-token": (1, 1, 1, 3, 1, 1, 1, False, torch.float32),
+        "no-batch": (0, 2, 5, 3, 1, 1, 4, False, torch.float32),
+        "no-tokens": (2, 2, 0, 3, 1, 4, 4, False, dtype),
+        "no-measurements": (2, 2, 5, 3, 1, 2, 0, False, torch.float32),
+        "no-features": (2, 2, 5, 0, 1, 1, 4, False, dtype),
     }
     for label, (batch, x_heads, tokens, dim, phi_batch, phi_heads, m, masked, parameter) in sizes.items():
         values = Values(dtype)
         x = values.strided(batch, x_heads, tokens, dim)
-        phi = values(phi_batch, phi_heads, m, tokens, scale=tokens**-0.5, dtype=parameter)
+        phi = values(phi_batch, phi_heads, m, tokens, scale=max(tokens, 1) ** -0.5, dtype=parameter)
         keep = None
         if masked:
             keep = values(batch, tokens, dtype=torch.float32) > -0.5
@@ -114,7 +119,7 @@ def _attend_arguments(values: Values, sizes: tuple[int, ...], bias_shape: tuple[
     bias = None
     if bias_shape is not None:
         bias = values(*bias_shape, m, dtype=torch.float32)
-        bias[..., 0] = -torch.inf  # an empty segment
+        bias[..., :1] = -torch.inf  # an empty segment
     return q, kc, vc, bias, dim**-0.5
 
 
@@ -128,6 +133,9 @@ def attend_calls(dtype: torch.dtype) -> Iterator[Call]:
         "wide": ((1, 1, 1, 5, 20, 260, 200), None),
         "many-queries": ((1, 1, 1, 600, 10, 8, 8), (1, 1)),
         "one": ((1, 1, 1, 1, 1, 1, 1), None),
+        "no-batch": ((0, 2, 1, 5, 4, 8, 8), (1, 2)),
+        "no-queries": ((2, 2, 1, 0, 4, 8, 8), (1, 2)),
+        "no-measurements": ((2, 2, 1, 5, 0, 8, 8), (1, 2)),
     }
     for label, (shape, bias_shape) in sizes.items():
         values = Values(dtype)
@@ -176,6 +184,8 @@ def decode_calls(dtype: torch.dtype) -> Iterator[Call]:
         "per-head-untied-S": (2, 2, 5, 2, 3, 3, 1, 8, 6, 4, torch.float32),
         "wide": (1, 1, 9, 1, 2, 1, 1, 300, 40, 130, torch.float32),
         "one": (1, 1, 1, 1, 1, 1, 1, 1, 1, 1, dtype),
+        "no-batch": (0, 2, 5, 1, 2, 1, 1, 8, 6, 4, torch.float32),
+        "no-queries": (2, 2, 0, 2, 2, 2, 2, 8, 6, 4, torch.float32),
     }
     for label, (batch, heads, queries, decoder_heads, layers, s_layers, b_layers, p, r, dv, parameter) in sizes.items():
         values = Values(dtype)

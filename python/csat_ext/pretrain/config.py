@@ -136,14 +136,14 @@ def load(path: str | Path, overrides: typing.Sequence[str] = (), deepspeed: str 
         raise FileNotFoundError(f"config: no file {path}")
     try:
         raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config: {path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ValueError(
             f"config: {path} holds {type(raw).__name__}, a mapping with the keys {_names(PretrainConfig)} is accepted"
         )
     for override in overrides:
-        _override(raw, override, yaml.safe_load)
+        _override(raw, override)
     if deepspeed is not None:
         raw["deepspeed"] = str(Path(deepspeed).resolve())
     return from_dict(_absolute(raw, path.resolve().parent))
@@ -159,6 +159,8 @@ def from_dict(raw: dict[str, Any]) -> PretrainConfig:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "value_error":  # a check of our own, which names the key itself
+            raise ValueError(f"config: {first['ctx']['error']}") from error
         raise ValueError(f"config: {key}: {first['msg']}" if key else f"config: {first['msg']}") from error
 
 
@@ -174,7 +176,7 @@ def _names(cls: Any) -> list[str]:
 def _refuse_unknown(raw: Any, cls: Any, prefix: str) -> None:
     if not isinstance(raw, dict):
         raise ValueError(
-            f"config: {prefix or 'the file'} is {raw!r}, a mapping with the keys {_names(cls)} is accepted"
+            f"config: {prefix.rstrip('.') or 'the file'} is {raw!r}, a mapping with the keys {_names(cls)} is accepted"
         )
     types = typing.get_type_hints(cls)
     refuse_unknown(raw, tuple(types), f"config: {prefix.rstrip('.') or 'the file'}")
@@ -183,7 +185,9 @@ def _refuse_unknown(raw: Any, cls: Any, prefix: str) -> None:
             _refuse_unknown(value, types[key], f"{prefix}{key}.")
 
 
-def _override(raw: dict[str, Any], override: str, parse: typing.Callable[[str], Any]) -> None:
+def _override(raw: dict[str, Any], override: str) -> None:
+    import yaml
+
     key, separator, value = override.partition("=")
     if not separator or not key:
         raise ValueError(f"override: {override!r} came, section.key=value is accepted")
@@ -193,7 +197,10 @@ def _override(raw: dict[str, Any], override: str, parse: typing.Callable[[str], 
         target = target.setdefault(section, {})
         if not isinstance(target, dict):
             raise ValueError(f"override: {override!r}: {section} is not a section")
-    target[last] = parse(value)
+    try:
+        target[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override: the value of {override!r} is not valid YAML") from error
 
 
 def _absolute(raw: dict[str, Any], base: Path) -> dict[str, Any]:

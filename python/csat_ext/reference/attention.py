@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def project(
@@ -164,6 +165,11 @@ def csat_attention(
     if hasattr(decoder, "weight"):
         return (z.to(_compute_dtype(z)) @ decoder.weight.to(_compute_dtype(z))).to(z.dtype)
     return decode(z, decoder.S, decoder.B, decoder.theta, decoder.psi, decoder.step)
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether a check may look into x: not while a compiler traces, not on the meta device."""
+    return not (torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor))
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

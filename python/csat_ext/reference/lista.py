@@ -27,6 +27,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from csat_ext.reference.attention import has_values
+
 
 class DecoderWeights(NamedTuple):
     """What ``torch.ops.csat.decode`` takes. Hd is 1 or the number of heads; Ts is 1 (tied) or T."""
@@ -125,7 +127,7 @@ def coupled_start(A: Tensor, lam: float, iterations: int) -> tuple[Tensor, Tenso
     layers = _positive_layers(iterations)
     if not lam >= 0.0:
         raise ValueError(f"lam must be >= 0, got {lam}")
-    if not bool(A.isfinite().all() and A.any(-1).any(-1).all()):
+    if has_values(A) and not bool(A.isfinite().all() and A.any(-1).any(-1).all()):
         raise ValueError("A must be finite and not zero in any head")
     L = lipschitz_constant(A)
     heads, _, atoms = A.shape
@@ -182,7 +184,7 @@ def analytic_weight(A: Tensor) -> Tensor:
         W in A's shape and dtype. For a tight frame of unit columns W = A: then ALISTA with step 1/L is ISTA.
     """
     with_heads("A", A)
-    if bool((A.square().sum(-2) == 0).any()):
+    if has_values(A) and bool((A.square().sum(-2) == 0).any()):
         raise ValueError("A must not have a zero column: w_i . a_i = 1 has no solution there")
     whitened = torch.linalg.pinv(A @ A.mT, hermitian=True) @ A
     return whitened / (A * whitened).sum(-2, keepdim=True)
