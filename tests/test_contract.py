@@ -72,7 +72,7 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
     ("phi_k", "pool", TypeError, "phi_k must be a torch.Tensor"),
     ("phi_v", torch.randn(M + 1, N), ValueError, "phi_v has 4 measurements"),
     ("phi_v", torch.randn(M, N, device="meta"), ValueError, "phi_v is on meta"),
-    ("score_bias", torch.zeros(M + 1), ValueError, "score_bias has shape"),
+    ("score_bias", torch.zeros(M + 1), ValueError, r"score_bias has shape \(4,\); accepted"),
     ("score_bias", torch.zeros(3, M), ValueError, "score_bias has shape"),
     ("score_bias", torch.zeros(B, H, NQ, M), ValueError, "score_bias has shape"),
     ("score_bias", torch.zeros(M, dtype=torch.int32), TypeError, "score_bias has dtype"),
@@ -105,7 +105,11 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
     ("scale", True, TypeError, "scale must be a float"),
     ("scale", math.nan, ValueError, "scale must be finite"),
     ("scale", math.inf, ValueError, "scale must be finite"),
-    ("is_causal", True, ValueError, "block.*prefix"),
+    ("is_causal", True, ValueError, "is_causal=True came, False is accepted"),
+    ("is_causal", None, TypeError, "is_causal must be False, got None"),
+    ("phi_k", torch.randn(M, N).to_sparse(), TypeError, "phi_k must be a dense tensor"),
+    ("query", lambda: torch.nested.as_nested_tensor([torch.randn(H, 2, D)] * 2), TypeError, "query must be a dense"),
+    ("decoder", lambda: LinearDecoder(torch.randn(DV, 0)), ValueError, "decoder.weight has shape"),
 ]
 
 
@@ -115,6 +119,13 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
 def test_one_wrong_argument(name: str, value: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         csat_attention(**{**good(), name: value() if isinstance(value, Callable) else value})  # type: ignore[arg-type]
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    x, phi = torch.randn(1, 2, 6, 4, dtype=torch.float64), torch.softmax(torch.randn(3, 6), -1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = csat_attention(x, x, x, phi)
+    assert torch.equal(out, csat_attention(x, x, x, phi))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -117,6 +117,9 @@ def test_bad_files(tmp_path: Path) -> None:
     path.write_text("{,}")
     with pytest.raises(ValueError, match="not valid JSON"):
         read_section(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="ds.json is not valid JSON"):
+        read_section(path)
     path.write_text('{"csat_attention": {"seed": 1}, "csat_attention": {"seed": 2}}')
     with pytest.raises(ValueError, match="'csat_attention' stands twice"):
         read_section(str(path))
@@ -166,6 +169,13 @@ def test_a_refused_conversion_leaves_the_model_alone() -> None:
     with pytest.raises(ValueError, match="causal"):
         apply(model, section(measurements=4))
     assert not any(isinstance(module, CSATAttention) for module in model.modules())
+
+
+def test_projections_of_other_widths_are_refused() -> None:
+    model = Model()
+    model.vision[0].v_proj = nn.Linear(16, 8)
+    with pytest.raises(ValueError, match="v_proj maps 16 features to 8; accepted: 16 to 16"):
+        apply(model, section(layers="vision.0", measurements=4))
 
 
 def test_a_registered_converter_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
+from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from csat_ext import CSATAttention, CSATConfig
+from csat_ext import CSATAttention, CSATConfig, SparseDecoder
 from csat_ext.config import DECODERS
 from csat_ext.measurements import ENSEMBLES
 from csat_ext.module import parameter_groups
@@ -35,17 +36,35 @@ def test_every_decoder_starts_as_the_identity(decoder: str) -> None:
 
 
 @pytest.mark.parametrize("dictionary", ["dct", "haar", "overcomplete", "learned"])
-def test_other_dictionaries_run_and_orthonormal_ones_are_the_identity(dictionary: str) -> None:
+def test_tight_frames_start_as_the_identity(dictionary: str) -> None:
     x = torch.randn(2, 20, E)
     out = attention(dictionary=dictionary)(x)
-    if dictionary != "overcomplete":
-        torch.testing.assert_close(out, attention(decoder="none")(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out, attention(decoder="none")(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_random_dictionary_comes_from_the_seed() -> None:
+    x, module = torch.randn(2, 20, E), attention(dictionary="random", atoms=11, seed=4)
+    other = attention(dictionary="random", atoms=11, seed=5)
+    assert not torch.equal(other(x), module(x))
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other(x), module(x))
+
+
+@pytest.mark.parametrize("decoder", [d for d in DECODERS if d != "none"])
+def test_every_decoder_takes_sensed_features_and_learns_the_sensing(decoder: str) -> None:
+    module = attention(decoder=decoder, feature_rank=4)
+    rows = module.feature_sensing.detach()
+    torch.testing.assert_close(rows @ rows.mT, torch.eye(4).expand(H, 4, 4), rtol=0, atol=1e-5)
+    module(torch.randn(2, 20, E)).square().mean().backward()
+    assert module.feature_sensing.grad is not None and bool(module.feature_sensing.grad.isfinite().all())
+    assert float(module.feature_sensing.grad.abs().max()) > 0
 
 
 @pytest.mark.parametrize("ensemble", ENSEMBLES)
 @pytest.mark.parametrize("masked", [False, True])
 def test_every_ensemble_trains(ensemble: str, masked: bool) -> None:
-    module, x = attention(ensemble=ensemble), torch.randn(2, 20, E)
+    learned = {"learned": True, "length": 20} if ensemble == "learned" else {}
+    module, x = attention(ensemble=ensemble, **learned), torch.randn(2, 20, E)
     mask = torch.arange(20) < torch.tensor([[20], [13]]) if masked else None
     if mask is not None:
         x[1, 13:] = torch.nan
@@ -192,6 +211,84 @@ def test_autocast_runs_in_its_dtype() -> None:
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), module(x), rtol=5e-2, atol=2e-2)
     out.sum().backward()
+
+
+@pytest.mark.parametrize("decoder", ["ista", "lista", "alista"])
+def test_the_decoder_is_float32_under_autocast_and_float64_in_a_float64_module(decoder: str) -> None:
+    module = attention(decoder=decoder, dictionary="overcomplete", feature_rank=5)
+    plain = module.decoder()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = module.decoder()
+    wide = copy.deepcopy(module).double().decoder()
+    assert isinstance(plain, SparseDecoder)
+    for name in ("S", "B", "theta", "psi", "step"):
+        assert torch.equal(getattr(under_autocast, name), getattr(plain, name)), name
+        assert getattr(wide, name).dtype == torch.float64
+        torch.testing.assert_close(getattr(wide, name).float(), getattr(plain, name), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("decoder", ["lista", "alista"])
+def test_training_goes_on_after_an_evaluation_in_inference_mode(decoder: str) -> None:
+    module, x = attention(decoder=decoder), torch.randn(2, 20, E)
+    with torch.inference_mode():
+        module(x)
+    module(x).sum().backward()
+    assert module.q_proj.weight.grad is not None
+
+
+def test_made_on_meta_and_filled_from_a_checkpoint() -> None:
+    module, x = attention(ensemble="gaussian", seed=3), torch.randn(2, 20, E)
+    with torch.device("meta"):
+        other = attention(ensemble="gaussian")
+    other = other.to_empty(device="cpu")
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other(x), module(x))
+
+
+@pytest.mark.parametrize("tokens", [5, 20])  # attended exactly, and measured
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": [1.0]}, TypeError, "x must be a torch.Tensor"),
+        ({"x": torch.ones(2, 4, E, dtype=torch.int64)}, TypeError, "x has dtype torch.int64"),
+        ({"x": torch.ones(2, 4, E, dtype=torch.float64)}, TypeError, "x has dtype torch.float64"),
+        ({"x": torch.ones(3, 4, E)}, ValueError, "context has batch size 2, x has 3"),
+        ({"key_mask": lambda n: torch.ones(2, n)}, TypeError, "key_mask has dtype torch.float32"),
+        ({"key_mask": lambda n: torch.ones(1, n, dtype=torch.bool)}, ValueError, "key_mask has shape"),
+        ({"key_mask": lambda n: torch.ones(2, n, n, dtype=torch.bool)}, ValueError, "key_mask has shape"),
+        ({"key_mask": lambda n: [[True] * n] * 2}, TypeError, "key_mask must be a torch.Tensor"),
+    ],
+)
+def test_wrong_inputs_are_refused_by_name(
+    tokens: int, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    call = {"x": torch.randn(2, 4, E), "key_mask": None, **changes}
+    mask = call["key_mask"](tokens) if callable(call["key_mask"]) else None
+    with pytest.raises(error, match=message):
+        attention()(call["x"], torch.randn(2, tokens, E), key_mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((E, H, {"measurements": 8}), TypeError, "config must be a CSATConfig"),
+        ((E, 3.0, CSATConfig()), TypeError, "num_heads must be an int"),
+        ((E, 5, CSATConfig()), ValueError, "embed_dim = 24 must be a positive multiple of num_heads = 5"),
+        ((E, H, CSATConfig(), 0), ValueError, "kv_dim must be at least 1"),
+        ((E, H, CSATConfig(feature_rank=9)), ValueError, "feature_rank = 9 exceeds the head width 8"),
+    ],
+)
+def test_wrong_modules_are_refused_by_name(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        CSATAttention(*arguments)
+
+
+@pytest.mark.parametrize("decoder", ["ista", "lista_untied", "alista"])
+def test_every_decoder_compiles_fullgraph(decoder: str) -> None:
+    torch._dynamo.reset()
+    module, x = attention(decoder=decoder), torch.randn(2, 20, E)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), module(x), rtol=1e-4, atol=1e-5)
 
 
 def test_thresholds_have_their_own_rate_and_can_return_from_below_zero() -> None:

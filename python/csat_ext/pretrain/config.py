@@ -137,7 +137,7 @@ def load(path: str | Path, overrides: typing.Sequence[str] = (), deepspeed: str 
     try:
         raw = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"config: {path} is not valid YAML: {error}") from error
+        raise ValueError(f"config: {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise ValueError(
             f"config: {path} holds {type(raw).__name__}, a mapping with the keys {_names(PretrainConfig)} is accepted"
@@ -159,9 +159,9 @@ def from_dict(raw: dict[str, Any]) -> PretrainConfig:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "value_error":  # a check of our own, which names the key itself
-            raise ValueError(f"config: {first['ctx']['error']}") from error
-        raise ValueError(f"config: {key}: {first['msg']}" if key else f"config: {first['msg']}") from error
+        message = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]  # a check of our own
+        where = f"{key}: " if key and not message.startswith(f"{key}.") else ""
+        raise ValueError(f"config: {where}{message}") from error
 
 
 def to_dict(config: PretrainConfig) -> dict[str, Any]:
