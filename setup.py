@@ -125,7 +125,7 @@ def toolkit_of(dryrun: str) -> str | None:
 
 
 def find_toolkit(environment: Mapping[str, str]) -> str | None:
-    """CUDA_HOME where the user set none: asked of nvcc itself, for an nvcc on PATH may be a wrapper or a link elsewhere."""
+    """CUDA_HOME where the user set none: asked of nvcc itself, which may be a wrapper or a link elsewhere."""
     nvcc = shutil.which("nvcc", path=environment.get("PATH"))
     if environment.get("CUDA_HOME") or environment.get("CUDA_PATH") or nvcc is None:
         return None

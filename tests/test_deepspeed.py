@@ -118,7 +118,7 @@ def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not valid JSON"):
         read_section(path)
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match="ds.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"ds\.json is not valid JSON"):
         read_section(path)
     path.write_text('{"csat_attention": {"seed": 1}, "csat_attention": {"seed": 2}}')
     with pytest.raises(ValueError, match="'csat_attention' stands twice"):
@@ -285,3 +285,15 @@ def test_engine_at_every_zero_stage() -> None:
     assert first[0] != first[-1]
     for stage in stages[1:]:
         assert facts["losses"][stage] == pytest.approx(first, rel=1e-5)
+
+
+def test_an_attention_called_otherwise_is_not_taken_for_ours() -> None:
+    """The same four projections under another forward signature would fail at the first call, not here."""
+
+    class Foreign(Attention):
+        def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+            return super().forward(hidden_states)
+
+    model = nn.ModuleDict({"attn": Foreign(8)})
+    with pytest.raises(ValueError, match="matches no attention module; this model has: none"):
+        apply(model, section(layers="*"))

@@ -1,4 +1,4 @@
-"""`csat_attention` on every backend: accuracy against float64, the identities of DESIGN section 8, odd shapes."""
+"""`csat_attention` on every backend: accuracy against float64, the operator's identities, odd shapes."""
 
 from __future__ import annotations
 

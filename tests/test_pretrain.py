@@ -210,9 +210,11 @@ def test_auto_is_filled_from_the_yaml_and_contradictions_are_refused(job: Path) 
     assert filled["scheduler"]["params"]["total_num_steps"] == STEPS
     with pytest.raises(ValueError, match="train_batch_size is 7 but the run's config makes it 8"):
         fill_auto(Run(run.config, {**run.deepspeed, "train_batch_size": 7}), world_size=1)
+    with pytest.raises(ValueError, match="gradient_accumulation_steps is 'auto'"):
+        fill_auto(Run(run.config, {**run.deepspeed, "gradient_accumulation_steps": "auto"}), world_size=1)
 
 
-@pytest.mark.parametrize("name", ["ds_csat.json", "ds_sdpa.json"])
+@pytest.mark.parametrize("name", ["ds_csat.json", "ds_csat_linear.json", "ds_sdpa.json"])
 def test_the_shipped_configs_are_valid(name: str) -> None:
     run = read_run(configs.load(EXAMPLES / "pretrain.yaml", deepspeed=str(EXAMPLES / name)))
     attention = set(kinds(run).values())

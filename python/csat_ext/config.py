@@ -50,7 +50,8 @@ class CSATConfig:
         learned: Phi (and the score bias) are parameters that start at the ensemble; needs ``length``, the one
             sequence length of keys that the layer then takes.
         length: the key length of a learned Phi.
-        seed: seed of the counter-based generator, below 2**63; with ``layer`` it determines every fixed Phi on every device.
+        seed: seed of the counter-based generator, below 2**63; with ``layer`` it determines every fixed Phi on every
+            device.
         layer: index of the layer in its model, so that layers draw different columns from one seed.
         share_kv: K and V share Phi. When False, V has an independent one (paper: Phi_K and Phi_V); note that for signed
             ensembles the output then tends to 0 (see `csat_ext.measurements`).

@@ -16,6 +16,7 @@ import dataclasses
 import difflib
 import importlib
 import importlib.util
+import inspect
 import json
 import re
 from collections.abc import Callable
@@ -302,14 +303,16 @@ def _converter(module: nn.Module) -> Converter | None:
     for kind in type(module).__mro__:
         if kind in _CONVERTERS:
             return _CONVERTERS[kind]
+    if isinstance(module, CSATAttention) or not hasattr(module, "num_heads"):
+        return None
+    # The same four projections are not enough: the replacement is called as the module was.
+    called = inspect.signature(type(module).forward).parameters
     named = all(isinstance(getattr(module, name, None), nn.Linear) for name in _PROJECTIONS)
-    return (
-        _from_projections if named and hasattr(module, "num_heads") and not isinstance(module, CSATAttention) else None
-    )
+    return _from_projections if named and "context" in called else None
 
 
 def _from_projections(module: Any, config: CSATConfig) -> nn.Module:
-    """Any attention made of q_proj, k_proj, v_proj, out_proj (torch.nn.Linear) and num_heads."""
+    """Any attention made of q_proj, k_proj, v_proj, out_proj (torch.nn.Linear) and num_heads, called like ours."""
     embed_dim, kv_dim = module.q_proj.in_features, module.k_proj.in_features
     expected = dict(zip(_PROJECTIONS, (embed_dim, kv_dim, kv_dim, embed_dim), strict=True))
     for name, width in expected.items():

@@ -1,4 +1,6 @@
 // attend and decode fused: z of a row tile goes from one to the other in scratch and is written only when asked for.
+// It is rounded to the dtype of q on the way, as between the two ops: the backward pass decodes the z that was saved, and
+// must meet the same coefficients on the same side of their thresholds.
 #include "torch/cpu/attend.h"
 #include "torch/cpu/decode.h"
 #include "torch/cpu/kernels.h"
@@ -22,6 +24,7 @@ void forward(const AttendOperands<R>& attend, const DecodeOperands<R>& decoder, 
       const int64_t rows = std::min(kAttendRows, n.Nq - row);
       load(q.matrix(b, h, row), rows, n.D, queries[0]);
       attend_tile(attend, b, h, rows, queries[0], scores[0], context[0], lse + head * n.Nq + row);
+      round_to(q.matrix(b, h, row).type, rows, n.R, context[0]);
       if (z) store(context[0], rows, n.R, z->matrix(b, h, row));
       decode_tile(decoder, h, rows, context[0], tile, output[0]);
       store(output[0], rows, d.Dv, out.matrix(b, h, row));

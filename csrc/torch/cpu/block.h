@@ -186,6 +186,16 @@ void store(Block<R> block, int64_t rows, int64_t columns, const View& view) {
   });
 }
 
+// The block as it would come back from a tensor of this storage type.
+template <class R>
+void round_to(ScalarType type, int64_t rows, int64_t columns, Block<R> block) {
+  with_storage(type, [&](auto* null) {
+    using T = std::remove_pointer_t<decltype(null)>;
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j) block.row(i)[j] = static_cast<R>(static_cast<T>(block.row(i)[j]));
+  });
+}
+
 // Runs f(first, last) over [0, units) on torch's threads, in slices worth at least ~64k multiply-adds each.
 template <class F>
 void parallel(int64_t units, int64_t work_per_unit, const F& f) {

@@ -184,6 +184,11 @@ def fill_auto(run: Run, world_size: int) -> dict[str, Any]:
     """
     config = json.loads(json.dumps(run.deepspeed))
     accumulation = config.setdefault("gradient_accumulation_steps", 1)
+    if isinstance(accumulation, bool) or not isinstance(accumulation, int) or accumulation < 1:
+        raise ValueError(
+            f"DeepSpeed config: gradient_accumulation_steps is {accumulation!r}; accepted: a positive int (the batch "
+            "sizes follow from it and from the run's config)"
+        )
     _fill(config, "train_micro_batch_size_per_gpu", run.config.data.batch_size)
     _fill(config, "train_batch_size", run.config.data.batch_size * accumulation * world_size)
     schedule = config.get("scheduler", {}).get("params", {})
