@@ -57,7 +57,7 @@ def pretrain() -> str:
     )
     items = next(iter(runs.values()))["held-out items"]
     head = ["attention", "last training loss", "R@1 %", "R@5 %", "R@10 %", "BLEU-4", "CIDEr-D"]
-    text = f"Held-out retrieval among {items} pairs, image to text / text to image, and greedy captions; one seed each:\n\n"
+    text = f"Held-out retrieval among {items} pairs, image to text / text to image, greedy captions; one seed each:\n\n"
     return text + table(head, rows) + source(result["machine"], "pretrain")
 
 

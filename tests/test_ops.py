@@ -229,8 +229,8 @@ def test_attend_decode(dtype: torch.dtype, need_z: bool) -> None:
     bias = randn(1, 4, 33, seed=7, dtype=parameter)
     weights = decoder(12, 21, 14, 3, 4, 3, 1, parameter)
     op = lambda *a: csat.attend_decode(*a, need_z)[0]  # noqa: E731
-    # In low precision z is rounded before it is decoded: an iterate near its threshold may change sides against the exact
-    # one, so only the values are held to the tolerance of one rounding.
+    # In low precision z is rounded before it is decoded: an iterate near its threshold may change sides against the
+    # exact one, so only the values are held to the tolerance of one rounding.
     if dtype in (torch.float64, torch.float32):
         compare(op, naive_attend_decode, [q, kc, vc, bias, 0.25, *weights], dtype)
     exact = [t.double() for t in (q, kc, vc, bias)], [w.double() for w in weights]

@@ -1,6 +1,6 @@
 // attend and decode fused: z of a row tile goes from one to the other in scratch and is written only when asked for.
-// It is rounded to the dtype of q on the way, as between the two ops: the backward pass decodes the z that was saved, and
-// must meet the same coefficients on the same side of their thresholds.
+// It is rounded to the dtype of q on the way, as between the two ops: the backward pass decodes the z that was saved,
+// and must meet the same coefficients on the same side of their thresholds.
 #include "torch/cpu/attend.h"
 #include "torch/cpu/decode.h"
 #include "torch/cpu/kernels.h"
