@@ -122,7 +122,7 @@ METHODS = {
         "LISTA, tied: free S and B from ISTA's; theta and step learned",
         _free_start,
         _free,
-        Schedule(per_layer=100, together=10000, rate=4e-4),
+        Schedule(per_layer=100, together=16000, rate=4e-4),
     ),
 }
 
