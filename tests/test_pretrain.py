@@ -218,7 +218,7 @@ def test_auto_is_filled_from_the_yaml_and_contradictions_are_refused(job: Path) 
 def test_the_shipped_configs_are_valid(name: str) -> None:
     run = read_run(configs.load(EXAMPLES / "pretrain.yaml", deepspeed=str(EXAMPLES / name)))
     attention = set(kinds(run).values())
-    assert attention == ({SDPAttention, CSATAttention} if name == "ds_csat.json" else {SDPAttention})
+    assert attention == ({SDPAttention} if name == "ds_sdpa.json" else {SDPAttention, CSATAttention})
 
 
 BAD_COMMANDS = {
