@@ -20,7 +20,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True, eq=False)
 class SparseDecoder:
-    """Weights of the unrolled sparse decoder (`csat_ext.reference.decode`; LISTA of the paper, section 3.3).
+    """Weights of the unrolled sparse decoder (`csat_ext.reference.decode`; LISTA, Gregor and LeCun 2010).
 
     ``a_0 = 0``; ``u_t = a_t + step_t ((S_t - I) a_t + B_t z)``; ``a_{t+1} = sign(u_t) max(|u_t| - theta_t, 0)``;
     output ``c = Psi a_T``. Every tensor may carry a head axis in front (1 or H).
@@ -126,7 +126,7 @@ def csat_attention(
     key_mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> Tensor:
-    """Compressed sensing attention (Kiruluta, Raju and Burity 2025, section 3).
+    """Compressed sensing attention (Kiruluta, Raju and Burity 2025; formulas in `csat_ext.reference`).
 
     ``Kc = Phi_K K``, ``Vc = Phi_V V F^T``, ``Z = softmax(scale Q Kc^T + score_bias) Vc``, then the decoder on every
     row of Z. The paper writes Z_i = Phi_V Psi alpha_i with shapes that do not match; here tokens are measured by Phi,
