@@ -1,8 +1,8 @@
 // Argument checks of every csat op, shared by the CPU and the CUDA entry points.
 //
 // Each check_<op> validates shapes, dtypes and devices and returns the sizes the kernels need, so that no entry point
-// derives a size a second time. A violated contract throws std::invalid_argument (ValueError in Python, RuntimeError from
-// torch 2.15 on) that names the op, the argument, what came and what is accepted. Nothing here touches memory of a
+// derives a size a second time. A violated contract throws std::invalid_argument (ValueError in Python, RuntimeError
+// from torch 2.15 on) that names the op, the argument, what came and what is accepted. Nothing here touches memory of a
 // tensor.
 #pragma once
 
