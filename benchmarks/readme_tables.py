@@ -82,7 +82,9 @@ def lista() -> str:
         [f"`{name}`", row["about"], f"{row['nmse_db'][-1]:.1f}"]
         for name, row in sorted(result["methods"].items(), key=lambda item: -item[1]["nmse_db"][-1])
     ]
-    machine = {**result["methods"]["alista"]["machine"], "command": "python benchmarks/lista_synthetic.py"}
+    headers = [row["machine"] for row in result["methods"].values()]
+    commands = "`, `".join(dict.fromkeys(machine["command"] for machine in headers))
+    machine = {**headers[0], "command": commands}
     return table(["method", "what it is", "NMSE, dB"], rows) + source(machine, "lista_synthetic")
 
 

@@ -397,7 +397,10 @@ def test_lista_benchmark_runs(tmp_path):
 
 
 def test_lista_result_reaches_the_literature():
-    """The committed measurement: about -35 dB and better at T = 16 on the problem of Chen et al. 2018."""
+    """The committed measurement at T = 16 on the problem of Chen et al. 2018: coupled tied and ALISTA pass -35 dB.
+
+    Free tied LISTA measured -33.6 with the best of three schedules: its bound guards that figure, not the literature.
+    """
     methods = json.loads(TRAINED.read_text())["methods"]
     final = {name: row["nmse_db"][-1] for name, row in methods.items()}
     assert final["lista_tied"] <= -33 and final["alista"] <= -35 and final["coupled_tied"] <= -35
