@@ -3,7 +3,8 @@
 // CUDA headers and for the three macros, and every CUDA thread runs on the CPU.
 //
 // Words: __global__, __launch_bounds__, threadIdx.x, blockIdx.x, __syncthreads(), dim3, float4 as in CUDA; CSAT_DEVICE,
-// CSAT_DYN_SMEM, CSAT_LAUNCH; bf16, f16, to_float, from_float, pack2, unpack2; sync_warp, shfl_xor, warp_sum, warp_max,
+// CSAT_DYN_SMEM, CSAT_LAUNCH; bf16, f16, to_float, from_float, pack2, unpack2; lane_id,
+// warp_id, sync_warp, shfl_xor, warp_sum, warp_max,
 // quad_sum, quad_max, load4, exp_f32, exp2_approx, log_f32, soft_threshold; cp_async16, ldmatrix_x4, mma_m16n8k16,
 // named_barrier_sync and their kin; last_error, max_shared_bytes and multiprocessors on the host.
 #pragma once
@@ -147,6 +148,8 @@ CSAT_DEVICE f16 from_float<f16>(float x) {
   return __float2half_rn(x);
 }
 
+CSAT_DEVICE int lane_id() { return threadIdx.x % 32; }
+CSAT_DEVICE int warp_id() { return threadIdx.x / 32; }
 CSAT_DEVICE float shfl_xor(float x, int lane_mask) { return __shfl_xor_sync(0xffffffffu, x, lane_mask); }
 // Orders the shared-memory accesses of a warp's lanes.
 CSAT_DEVICE void sync_warp() { __syncwarp(); }
