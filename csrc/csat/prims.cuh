@@ -40,6 +40,13 @@ using f16 = __half;
 #ifndef CSAT_EMULATE
 // ---- tensor cores and asynchronous copies (sm_80); emulation/tensor_core.h has the same words
 
+// Instructions of Hopper alone are compiled for sm_90a; in code for other devices they trap, and nothing launches them.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define CSAT_SM90(...) asm volatile(__VA_ARGS__)
+#else
+#define CSAT_SM90(...) __trap()
+#endif
+
 CSAT_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
 // cp.async.cg: 16 bytes past L1 into shared memory, both addresses 16-byte aligned.
@@ -72,6 +79,16 @@ CSAT_DEVICE void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
+// stmatrix (sm_90): the same the other way.
+CSAT_DEVICE void stmatrix_x4(void* row, const uint32_t (&r)[4]) {
+  CSAT_SM90("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(r[0]),
+            "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+}
+CSAT_DEVICE void stmatrix_x4_transposed(void* row, const uint32_t (&r)[4]) {
+  CSAT_SM90("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+            "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+}
+
 // c (16, 8) += a (16, 16) b (16, 8), accumulated in float32 (PTX ISA, "Matrix Fragments for mma.m16n8k16").
 template <typename T>
 CSAT_DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
@@ -86,6 +103,23 @@ CSAT_DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0
 CSAT_MMA_M16N8K16(bf16, "bf16")
 CSAT_MMA_M16N8K16(f16, "f16")
 #undef CSAT_MMA_M16N8K16
+
+// Rounded to the 10 bits of mantissa that tf32 products read, halves away from zero.
+CSAT_DEVICE uint32_t to_tf32(float x) {
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
+}
+// c (16, 8) += a (16, 8) b (8, 8), accumulated in float32 (PTX ISA, "Matrix Fragments for mma.m16n8k8"): lane l holds
+// of a rows l / 4, l / 4 + 8 at column l % 4, then both at column l % 4 + 4; of b rows l % 4, l % 4 + 4 at column l
+// / 4.
+CSAT_DEVICE void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
 
 // Two floats rounded to one register, the first in the low half.
 template <typename T>
