@@ -33,7 +33,7 @@ void deliver(const std::vector<AsyncCopy>& group) {
   for (const AsyncCopy& copy : group) {
     std::memcpy(copy.target, copy.source, size_t(copy.valid));
     std::memset(static_cast<char*>(copy.target) + copy.valid, 0, size_t(copy.bytes - copy.valid));
-    shadow_finish_copy(copy.target, size_t(copy.bytes));
+    shadow_end_write(copy.target, size_t(copy.bytes), make_stamp(observer.clock, observer.thread));
   }
 }
 
@@ -66,7 +66,7 @@ void async_copy(void* target, const void* source, int bytes, int valid) {
     return;
   }
   if (valid > 0) shadow_access(source, size_t(valid), Access::read, where);
-  shadow_issue_copy(target, size_t(bytes), where);
+  shadow_begin_write(target, size_t(bytes), where);
   running->open.push_back({target, source, bytes, valid});
 }
 

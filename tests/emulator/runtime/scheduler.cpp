@@ -18,11 +18,6 @@ Thread* running = nullptr;
 
 namespace {
 
-struct Warp {
-  uint32_t clock;                           // ticks at each of its barriers
-  std::array<uint32_t, kMaxWarps> learned;  // clocks of the other warps whose accesses are ordered before its own
-};
-
 // Threads that have come to a meeting point and wait for the others.
 struct Meeting {
   WarpFunction function = nullptr;
@@ -33,10 +28,10 @@ struct Meeting {
 struct Barrier {
   int expected = 0, arrived = 0;
   std::vector<Thread*> waiting;
-  std::array<uint32_t, kMaxWarps> learned{};  // what the arrived warps knew, joined
+  Knowledge released;  // by those who have arrived
 };
 
-uint32_t clock_now = kFirstClock;
+uint32_t clock_now = kFirstClock;  // no clock is later
 int launch_error = 0;
 
 // One block. Constructed once and reused: fibers keep their stacks.
@@ -49,21 +44,24 @@ class Block {
   void meet_block(int line, bool predicate);
   void fence_proxy();
   void meet_named(int id, int expected, bool wait, int line);
+  void order_lanes(uint32_t mask);
+  void forget_clocks();
   int predicates_true() const { return predicate_count_; }
   Thread& thread(int id) { return threads_[id]; }
-  Warp& warp(int number) { return warps_[number]; }
+  int thread_count() const { return thread_count_; }
 
  private:
   static void entry();
   bool step(int warp);
   void finish_block_barrier();
   void wait(const char* what, uint32_t with, int line);
-  void tick(int warp);
+  void tick(Thread& thread);
+  void release(Thread& thread, Knowledge& to);
+  void acquire(Thread& thread, const Knowledge& from);
   void report_stuck();
   void join_all();
 
   std::array<Thread, kMaxThreads> threads_;
-  std::array<Warp, kMaxWarps> warps_;
   std::array<std::vector<Meeting>, kMaxWarps> meetings_;
   std::array<Meeting, kMaxThreads / kWarpgroupSize> group_meetings_;  // `arrived` counts here
   std::array<Barrier, kNamedBarriers> named_;
@@ -102,6 +100,7 @@ void Block::run(dim3 grid, dim3 shape, dim3 index, unsigned number, const std::f
   const uint32_t start = ++clock_now;
   observer.block_start = start;
   observer.block = number;
+  observer.threads = thread_count_;
   for (int i = 0; i < thread_count_; ++i) {
     Thread& t = threads_[i];
     const unsigned u = unsigned(i);
@@ -110,7 +109,9 @@ void Block::run(dim3 grid, dim3 shape, dim3 index, unsigned number, const std::f
     t.warp = i / kWarpSize;
     t.lane = i % kWarpSize;
     t.state = Thread::State::ready;
-    t.lanes_ordered = start - 1;
+    t.clock = start;
+    t.known.all = start - 1;  // what it holds of single actors is from before, too
+    t.apart = false;
     t.open.clear();
     t.pending.clear();
     t.open_products.clear();
@@ -119,12 +120,11 @@ void Block::run(dim3 grid, dim3 shape, dim3 index, unsigned number, const std::f
     t.shared_log.clear();
     t.fiber.prepare(&Block::entry);
   }
-  for (int w = 0; w < warp_count_; ++w) {
-    warps_[w].clock = start;
-    warps_[w].learned.fill(start - 1);
-    meetings_[w].clear();
+  for (int w = 0; w < warp_count_; ++w) meetings_[w].clear();
+  for (Barrier& barrier : named_) {
+    barrier.arrived = 0;
+    barrier.waiting.clear();
   }
-  for (Barrier& barrier : named_) barrier = Barrier{};
   group_meetings_.fill(Meeting{});
 
   std::vector<int> order(warp_count_);
@@ -173,6 +173,37 @@ void Block::wait(const char* what, uint32_t with, int line) {
   self.fiber.suspend();
 }
 
+// What the thread does from now on is told from what it did before.
+void Block::tick(Thread& thread) {
+  clock_now = std::max(clock_now, ++thread.clock);
+  if (&thread == running) observer.clock = thread.clock;
+}
+
+void Block::release(Thread& thread, Knowledge& to) {
+  to.join(thread.known, thread_count_);
+  uint32_t& own = to.of[size_t(thread.id)];
+  own = std::max(own, thread.clock);
+  tick(thread);
+}
+
+void Block::acquire(Thread& thread, const Knowledge& from) {
+  thread.known.join(from, thread_count_);
+  thread.apart = true;
+}
+
+namespace {
+// Brings clocks of threads that go on together to one value, so that their reads of one place stay one entry there.
+void align_clocks(Thread* threads, int count, uint32_t mask = kFullMask) {
+  uint32_t latest = 0;
+  for (int i = 0; i < count; ++i) {
+    if (mask >> i % kWarpSize & 1) latest = std::max(latest, threads[i].clock);
+  }
+  for (int i = 0; i < count; ++i) {
+    if (mask >> i % kWarpSize & 1) threads[i].clock = latest;
+  }
+}
+}  // namespace
+
 // The last lane to arrive runs the function in the name of all and goes on without a switch.
 void Block::meet_warp(const char* name, WarpFunction function, uint32_t mask, void* operand) {
   Thread& self = *running;
@@ -192,18 +223,43 @@ void Block::meet_warp(const char* name, WarpFunction function, uint32_t mask, vo
   if (meeting->arrived != mask) return wait(name, mask, 0);
   const Meeting complete = *meeting;
   meetings.erase(meeting);
-  if (options.count_bank_conflicts && mask == kFullMask)
-    count_bank_conflicts(&threads_[self.warp * kWarpSize], kWarpSize);
+  Thread* lanes = &threads_[self.warp * kWarpSize];
+  if (options.count_bank_conflicts && mask == kFullMask) count_bank_conflicts(lanes, kWarpSize);
+  align_clocks(lanes, kWarpSize, mask);
   function(mask, complete.operands.data());
   impersonate(self);
   for (int lane = 0; lane < kWarpSize; ++lane) {
-    if (mask >> lane & 1) threads_[self.warp * kWarpSize + lane].state = Thread::State::ready;
+    if (mask >> lane & 1) lanes[lane].state = Thread::State::ready;
+  }
+}
+
+// Of other warps the lanes mostly know the same.
+void Block::order_lanes(uint32_t mask) {
+  const int first = running->warp * kWarpSize;
+  Knowledge together = running->known;
+  bool apart = mask != kFullMask;
+  for (int i = first; i < first + kWarpSize; ++i) apart |= threads_[i].apart;
+  for (int i = first; i < first + kWarpSize; ++i) {
+    if (!(mask >> threads_[i].lane & 1)) continue;
+    if (apart) together.join(threads_[i].known, thread_count_);
+    together.of[size_t(i)] = threads_[i].clock;
+  }
+  for (int i = first; i < first + kWarpSize; ++i) {
+    if (!(mask >> threads_[i].lane & 1)) continue;
+    Knowledge& known = threads_[i].known;
+    if (apart) {
+      known = together;
+    } else {
+      std::copy_n(&together.of[size_t(first)], kWarpSize, &known.of[size_t(first)]);
+    }
+    threads_[i].apart = mask != kFullMask;
+    tick(threads_[i]);
   }
 }
 
 void Block::meet_warpgroup(const char* name, WarpFunction function) {
   Thread& self = *running;
-  const int first = self.id / kWarpgroupSize * kWarpgroupSize;
+  Thread* lanes = &threads_[size_t(self.id / kWarpgroupSize * kWarpgroupSize)];
   Meeting& meeting = group_meetings_[size_t(self.id / kWarpgroupSize)];
   if (meeting.arrived == 0) {
     meeting.function = function;
@@ -213,23 +269,16 @@ void Block::meet_warpgroup(const char* name, WarpFunction function) {
   }
   if (++meeting.arrived < kWarpgroupSize) return wait(name, 0, 0);
   meeting.arrived = 0;
+  align_clocks(lanes, kWarpgroupSize);
   function(kFullMask, nullptr);
   impersonate(self);
-  for (int i = first; i < first + kWarpgroupSize; ++i) threads_[size_t(i)].state = Thread::State::ready;
+  for (int i = 0; i < kWarpgroupSize; ++i) lanes[i].state = Thread::State::ready;
 }
 
 // The tick tells the writes before the fence from those after.
 void Block::fence_proxy() {
-  Warp& warp = warps_[size_t(running->warp)];
-  running->fenced = warp.clock;
-  warp.clock = ++clock_now;
-  impersonate(*running);
-}
-
-void Block::tick(int w) {
-  for (int i = w * kWarpSize; i < std::min(thread_count_, (w + 1) * kWarpSize); ++i)
-    threads_[i].lanes_ordered = warps_[w].clock;
-  warps_[w].clock = clock_now;
+  running->fenced = running->clock;
+  tick(*running);
 }
 
 void Block::meet_block(int line, bool predicate) {
@@ -268,8 +317,16 @@ void Block::join_all() {
     }
   }
   ++clock_now;
-  for (int w = 0; w < warp_count_; ++w) warps_[w].learned.fill(clock_now - 1);
-  for (int w = 0; w < warp_count_; ++w) tick(w);
+  for (int i = 0; i < thread_count_; ++i) {
+    threads_[i].clock = clock_now;
+    threads_[i].known.all = clock_now - 1;
+    threads_[i].apart = false;
+  }
+}
+
+void Block::forget_clocks() {
+  clock_now = kFirstClock;
+  for (Thread& thread : threads_) thread.known = Knowledge{};
 }
 
 void Block::meet_named(int id, int expected, bool wait_here, int line) {
@@ -282,38 +339,25 @@ void Block::meet_named(int id, int expected, bool wait_here, int line) {
   Barrier& barrier = named_[id];
   if (barrier.arrived == 0) {
     barrier.expected = expected;
-    barrier.learned.fill(0);
+    barrier.released = Knowledge{};
   } else if (barrier.expected != expected) {
     report.add(
         Fault::divergence, nullptr,
         format("barrier %d: thread %d expects %d threads, others expect %d", id, self.id, expected, barrier.expected));
   }
-  Warp& mine = warps_[self.warp];
-  for (int w = 0; w < warp_count_; ++w) barrier.learned[w] = std::max(barrier.learned[w], mine.learned[w]);
-  barrier.learned[self.warp] = std::max(barrier.learned[self.warp], mine.clock);
-  const bool last = ++barrier.arrived == barrier.expected;
-  if (!wait_here) {  // later accesses of this warp are not covered by what it brought
-    ++clock_now;
-    mine.clock = clock_now;
-    impersonate(self);
-  } else if (!last) {
-    barrier.waiting.push_back(&self);
-    return wait("named barrier", uint32_t(id), line);
-  } else {
-    barrier.waiting.push_back(&self);
+  release(self, barrier.released);
+  if (wait_here) barrier.waiting.push_back(&self);
+  if (++barrier.arrived < barrier.expected) {
+    if (wait_here) wait("named barrier", uint32_t(id), line);
+    return;
   }
-  if (!last) return;
-  ++clock_now;
   for (Thread* t : barrier.waiting) {
-    Warp& w = warps_[t->warp];
-    for (int u = 0; u < warp_count_; ++u) w.learned[u] = std::max(w.learned[u], barrier.learned[u]);
-    t->lanes_ordered = std::max(t->lanes_ordered, barrier.learned[t->warp]);
+    acquire(*t, barrier.released);
     t->state = Thread::State::ready;
   }
-  for (Thread* t : barrier.waiting) warps_[t->warp].clock = clock_now;
-  barrier = Barrier{};
+  barrier.arrived = 0;
+  barrier.waiting.clear();
   ++report.counters.barriers;
-  impersonate(self);
 }
 
 void Block::report_stuck() {
@@ -360,16 +404,13 @@ Thread& lane_of_running_warpgroup(int lane) {
   return block().thread(running->id / kWarpgroupSize * kWarpgroupSize + lane);
 }
 
-bool fenced(int thread, const void* p) { return shadow_last_write_clock(p) <= block().thread(thread).fenced; }
+bool fenced(int thread, uint32_t clock) { return clock <= block().thread(thread).fenced; }
 
 void impersonate(Thread& thread) {
-  const Warp& warp = block().warp(thread.warp);
   running = &thread;
   observer.thread = thread.id;
-  observer.warp = thread.warp;
-  observer.clock = warp.clock;
-  observer.lanes_ordered = thread.lanes_ordered;
-  observer.learned = warp.learned.data();
+  observer.clock = thread.clock;
+  observer.known = &thread.known;
 }
 
 void warpgroup_collective(const char* name, WarpFunction function) { block().meet_warpgroup(name, function); }
@@ -390,13 +431,7 @@ void warp_collective(const char* name, WarpFunction function, uint32_t mask, voi
 }
 
 namespace {
-void order_lanes(uint32_t mask, void* const*) {
-  Warp& warp = block().warp(running->warp);
-  for (int lane = 0; lane < kWarpSize; ++lane) {
-    if (mask >> lane & 1) lane_of_running_warp(lane).lanes_ordered = warp.clock;
-  }
-  warp.clock = ++clock_now;
-}
+void order_lanes(uint32_t mask, void* const*) { block().order_lanes(mask); }
 }  // namespace
 
 void warp_barrier(uint32_t mask) { warp_collective("__syncwarp", order_lanes, mask, nullptr); }
@@ -411,7 +446,7 @@ int launch(const char* kernel, dim3 grid, dim3 shape, size_t dynamic_shared_byte
   }
   if (clock_now > kMaxClock / 2) {
     shadow_restart_clocks(device_bytes_used());
-    clock_now = kFirstClock;
+    block().forget_clocks();
   }
   memory_map.shared_bytes = dynamic_shared_bytes;
   observer.launch_start = ++clock_now;
@@ -421,7 +456,7 @@ int launch(const char* kernel, dim3 grid, dim3 shape, size_t dynamic_shared_byte
   if (options.seed) std::shuffle(order.begin(), order.end(), std::mt19937(options.seed));
   for (const unsigned number : order) {
     block().run(grid, shape, dim3(number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y), number, body);
-    if (clock_now > kMaxClock - kMaxWarps) {
+    if (clock_now > kMaxClock / 8 * 7) {
       report.add(Fault::budget, nullptr, "more barriers in one launch than the emulator can tell apart");
       break;
     }

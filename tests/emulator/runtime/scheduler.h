@@ -7,11 +7,12 @@
 
 #include "emulation/warpgroup.h"
 #include "runtime/fiber.h"
+#include "runtime/order.h"
 #include "runtime/thread.h"
 
 namespace emulator {
 
-inline constexpr int kMaxThreads = 1024, kMaxWarps = kMaxThreads / kWarpSize, kNamedBarriers = 16;
+inline constexpr int kNamedBarriers = 16;
 
 struct AsyncCopy {
   void* target;
@@ -29,10 +30,12 @@ struct Thread {
   ThreadIndex index;
   int id, warp, lane;
   State state;
-  const char* waits_for;                        // what kind of thing, for messages
-  uint32_t waits_with;                          // mask, or barrier number
-  int line;                                     // source line of the barrier it waits at
-  uint32_t lanes_ordered;                       // Observer::lanes_ordered
+  const char* waits_for;  // what kind of thing, for messages
+  uint32_t waits_with;    // mask, or barrier number
+  int line;               // source line of the barrier it waits at
+  uint32_t clock;
+  Knowledge known;
+  bool apart;                                   // knows what the other lanes of its warp may not know
   std::vector<AsyncCopy> open;                  // copies of the group being built
   std::vector<std::vector<AsyncCopy>> pending;  // committed groups, oldest first
   std::vector<WgmmaOperand> open_products;      // the same for wgmma
@@ -46,8 +49,8 @@ extern Thread* running;
 // The lanes of the running thread's warp.
 Thread& lane_of_running_warp(int lane);
 Thread& lane_of_running_warpgroup(int lane);
-// Whether the last write at `p`, by `thread` of the running block, is visible to the asynchronous proxy.
-bool fenced(int thread, const void* p);
+// Whether what `thread` wrote at `clock` is visible to the asynchronous proxy.
+bool fenced(int thread, uint32_t clock);
 // Makes `observer` and `running` those of a thread: collectives check the accesses of every lane in its own name.
 void impersonate(Thread& thread);
 
