@@ -8,7 +8,9 @@
 #include <string>
 
 #include "runtime/bank_conflicts.h"
+#include "runtime/bulk_copy.h"
 #include "runtime/emulator.h"
+#include "runtime/mbarrier.h"
 #include "runtime/shadow.h"
 #include "runtime/static_shared.h"
 
@@ -42,7 +44,6 @@ class Block {
   void meet_warp(const char* name, WarpFunction function, uint32_t mask, void* operand);
   void meet_warpgroup(const char* name, WarpFunction function);
   void meet_block(int line, bool predicate);
-  void fence_proxy();
   void meet_named(int id, int expected, bool wait, int line);
   void order_lanes(uint32_t mask);
   void forget_clocks();
@@ -54,10 +55,6 @@ class Block {
   static void entry();
   bool step(int warp);
   void finish_block_barrier();
-  void wait(const char* what, uint32_t with, int line);
-  void tick(Thread& thread);
-  void release(Thread& thread, Knowledge& to);
-  void acquire(Thread& thread, const Knowledge& from);
   void report_stuck();
   void join_all();
 
@@ -82,7 +79,7 @@ void Block::entry() {
   if (!self.open_products.empty() || !self.products.empty()) {
     report.add(Fault::missing_wait, nullptr, format("thread %d ends with warpgroup products in flight", self.id));
   }
-  if (!self.open.empty() || !self.pending.empty()) {
+  if (!self.open.empty() || !self.pending.empty() || !self.open_stores.empty() || !self.stores.empty()) {
     report.add(Fault::missing_wait, nullptr, format("thread %d ends with asynchronous copies in flight", self.id));
   }
   self.state = Thread::State::exited;
@@ -116,7 +113,9 @@ void Block::run(dim3 grid, dim3 shape, dim3 index, unsigned number, const std::f
     t.pending.clear();
     t.open_products.clear();
     t.products.clear();
-    t.fenced = start - 1;
+    t.open_stores.clear();
+    t.stores.clear();
+    t.fenced = t.fenced_mbarriers = start - 1;
     t.shared_log.clear();
     t.fiber.prepare(&Block::entry);
   }
@@ -129,7 +128,8 @@ void Block::run(dim3 grid, dim3 shape, dim3 index, unsigned number, const std::f
 
   std::vector<int> order(warp_count_);
   std::iota(order.begin(), order.end(), 0);
-  while (exited_ < thread_count_) {
+  bool stuck = false;
+  while (exited_ < thread_count_ && !stuck) {
     if (options.seed) std::shuffle(order.begin(), order.end(), random_);
     bool progress = false;
     for (const int w : order) {
@@ -138,10 +138,12 @@ void Block::run(dim3 grid, dim3 shape, dim3 index, unsigned number, const std::f
     if (at_barrier_ > 0 && at_barrier_ + exited_ == thread_count_) {
       finish_block_barrier();
     } else if (!progress && exited_ < thread_count_) {
-      report_stuck();
-      break;
+      stuck = !deliver_bytes(random_);
     }
   }
+  if (stuck) report_stuck();
+  finish_mbarriers(stuck);
+  finish_bulk_stores();
   join_all();
 }
 
@@ -164,34 +166,6 @@ bool Block::step(int warp) {
   return any;
 }
 
-void Block::wait(const char* what, uint32_t with, int line) {
-  Thread& self = *running;
-  self.state = Thread::State::waiting;
-  self.waits_for = what;
-  self.waits_with = with;
-  self.line = line;
-  self.fiber.suspend();
-}
-
-// What the thread does from now on is told from what it did before.
-void Block::tick(Thread& thread) {
-  clock_now = std::max(clock_now, ++thread.clock);
-  if (&thread == running) observer.clock = thread.clock;
-}
-
-void Block::release(Thread& thread, Knowledge& to) {
-  to.join(thread.known, thread_count_);
-  uint32_t& own = to.of[size_t(thread.id)];
-  own = std::max(own, thread.clock);
-  tick(thread);
-}
-
-void Block::acquire(Thread& thread, const Knowledge& from) {
-  thread.known.join(from, thread_count_);
-  thread.apart = true;
-}
-
-namespace {
 // Brings clocks of threads that go on together to one value, so that their reads of one place stay one entry there.
 void align_clocks(Thread* threads, int count, uint32_t mask = kFullMask) {
   uint32_t latest = 0;
@@ -202,7 +176,12 @@ void align_clocks(Thread* threads, int count, uint32_t mask = kFullMask) {
     if (mask >> i % kWarpSize & 1) threads[i].clock = latest;
   }
 }
-}  // namespace
+
+// What the thread does from now on is told from what it did before.
+void tick(Thread& thread) {
+  thread.clock = later_than(thread.clock);
+  if (&thread == running) observer.clock = thread.clock;
+}
 
 // The last lane to arrive runs the function in the name of all and goes on without a switch.
 void Block::meet_warp(const char* name, WarpFunction function, uint32_t mask, void* operand) {
@@ -220,7 +199,7 @@ void Block::meet_warp(const char* name, WarpFunction function, uint32_t mask, vo
   }
   meeting->arrived |= 1u << self.lane;
   meeting->operands[self.lane] = operand;
-  if (meeting->arrived != mask) return wait(name, mask, 0);
+  if (meeting->arrived != mask) return suspend(name, mask, 0);
   const Meeting complete = *meeting;
   meetings.erase(meeting);
   Thread* lanes = &threads_[self.warp * kWarpSize];
@@ -267,18 +246,12 @@ void Block::meet_warpgroup(const char* name, WarpFunction function) {
     report.add(Fault::divergence, nullptr,
                format("%s: thread %d finds its warpgroup in another instruction", name, self.id));
   }
-  if (++meeting.arrived < kWarpgroupSize) return wait(name, 0, 0);
+  if (++meeting.arrived < kWarpgroupSize) return suspend(name, 0, 0);
   meeting.arrived = 0;
   align_clocks(lanes, kWarpgroupSize);
   function(kFullMask, nullptr);
   impersonate(self);
   for (int i = 0; i < kWarpgroupSize; ++i) lanes[i].state = Thread::State::ready;
-}
-
-// The tick tells the writes before the fence from those after.
-void Block::fence_proxy() {
-  running->fenced = running->clock;
-  tick(*running);
 }
 
 void Block::meet_block(int line, bool predicate) {
@@ -291,7 +264,7 @@ void Block::meet_block(int line, bool predicate) {
   }
   ++at_barrier_;
   predicates_now_ += predicate;
-  wait("__syncthreads", 0, line);
+  suspend("__syncthreads", 0, line);
 }
 
 void Block::finish_block_barrier() {
@@ -348,7 +321,7 @@ void Block::meet_named(int id, int expected, bool wait_here, int line) {
   release(self, barrier.released);
   if (wait_here) barrier.waiting.push_back(&self);
   if (++barrier.arrived < barrier.expected) {
-    if (wait_here) wait("named barrier", uint32_t(id), line);
+    if (wait_here) suspend("named barrier", uint32_t(id), line);
     return;
   }
   for (Thread* t : barrier.waiting) {
@@ -373,8 +346,8 @@ void Block::report_stuck() {
     ++named;
   }
   report.add(Fault::deadlock, nullptr,
-             format("block %u stands still, %d of %d threads have returned%s", observer.block, exited_, thread_count_,
-                    who.c_str()));
+             format("block %u stands still, %d of %d threads have returned%s%s", observer.block, exited_, thread_count_,
+                    who.c_str(), awaited_at_mbarriers().c_str()));
 }
 
 // What a launch must satisfy on every device that is supported.
@@ -404,7 +377,33 @@ Thread& lane_of_running_warpgroup(int lane) {
   return block().thread(running->id / kWarpgroupSize * kWarpgroupSize + lane);
 }
 
-bool fenced(int thread, uint32_t clock) { return clock <= block().thread(thread).fenced; }
+Thread& thread_of_block(int id) { return block().thread(id); }
+
+void suspend(const char* what, uint32_t with, int line) {
+  Thread& self = *running;
+  self.state = Thread::State::waiting;
+  self.waits_for = what;
+  self.waits_with = with;
+  self.line = line;
+  self.fiber.suspend();
+}
+
+void release(Thread& thread, Knowledge& to) {
+  to.join(thread.known, block().thread_count());
+  uint32_t& own = to.of[size_t(thread.id)];
+  own = std::max(own, thread.clock);
+  tick(thread);
+}
+
+void acquire(Thread& thread, const Knowledge& from) {
+  thread.known.join(from, block().thread_count());
+  thread.apart = true;
+}
+
+uint32_t later_than(uint32_t clock) {
+  clock_now = std::max(clock_now, clock + 1);
+  return clock + 1;
+}
 
 void impersonate(Thread& thread) {
   running = &thread;
@@ -415,7 +414,33 @@ void impersonate(Thread& thread) {
 
 void warpgroup_collective(const char* name, WarpFunction function) { block().meet_warpgroup(name, function); }
 
-void fence_proxy_async() { block().fence_proxy(); }
+// The ticks of both fences tell what was written before from what comes after.
+void fence_proxy_async() {
+  running->fenced = running->clock;
+  tick(*running);
+}
+
+void fence_mbarrier_init() {
+  running->fenced_mbarriers = running->clock;
+  tick(*running);
+}
+
+void check_proxy_fence(const void* p, size_t bytes, const char* what, const void* where) {
+  if (!in_shared_window(p)) return;
+  Stamp fine = 0;
+  for (size_t i = 0; i < bytes; i += kGranule) {
+    const Stamp write = shadow_last_write(static_cast<const unsigned char*>(p) + i);
+    if (write == fine) continue;
+    fine = write;
+    const int writer = actor_of(write);
+    const uint32_t clock = clock_of(write);
+    if (clock < observer.block_start || clock > kMaxClock || writer >= kFirstMbarrier) continue;
+    if (clock <= thread_of_block(writer).fenced) continue;
+    report.add(Fault::missing_fence, where,
+               format("%s shared memory at %#zx, written by thread %d without fence.proxy.async after", what,
+                      size_t(shared_offset(p)) + i, writer));
+  }
+}
 
 void block_barrier(int line) { block().meet_block(line, false); }
 

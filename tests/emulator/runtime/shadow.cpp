@@ -249,6 +249,10 @@ bool in_shared_window(const void* p) {
          size_t(address - memory_map.static_shared) < memory_map.static_shared_bytes;
 }
 
+bool in_device_arena(const void* p) {
+  return size_t(static_cast<const unsigned char*>(p) - memory_map.device) < kDeviceBytes;
+}
+
 void shadow_access(const void* p, size_t bytes, Access access, const void* where) {
   const auto address = static_cast<const unsigned char*>(p);
   if (size_t(address - memory_map.reservation) < memory_map.reserved_bytes) [[likely]] {

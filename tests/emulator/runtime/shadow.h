@@ -45,6 +45,7 @@ struct MemoryMap {
 extern MemoryMap memory_map;
 void reserve_memory();  // once, before anything else
 bool in_shared_window(const void* p);
+bool in_device_arena(const void* p);
 
 // Checks and records an access by `observer`.
 enum class Access { read, write, atomic };

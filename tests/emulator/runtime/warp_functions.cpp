@@ -76,7 +76,7 @@ std::array<unsigned char*, kWarpSize> matrix_rows(void* const* operands, Access 
   for (int lane = 0; lane < kMatrices * kMatrixRows; ++lane) {
     rows[lane] = static_cast<unsigned char*>(static_cast<MatrixOperand*>(operands[lane])->row);
     impersonate(lane_of_running_warp(lane));
-    check_aligned(rows[lane], kRowBytes, name);
+    check_aligned(rows[lane], kRowBytes, name, nullptr);
     if (!in_shared_window(rows[lane])) {
       report.add(Fault::out_of_bounds, nullptr,
                  format("%s: lane %d gives an address outside shared memory", name, lane));

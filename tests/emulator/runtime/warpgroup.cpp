@@ -38,11 +38,7 @@ float element_of_b(const WgmmaOperand& operand, int k, int n) {
   impersonate(lane_of_running_warpgroup((writer + kWarpSize) % kWarpgroupSize));
   shadow_access(p, 2, Access::read, nullptr);
   if (offset + 2 > memory_map.shared_bytes) return 0;
-  if (writer >= 0 && !fenced(writer, clock_of(write))) {
-    report.add(Fault::missing_fence, nullptr,
-               format("wgmma reads shared memory at %#x, written by thread %d without fence.proxy.async after", offset,
-                      writer));
-  }
+  check_proxy_fence(p, 2, "wgmma reads", nullptr);
   uint16_t bits;
   std::memcpy(&bits, p, 2);
   return operand.bf16 ? bf16_value(bits) : f16_value(bits);
