@@ -8,6 +8,7 @@
 //   P, Dv                        1 .. 1024        three rows of P and one of max(R, Dv) in shared memory
 //   tensor cores (mma)           bf16, f16        D, R, Dv <= 128, P <= 256 (fused <= 128), what is resident fits in
 //                                                 shared memory (see plan_mma); anything else runs on the SIMT kernels
+//   N, M of an implicit Phi      1 .. 2^31 - 2    int32 running counts, 32-bit Philox counters
 //   blocks of one launch         < 2^31           one linear grid
 //   shared memory of a block     of the device    163 KiB (sm_80) and 227 KiB (sm_90) hold every size above; 99 KiB
 //                                                 (sm_86, sm_89): 3 P + max(R, Dv) <= 3164 and 2 D + R <= 3033,
@@ -32,6 +33,9 @@ constexpr int kMaxFeature = 1024;      // D, R, P, Dv
 constexpr int64_t kSharedPreferred = 72 * 1024;        // two blocks on an SM of 163 KiB, three on one of 227 KiB
 constexpr int64_t kWorkspaceCap = int64_t(256) << 20;  // bytes of saved iterates before decode_backward goes in chunks
 constexpr int64_t kTargetBlocks = 512;                 // sums over rows are split until this many blocks run
+constexpr int kSignRows = 64;                          // rows of a block that multiplies by signs, 16 a warp
+constexpr int kSignDepth = 32;                         // of its stages
+constexpr int kSignColumns = 256;                      // its columns with tensor cores; half without
 constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
