@@ -14,10 +14,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from csat_ext.config import CSATConfig
 from csat_ext.convert import family
@@ -113,7 +117,7 @@ def initialize(
         _check_trained(model, replaced, "model_parameters", model_parameters)
     elif hasattr(optimizer, "param_groups"):
         _check_trained(model, replaced, "optimizer", optimizer.param_groups)
-    return deepspeed.initialize(
+    engine, ds_optimizer, loader, scheduler = deepspeed.initialize(
         args=args,
         model=model,
         optimizer=optimizer,
@@ -127,6 +131,25 @@ def initialize(
         config=ds_config,
         mesh_param=mesh_param,
     )
+    _mend_universal_loading(ds_optimizer, model_parameters)
+    return engine, ds_optimizer, loader, scheduler
+
+
+def checkpoint_contexts(*ops: str) -> Callable[[], tuple[Any, Any]]:
+    """Selective activation checkpointing by op name: the `context_fn` of `torch.utils.checkpoint.checkpoint`.
+
+    The outputs of the named ops of `torch.ops.csat` (``"attend_decode"``, ``"project"``, ...) are kept, everything else
+    inside the checkpointed function is computed anew in the backward pass.
+
+    Raises:
+        ValueError: a name that is no op.
+    """
+    known = sorted({name.removeprefix("csat::") for name in torch._C._dispatch_get_all_op_names() if "csat::" in name})
+    for name in ops:
+        if name not in known:
+            raise ValueError(f"ops: {name!r} is not an op of torch.ops.csat; accepted: {', '.join(known)}")
+    kept = [getattr(torch.ops.csat, name).default for name in ops]
+    return partial(create_selective_checkpoint_contexts, kept)
 
 
 def register() -> None:
@@ -199,6 +222,30 @@ def _check_trained(model: nn.Module, replaced: list[str], argument: str, groups:
             f"{argument} lacks {len(missing)} parameters of the replaced modules, such as {missing[0]}: never trained; "
             f"call csat_ext.deepspeed.apply before collecting them, or leave {argument} out"
         )
+
+
+def _mend_universal_loading(ds_optimizer: Any, groups: Any) -> None:
+    """Loading a universal checkpoint at ZeRO-3, DeepSpeed 0.19 is made for one parameter group: it gives all of them
+    the settings of the first (the thresholds would lose their learning rate, norms and biases would decay) and one
+    step counter, which every group then advances (Adam's bias correction would run ahead)."""
+    name = "load_hp_checkpoint_state_from_checkpoint_dir_stage3"
+    if not hasattr(ds_optimizer, name):
+        return
+    load = getattr(ds_optimizer, name)
+    settings = [{k: v for k, v in g.items() if k != "params"} for g in groups or () if isinstance(g, dict)]
+
+    def load_and_restore(*args: Any, **kwargs: Any) -> None:
+        load(*args, **kwargs)
+        for state in ds_optimizer.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
+        held = ds_optimizer.optimizer.param_groups
+        if len(settings) == len(held):
+            rate = held[0]["lr"] / settings[0]["lr"]  # of the schedule at that step, the same for every group
+            for group, own in zip(held, settings, strict=True):
+                group.update({**own, "lr": own["lr"] * rate})
+
+    setattr(ds_optimizer, name, load_and_restore)
 
 
 def _groups(model: nn.Module, ds_config: dict[str, Any], section: CSATSection) -> Any:
