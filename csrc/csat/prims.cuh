@@ -50,7 +50,21 @@ using f16 = __half;
 #define CSAT_SM90(...) __trap()
 #endif
 
-CSAT_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+// An address in shared memory as instructions take it; offsets are in bytes.
+using SharedAddress = uint32_t;
+CSAT_DEVICE SharedAddress shared_address(const void* p) {
+  return static_cast<SharedAddress>(__cvta_generic_to_shared(p));
+}
+// `x`, computed here: what follows from it is neither moved out of loops nor kept, which costs registers where there
+// are none to spare.
+CSAT_DEVICE int pinned(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+// The same for an address: constant offsets from it are immediates of the instructions.
+CSAT_DEVICE SharedAddress pinned_address(const void* p) {
+  return static_cast<SharedAddress>(pinned(static_cast<int>(shared_address(p))));
+}
 
 // cp.async.cg: 16 bytes past L1 into shared memory, both addresses 16-byte aligned.
 CSAT_DEVICE void cp_async16(void* shared, const void* global) {
@@ -69,17 +83,21 @@ CSAT_DEVICE void cp_async_wait() {
 
 // ldmatrix: lane l gives the address of row l % 8 of matrix l / 8 (8 x 8 elements of 16 bits); register i of lane l
 // holds elements 2 (l % 4), 2 (l % 4) + 1 of row l / 4 of matrix i, or of its column when transposed.
-CSAT_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+CSAT_DEVICE void ldmatrix_x4(uint32_t (&r)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
-CSAT_DEVICE void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row) {
+CSAT_DEVICE void ldmatrix_x4_transposed(uint32_t (&r)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
+}
+CSAT_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) { ldmatrix_x4(r, shared_address(row)); }
+CSAT_DEVICE void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row) {
+  ldmatrix_x4_transposed(r, shared_address(row));
 }
 
 // stmatrix (sm_90): the same the other way.

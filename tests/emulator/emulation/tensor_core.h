@@ -44,6 +44,10 @@ inline void cp_async_wait() {
   emulator::async_wait(kGroupsLeft);
 }
 
+using SharedAddress = const char*;
+inline int pinned(int x) { return x; }
+inline SharedAddress pinned_address(const void* p) { return static_cast<SharedAddress>(p); }
+
 // ldmatrix, stmatrix: lane l gives the address of row l % 8 of matrix l / 8 (8 x 8 elements of 16 bits).
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   emulator::MatrixOperand operand{r, const_cast<void*>(row)};
