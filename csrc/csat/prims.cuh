@@ -5,7 +5,8 @@
 // Words: __global__, __launch_bounds__, threadIdx.x, blockIdx.x, __syncthreads(), dim3, float4 as in CUDA; CSAT_DEVICE,
 // CSAT_DYN_SMEM, CSAT_LAUNCH; bf16, f16, to_float, from_float, pack2, unpack2; lane_id, warp_id, sync_warp, shfl_xor,
 // warp_sum, warp_max, quad_sum, quad_max, load4, exp_f32, exp2_approx, log_f32, soft_threshold; cp_async16,
-// ldmatrix_x4, mma_m16n8k16, named_barrier_sync and their kin; last_error, max_shared_bytes, multiprocessors on the
+// ldmatrix_x4, mma_m16n8k16, named_barrier_sync and their kin; for Hopper mbarrier_*, bulk_*, tensor_copy_*, wgmma_*,
+// registers_*, and on the host make_tensor_map; last_error, max_shared_bytes, multiprocessors on the
 // host.
 #pragma once
 #include <cmath>
@@ -286,6 +287,116 @@ CSAT_DEVICE void registers_increase() {
 template <int kRegisters>
 CSAT_DEVICE void registers_decrease() {
   CSAT_SM90("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// ---- warpgroup products (sm_90a); emulation/warpgroup.h has the same words
+//
+// wgmma: the four warps of a warpgroup compute D (64, N) += A (64, 16) B (16, N) together, asynchronously. Each warp
+// holds 16 rows of D as fragments of mma.m16n8k16, c[j] being columns 8 j to 8 j + 7, and of A, if A is in registers.
+// What is in shared memory lies in rows of 128 bytes (64 elements) under the 128-byte swizzle, as tensor copies leave
+// it, or piece p of row r written at p ^ (r % 8) and fenced by fence_proxy_async.
+//
+// The order of things: wgmma_fence, products, wgmma_commit, wgmma_wait. Until its wait nothing may touch a product's
+// registers or write what it reads.
+
+// Of a matrix in shared memory (PTX ISA, "Matrix Descriptor Format", "Strides"), in bytes. Rows of n (or m), their
+// columns along k: `stride` from 8 rows to the next 8 (1024); the next 16 of k start 32 bytes on, the next 64 in
+// another tile. Rows of k ("transposed"), their columns along n: `stride` from 8 rows to the next 8 (1024), `leading`
+// from 64 columns to the next 64; the next 16 of k start 2048 bytes on.
+CSAT_DEVICE uint64_t wgmma_descriptor(const void* start, uint32_t leading, uint32_t stride) {
+  constexpr uint64_t swizzle128 = uint64_t(1) << 62;
+  return uint64_t((shared_address(start) & 0x3ffff) >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 |
+         swizzle128;
+}
+
+// Keeps the compiler from moving accesses to these registers across this place: it does not know that products are
+// asynchronous.
+template <int kFragments>
+CSAT_DEVICE void pin(float (&c)[kFragments][4]) {
+#pragma unroll
+  for (int i = 0; i < kFragments * 4; ++i) asm volatile("" : "+f"(c[i / 4][i % 4])::"memory");
+}
+template <int kFragments>
+CSAT_DEVICE void pin(uint32_t (&a)[kFragments][4]) {
+#pragma unroll
+  for (int i = 0; i < kFragments * 4; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
+}
+
+// Before the first product, and whenever the registers that the next product takes (name them) were touched.
+template <typename... Registers>
+CSAT_DEVICE void wgmma_fence(Registers&... registers) {
+  (pin(registers), ...);
+  CSAT_SM90("wgmma.fence.sync.aligned;" :: : "memory");
+}
+CSAT_DEVICE void wgmma_commit() { CSAT_SM90("wgmma.commit_group.sync.aligned;" :: : "memory"); }
+// Until all but the last kGroupsLeft groups are done; their accumulators are to be named.
+template <int kGroupsLeft, typename... Registers>
+CSAT_DEVICE void wgmma_wait(Registers&... registers) {
+  CSAT_SM90("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroupsLeft) : "memory");
+  (pin(registers), ...);
+}
+
+// Operands of one product: accumulators as %0, %1, .., and as constraints.
+#define CSAT_D8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define CSAT_D16 CSAT_D8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define CSAT_D32 CSAT_D16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define CSAT_D40 CSAT_D32 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define CSAT_D48 CSAT_D40 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define CSAT_D64 CSAT_D48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define CSAT_D128                                                                                                \
+  CSAT_D64                                                                                                       \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, "  \
+  "%85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, "    \
+  "%105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, " \
+  "%123, %124, %125, %126, %127"
+#define CSAT_C1(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
+#define CSAT_C2(j) CSAT_C1(j), CSAT_C1(j + 1)
+#define CSAT_C4(j) CSAT_C2(j), CSAT_C2(j + 2)
+#define CSAT_C8(j) CSAT_C4(j), CSAT_C4(j + 4)
+#define CSAT_C16(j) CSAT_C8(j), CSAT_C8(j + 8)
+// Columns, accumulators, and the numbers of the operands that follow those.
+#define CSAT_EACH_WGMMA(PRODUCT)                                              \
+  PRODUCT(16, CSAT_D8, (CSAT_C2(0)), 8, 9, 10, 11, 12, 13, 14)                \
+  PRODUCT(32, CSAT_D16, (CSAT_C4(0)), 16, 17, 18, 19, 20, 21, 22)             \
+  PRODUCT(64, CSAT_D32, (CSAT_C8(0)), 32, 33, 34, 35, 36, 37, 38)             \
+  PRODUCT(80, CSAT_D40, (CSAT_C8(0), CSAT_C2(8)), 40, 41, 42, 43, 44, 45, 46) \
+  PRODUCT(96, CSAT_D48, (CSAT_C8(0), CSAT_C4(8)), 48, 49, 50, 51, 52, 53, 54) \
+  PRODUCT(128, CSAT_D64, (CSAT_C16(0)), 64, 65, 66, 67, 68, 69, 70)           \
+  PRODUCT(256, CSAT_D128, (CSAT_C16(0), CSAT_C16(16)), 128, 129, 130, 131, 132, 133, 134)
+#define CSAT_LIST(...) __VA_ARGS__
+#define CSAT_WGMMA_OF_TYPE(N, T_, type, D, C, flag, operands, ...)                                                 \
+  if constexpr (kFragments == N / 8 && std::is_same_v<T, T_>) {                                                    \
+    CSAT_SM90("{ .reg .pred p; setp.ne.b32 p, %" #flag ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type \
+              "." type " {" D "}, " operands "; }" : CSAT_LIST C : __VA_ARGS__);                                   \
+  }
+#define CSAT_WGMMA(N, D, C, flag, operands, ...)                         \
+  CSAT_WGMMA_OF_TYPE(N, bf16, "bf16", D, C, flag, operands, __VA_ARGS__) \
+  CSAT_WGMMA_OF_TYPE(N, f16, "f16", D, C, flag, operands, __VA_ARGS__)
+#define CSAT_WGMMA_REGISTERS(N, D, C, a0, a1, a2, a3, right, flag, trans)                                          \
+  CSAT_WGMMA(N, D, C, flag, "{%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #right ", p, 1, 1, %" #trans, "r"(a[0]), \
+             "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{accumulate}), "n"(int{kTransposed}))
+#define CSAT_WGMMA_SHARED(N, D, C, left, right, flag, trans_a, trans_b, ...)                               \
+  CSAT_WGMMA(N, D, C, flag, "%" #left ", %" #right ", p, 1, 1, %" #trans_a ", %" #trans_b, "l"(a), "l"(b), \
+             "r"(int{accumulate}), "n"(int{kTransposedA}), "n"(int{kTransposedB}))
+
+template <typename T, int kColumns, bool kTransposedB>
+inline constexpr bool kWgmmaTakes = (std::is_same_v<T, bf16> || std::is_same_v<T, f16>) &&
+                                    (kColumns == 16 || kColumns == 32 || kColumns == 64 || kColumns == 80 ||
+                                     kColumns == 96 || kColumns == 128 || kColumns == 256) &&
+                                    (!kTransposedB || kColumns % 64 == 0);
+
+// c (64, N) += a (64, 16) b (16, N), or = where not `accumulate`, A in registers, N = 8 kFragments. Rows of b's memory
+// are n, or k if it is transposed: then N is a multiple of 64.
+template <typename T, bool kTransposed, int kFragments>
+CSAT_DEVICE void wgmma_k16(float (&c)[kFragments][4], const uint32_t (&a)[4], uint64_t b, bool accumulate = true) {
+  static_assert(kWgmmaTakes<T, 8 * kFragments, kTransposed>, "add the number of columns to CSAT_EACH_WGMMA");
+  CSAT_EACH_WGMMA(CSAT_WGMMA_REGISTERS)
+}
+// The same with A in shared memory, its rows m, or k if it is transposed.
+template <typename T, bool kTransposedA, bool kTransposedB, int kFragments>
+CSAT_DEVICE void wgmma_k16_shared(float (&c)[kFragments][4], uint64_t a, uint64_t b, bool accumulate = true) {
+  static_assert(kWgmmaTakes<T, 8 * kFragments, kTransposedB>, "add the number of columns to CSAT_EACH_WGMMA");
+  CSAT_EACH_WGMMA(CSAT_WGMMA_SHARED)
 }
 
 // 2^x, relative error below 2^-22 (PTX ISA, ex2.approx); 2^-inf = 0.

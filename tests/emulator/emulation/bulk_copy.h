@@ -22,6 +22,8 @@ bool valid(const TensorMap& map);
 
 namespace csat {
 
+inline void fence_proxy_async() { emulator::fence_proxy_async(); }
+
 inline void mbarrier_init(uint64_t* bar, int arrivals) { emulator::mbarrier_init(bar, arrivals); }
 inline void fence_mbarrier_init() { emulator::fence_mbarrier_init(); }
 inline void mbarrier_arrive(uint64_t* bar) { emulator::mbarrier_arrive(bar, 0); }

@@ -21,19 +21,23 @@ inline void access(const void* p, size_t bytes, Access kind, const void* where) 
   if (options.count_bank_conflicts && in_shared_window(p)) {
     running->shared_log.push_back({where, shared_offset(p), uint32_t(bytes)});
   }
-  shadow_access(p, bytes, kind, where);
+  if (!shadow_access(p, bytes, kind, where) && !running->registers.empty()) [[unlikely]] {
+    running->registers.touch(p, bytes, kind == Access::write, where);
+  }
 }
 
 void range_access(const void* p, size_t bytes, Access kind, const void* where) {
   if (bytes == 8 || bytes == 16) return access(p, bytes, kind, where);
-  if (observer.running) shadow_access(p, bytes, kind, where);
+  if (observer.running && !shadow_access(p, bytes, kind, where)) {
+    running->registers.touch(p, bytes, kind == Access::write, where);
+  }
 }
 
-void deliver(const std::vector<AsyncCopy>& group) {
+void deliver(const std::vector<AsyncCopy>& group, const Thread& thread) {
   for (const AsyncCopy& copy : group) {
     std::memcpy(copy.target, copy.source, size_t(copy.valid));
     std::memset(static_cast<char*>(copy.target) + copy.valid, 0, size_t(copy.bytes - copy.valid));
-    shadow_end_write(copy.target, size_t(copy.bytes), make_stamp(observer.clock, observer.thread));
+    shadow_end_write(copy.target, size_t(copy.bytes), make_stamp(thread.clock, thread.id));
   }
 }
 
@@ -78,9 +82,14 @@ void async_commit() {
 void async_wait(int groups_left) {
   auto& pending = running->pending;
   while (int(pending.size()) > groups_left) {
-    deliver(pending.front());
+    deliver(pending.front(), *running);
     pending.erase(pending.begin());
   }
+}
+
+void finish_copies(Thread& thread) {
+  for (const auto& group : thread.pending) deliver(group, thread);
+  deliver(thread.open, thread);
 }
 
 }  // namespace emulator

@@ -1,11 +1,10 @@
 // cp.async.bulk: copies by the asynchronous proxy, into shared memory through an mbarrier, out of it in groups.
-#include "runtime/bulk_copy.h"
+#include "emulation/bulk_copy.h"
 
 #include <algorithm>
 #include <cstring>
 #include <utility>
 
-#include "emulation/bulk_copy.h"
 #include "runtime/mbarrier.h"
 #include "runtime/report.h"
 #include "runtime/scheduler.h"
@@ -106,7 +105,7 @@ void tensor_copy(void* shared, const TensorMap& map, int rank, const int* at, ui
 void bulk_copy_to_global(void* global, const void* shared, uint32_t bytes) {
   const void* where = __builtin_return_address(0);
   if (!check_arguments(shared, global, bytes, where)) return;
-  shadow_access(shared, bytes, Access::read, where);
+  shadow_access(shared, bytes, Access::asynchronous_read, where);
   check_proxy_fence(shared, bytes, "bulk copy from", where);
   shadow_begin_read(shared, bytes, running->id);
   shadow_begin_write(global, bytes, where);

@@ -26,7 +26,4 @@ bool deliver_bytes(std::mt19937& random);
 // What threads wait for, of every mbarrier with waiting threads.
 std::string awaited_at_mbarriers();
 
-// The block has ended. Reports phases left half done, unless it stood still anyway.
-void finish_mbarriers(bool stood_still);
-
 }  // namespace emulator

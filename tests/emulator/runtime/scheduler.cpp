@@ -8,7 +8,6 @@
 #include <string>
 
 #include "runtime/bank_conflicts.h"
-#include "runtime/bulk_copy.h"
 #include "runtime/emulator.h"
 #include "runtime/mbarrier.h"
 #include "runtime/shadow.h"
@@ -113,6 +112,7 @@ void Block::run(dim3 grid, dim3 shape, dim3 index, unsigned number, const std::f
     t.pending.clear();
     t.open_products.clear();
     t.products.clear();
+    t.registers.clear();
     t.open_stores.clear();
     t.stores.clear();
     t.fenced = t.fenced_mbarriers = start - 1;
@@ -142,8 +142,12 @@ void Block::run(dim3 grid, dim3 shape, dim3 index, unsigned number, const std::f
     }
   }
   if (stuck) report_stuck();
-  finish_mbarriers(stuck);
+  for (int i = 0; i < thread_count_; ++i) {
+    finish_copies(threads_[i]);
+    finish_products(threads_[i]);
+  }
   finish_bulk_stores();
+  finish_mbarriers(stuck);
   join_all();
 }
 

@@ -1,6 +1,7 @@
 // The threads of the block that runs: their state, who waits for whom.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <deque>
 #include <vector>
@@ -8,6 +9,7 @@
 #include "emulation/warpgroup.h"
 #include "runtime/fiber.h"
 #include "runtime/order.h"
+#include "runtime/registers.h"
 #include "runtime/thread.h"
 
 namespace emulator {
@@ -18,6 +20,13 @@ struct AsyncCopy {
   void* target;
   const void* source;
   int bytes, valid;
+};
+
+// A warpgroup product of one lane.
+struct Product {
+  WgmmaOperand operand;
+  std::array<uint32_t, 4> a;  // the lane's registers of A when it was issued
+  const void* where;
 };
 
 struct ThreadIndex {
@@ -38,8 +47,9 @@ struct Thread {
   bool apart;                                   // knows what the other lanes of its warp may not know
   std::vector<AsyncCopy> open;                  // copies of the group being built
   std::vector<std::vector<AsyncCopy>> pending;  // committed groups, oldest first
-  std::vector<WgmmaOperand> open_products;      // the same for wgmma
-  std::deque<std::vector<WgmmaOperand>> products;
+  std::vector<Product> open_products;           // the same for wgmma
+  std::deque<std::vector<Product>> products;
+  WatchedRegisters registers;       // of those products
   std::vector<size_t> open_stores;  // and for bulk copies to device memory
   std::deque<std::vector<size_t>> stores;
   uint32_t fenced, fenced_mbarriers;            // up to which clock its writes, and the mbarriers that it
@@ -65,5 +75,12 @@ void suspend(const char* what, uint32_t with, int line);
 void release(Thread& thread, Knowledge& to);
 void acquire(Thread& thread, const Knowledge& from);
 uint32_t later_than(uint32_t clock);
+
+// ---- at the end of a block: whatever is still in flight comes to its end, so that the next block starts clean
+void finish_copies(Thread& thread);
+void finish_products(Thread& thread);
+void finish_bulk_stores();
+// Reports phases left half done and bytes that nobody waited for, unless the block stood still anyway.
+void finish_mbarriers(bool stood_still);
 
 }  // namespace emulator

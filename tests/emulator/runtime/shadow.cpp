@@ -67,7 +67,7 @@ struct Site {
 };
 
 const char* verb(Access access) {
-  return access == Access::read ? "read" : access == Access::write ? "write" : "atomic update";
+  return access == Access::write ? "write" : access == Access::atomic ? "atomic update" : "read";
 }
 
 std::string place(const Site& site) {
@@ -174,6 +174,7 @@ inline void step(Cell& cell, Stamp mine, size_t offset, const void* where) {
   if (!last_write_is_fine<access, shared>(cell.write)) [[unlikely]] {
     if (!judge_last_write(cell.write, {shared, offset, access, where})) return;
   }
+  if (access == Access::asynchronous_read) return;
   if (access == Access::read) return record_read<shared>(cell, mine);
   for (const Stamp read : cell.read) {
     if (!forgotten<shared>(read) && !settled(read)) [[unlikely]]
@@ -211,6 +212,8 @@ void walk(Access access, Cell* cells, size_t offset, size_t bytes, const void* w
       return walk<Access::write, shared>(cells, offset, bytes, where);
     case Access::atomic:
       return walk<Access::atomic, shared>(cells, offset, bytes, where);
+    case Access::asynchronous_read:
+      return walk<Access::asynchronous_read, shared>(cells, offset, bytes, where);
   }
 }
 
@@ -253,26 +256,27 @@ bool in_device_arena(const void* p) {
   return size_t(static_cast<const unsigned char*>(p) - memory_map.device) < kDeviceBytes;
 }
 
-void shadow_access(const void* p, size_t bytes, Access access, const void* where) {
+bool shadow_access(const void* p, size_t bytes, Access access, const void* where) {
   const auto address = static_cast<const unsigned char*>(p);
   if (size_t(address - memory_map.reservation) < memory_map.reserved_bytes) [[likely]] {
     ++report.counters.accesses;
     size_t offset = size_t(address - memory_map.shared);
-    if (offset < kSharedWindow) {
-      if (offset + bytes > memory_map.shared_bytes) {
-        return fault(Fault::out_of_bounds, {true, offset, access, where},
-                     [] { return format(", which has %zu bytes", memory_map.shared_bytes); });
-      }
-      return walk<true>(access, memory_map.shared_cells, offset, bytes, where);
+    if (offset < kSharedWindow && offset + bytes > memory_map.shared_bytes) {
+      fault(Fault::out_of_bounds, {true, offset, access, where},
+            [] { return format(", which has %zu bytes", memory_map.shared_bytes); });
+    } else if (offset < kSharedWindow) {
+      walk<true>(access, memory_map.shared_cells, offset, bytes, where);
+    } else if (offset = size_t(address - memory_map.device); offset < kDeviceBytes) {
+      walk<false>(access, memory_map.device_cells, offset, bytes, where);
+    } else {
+      fault(Fault::out_of_bounds, {address < memory_map.device, offset, access, where}, ", far outside");
     }
-    offset = size_t(address - memory_map.device);
-    if (offset < kDeviceBytes) return walk<false>(access, memory_map.device_cells, offset, bytes, where);
-    return fault(Fault::out_of_bounds, {address < memory_map.device, offset, access, where}, ", far outside");
+    return true;
   }
   const size_t offset = size_t(address - memory_map.static_shared);
-  if (offset < memory_map.static_shared_bytes) {
-    walk<true>(access, memory_map.static_shared_cells, offset, bytes, where);
-  }
+  if (offset >= memory_map.static_shared_bytes) return false;
+  walk<true>(access, memory_map.static_shared_cells, offset, bytes, where);
+  return true;
 }
 
 bool shadow_ordered(Stamp stamp) { return ordered(stamp); }

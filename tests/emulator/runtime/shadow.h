@@ -47,9 +47,10 @@ void reserve_memory();  // once, before anything else
 bool in_shared_window(const void* p);
 bool in_device_arena(const void* p);
 
-// Checks and records an access by `observer`.
-enum class Access { read, write, atomic };
-void shadow_access(const void* p, size_t bytes, Access access, const void* where);
+// Checks and records an access by `observer`; of an asynchronous read, shadow_begin_read() keeps record. False if the
+// address is none of the memory that is watched here.
+enum class Access { read, write, atomic, asynchronous_read };
+bool shadow_access(const void* p, size_t bytes, Access access, const void* where);
 
 // Whether a stamped access of the running block happened before what `observer` does now.
 bool shadow_ordered(Stamp stamp);

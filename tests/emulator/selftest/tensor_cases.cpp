@@ -202,60 +202,6 @@ bool run_tf32() {
   return true;
 }
 
-// ---- D (64, 64) = A (64, 64) B by wgmma; B (64 n, 64 k), or (64 k, 64 n) transposed, in rows of 128 swizzled bytes
-enum class Wgmma { correct, no_fence, fence_before_store, no_barrier, no_wait, overwritten_in_flight, lane_differs };
-
-template <typename T, bool transposed, Wgmma fault>
-__global__ void warpgroup_product(const T* a, const T* b, float* d) {
-  CSAT_DYN_SMEM(T, shared);
-  const int t = int(threadIdx.x), lane = t % 32, row = t / 32 * 16 + lane / 4;
-  if (fault == Wgmma::fence_before_store) csat::fence_proxy_async();
-  for (int i = t; i < 64 * 64; i += 128) {
-    const int r = i / 64, c = i % 64;
-    shared[r * 64 + ((c / 8) ^ (r % 8)) * 8 + c % 8] = b[i];
-  }
-  if (fault != Wgmma::no_fence && fault != Wgmma::fence_before_store) csat::fence_proxy_async();
-  if (fault != Wgmma::no_barrier) __syncthreads();
-  float sums[8][4] = {};
-  csat::wgmma_fence();
-  for (int k = 0; k < 64; k += 16) {
-    uint32_t fragment[4];
-    for (int i = 0; i < 4; ++i) {
-      const T* pair = a + (row + 8 * (i % 2)) * 64 + k + lane % 4 * 2 + 8 * (i / 2);
-      fragment[i] = uint32_t(pair[0].bits) | uint32_t(pair[1].bits) << 16;
-    }
-    const T* start = transposed ? shared + k * 64 : shared + k;
-    if (fault == Wgmma::lane_differs && t == 77) start = shared;
-    csat::wgmma_k16<T, transposed>(sums, fragment, csat::wgmma_descriptor(start, 1024, 1024));
-  }
-  csat::wgmma_commit();
-  if (fault == Wgmma::overwritten_in_flight && t == 0) shared[0] = shared[64];
-  if (fault != Wgmma::no_wait) csat::wgmma_wait<0>();
-  for (int j = 0; j < 8; ++j) {
-    for (int e = 0; e < 4; ++e) d[(row + e / 2 * 8) * 64 + j * 8 + lane % 4 * 2 + e % 2] = sums[j][e];
-  }
-}
-
-template <typename T, bool transposed, Wgmma fault>
-bool run_warpgroup() {
-  std::vector<T> a(64 * 64), b(64 * 64);
-  for (size_t i = 0; i < a.size(); ++i) a[i] = T(float(i * 7 % 13) - 6);
-  for (size_t i = 0; i < b.size(); ++i) b[i] = T(float(i * 5 % 11) - 5);
-  T *device_a = upload(a), *device_b = upload(b);
-  float* d = allocate<float>(64 * 64);
-  auto kernel = warpgroup_product<T, transposed, fault>;
-  CSAT_LAUNCH(kernel, dim3(1), dim3(128), 64 * 64 * sizeof(T), nullptr, device_a, device_b, d);
-  const auto result = download(d, 64 * 64);
-  for (size_t i = 0; i < 64; ++i) {
-    for (size_t j = 0; j < 64; ++j) {
-      float sum = 0;
-      for (size_t k = 0; k < 64; ++k) sum += float(a[i * 64 + k]) * float(transposed ? b[k * 64 + j] : b[j * 64 + k]);
-      if (result[i * 64 + j] != sum) return false;
-    }
-  }
-  return true;
-}
-
 // ---- one warp produces, one consumes; "full" is barrier 1, "empty" barrier 2
 enum class Pipe { correct, consumer_does_not_wait, producer_does_not_wait, no_arrival, wrong_count };
 
@@ -349,18 +295,6 @@ std::vector<Case> tensor_cases() {
       {"tf32: no barrier before the fragments are read", {Fault::race}, run_tf32<Tf32::no_barrier>},
       {"tf32: the last column is never written", {Fault::uninitialised_read}, run_tf32<Tf32::column_missing>},
       {"tf32: a lane returns before the product", {Fault::divergence, Fault::deadlock}, run_tf32<Tf32::lane_leaves>},
-      {"wgmma: bf16", {}, run_warpgroup<bf16, false, Wgmma::correct>},
-      {"wgmma: fp16", {}, run_warpgroup<f16, false, Wgmma::correct>},
-      {"wgmma: bf16, B by rows", {}, run_warpgroup<bf16, true, Wgmma::correct>},
-      {"wgmma: fp16, B by rows", {}, run_warpgroup<f16, true, Wgmma::correct>},
-      {"wgmma: no proxy fence", {Fault::missing_fence}, run_warpgroup<bf16, false, Wgmma::no_fence>},
-      {"wgmma: proxy fence before the stores",
-       {Fault::missing_fence},
-       run_warpgroup<bf16, true, Wgmma::fence_before_store>},
-      {"wgmma: no barrier after the stores", {Fault::race}, run_warpgroup<f16, false, Wgmma::no_barrier>},
-      {"wgmma: never waited for", {Fault::missing_wait}, run_warpgroup<bf16, false, Wgmma::no_wait>},
-      {"wgmma: operand overwritten in flight", {Fault::race}, run_warpgroup<f16, true, Wgmma::overwritten_in_flight>},
-      {"wgmma: one lane has another descriptor", {Fault::divergence}, run_warpgroup<bf16, false, Wgmma::lane_differs>},
       {"pipe", {}, run_pipe<Pipe::correct>},
       {"pipe: the consumer does not wait", {Fault::race}, run_pipe<Pipe::consumer_does_not_wait>},
       {"pipe: the producer does not wait", {Fault::race, Fault::deadlock}, run_pipe<Pipe::producer_does_not_wait>},
