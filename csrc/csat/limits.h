@@ -38,6 +38,13 @@ constexpr int kSignDepth = 32;                         // of its stages
 constexpr int kSignColumns = 256;                      // its columns with tensor cores; half without
 constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;
 
+// What the kernels ask of a device: 10 major + minor, and the shared memory that a block may have.
+struct Device {
+  int capability = 0;
+  int64_t shared_bytes = 0;
+};
+Device current_device();
+
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 constexpr int depth_pad(int64_t n) { return static_cast<int>(round_up(n, 4)); }               // a contracted axis
@@ -106,16 +113,33 @@ constexpr int64_t decoder_mma_bytes(const Decoder& d, int feature, int atoms) {
          mma_tile_bytes(feature, atoms) + round_up((d.layers * atoms + d.layers) * 4, 16);
 }
 
+// ---- wgmma (sm_90a): D, R, Dv up to 64 or above 96 up to 128: between, padding would cost what wgmma wins
+constexpr int kWgmmaCapability = 90, kWgmmaChunk = 128, kWgmmaRows = 64;
+constexpr int wgmma_feature(int64_t n) { return n <= 64 ? 64 : (n > 96 && n <= 128 ? 128 : 0); }
+// The most coefficients that the fused kernel's registers hold.
+constexpr int wgmma_atoms_limit(int feature) { return feature == 64 ? 128 : 64; }
+constexpr int64_t wgmma_decoder_bytes(const Decoder& d, int feature, int atoms) {
+  return 2 * (d.s_layers * atoms * atoms + (d.b_layers + 1) * int64_t(atoms) * feature) +
+         4 * (d.layers * atoms + round_up(d.layers, 4));
+}
+
 // How a forward launch uses the tensor cores: sizes, and what shared memory holds.
 struct ForwardMmaPlan {
+  bool wgmma = false;
   int feature = 0, atoms = 0;  // compile-time sizes; atoms 0: no decoder
   int chunks = 0, slots = 0;   // of measurements; as many slots as chunks: resident
   int stages = 0;              // tiles of query rows a warp
   int64_t shared_bytes = 0;
 };
+Device current_device();
 // nullptr and a plan, or the reason why there is none. With both, attend and decode run as one kernel.
 const char* plan_mma(ForwardMmaPlan& plan, const AttendParams* attend, const DecodeParams* decode,
                      int64_t shared_limit);
+const char* plan_wgmma(ForwardMmaPlan& plan, const AttendParams& attend, const DecodeParams* decode,
+                       const Device& device);
+// The first of both that has a plan; nullptr and the plan, or why mma has none.
+const char* plan_forward(ForwardMmaPlan& plan, const AttendParams* attend, const DecodeParams* decode,
+                         const Device& device);
 
 // nullptr if the op runs within `shared_limit` bytes a block, else the reason.
 const char* why_not(const AttendParams& p, int64_t shared_limit);

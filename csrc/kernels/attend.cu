@@ -132,13 +132,13 @@ struct Fused {
   bool on_tensor_cores, as_pair;
 
   Fused(const AttendParams& attend, const DecodeParams& decode) {
-    const int64_t limit = shared_memory_limit();
+    const limits::Device device = limits::current_device();
     limits::ForwardMmaPlan alone;
     DecodeParams second = decode;
     second.z.dtype = attend.q.dtype;
-    on_tensor_cores = !limits::plan_mma(plan, &attend, &decode, limit);
-    as_pair = !on_tensor_cores &&
-              (!limits::plan_mma(alone, &attend, nullptr, limit) || !limits::plan_mma(alone, nullptr, &second, limit));
+    on_tensor_cores = !limits::plan_forward(plan, &attend, &decode, device);
+    as_pair = !on_tensor_cores && (!limits::plan_forward(alone, &attend, nullptr, device) ||
+                                   !limits::plan_forward(alone, nullptr, &second, device));
   }
 };
 
@@ -162,7 +162,8 @@ struct AttendDecodePair {
 
 int64_t attend_workspace(const AttendParams& p) {
   limits::ForwardMmaPlan plan;
-  if (!limits::plan_mma(plan, &p, nullptr, shared_memory_limit())) return forward_mma_workspace(plan, &p, nullptr);
+  if (!limits::plan_forward(plan, &p, nullptr, limits::current_device()))
+    return forward_mma_workspace(plan, &p, nullptr);
   Carver carver(nullptr);
   ForwardArgs args{};
   take_attend(args, p, carver, nullptr);
@@ -171,7 +172,7 @@ int64_t attend_workspace(const AttendParams& p) {
 
 int attend_forward(const AttendParams& p, void* workspace, void* stream) {
   limits::ForwardMmaPlan plan;
-  if (!limits::plan_mma(plan, &p, nullptr, shared_memory_limit()))
+  if (!limits::plan_forward(plan, &p, nullptr, limits::current_device()))
     return forward_mma(plan, &p, nullptr, workspace, stream);
   Carver carver(workspace);
   ForwardArgs args{};
@@ -182,7 +183,8 @@ int attend_forward(const AttendParams& p, void* workspace, void* stream) {
 
 int64_t decode_workspace(const DecodeParams& p) {
   limits::ForwardMmaPlan plan;
-  if (!limits::plan_mma(plan, nullptr, &p, shared_memory_limit())) return forward_mma_workspace(plan, nullptr, &p);
+  if (!limits::plan_forward(plan, nullptr, &p, limits::current_device()))
+    return forward_mma_workspace(plan, nullptr, &p);
   Carver carver(nullptr);
   ForwardArgs args{};
   take_decoder(args, p, carver, nullptr);
@@ -191,7 +193,7 @@ int64_t decode_workspace(const DecodeParams& p) {
 
 int decode_forward(const DecodeParams& p, void* workspace, void* stream) {
   limits::ForwardMmaPlan plan;
-  if (!limits::plan_mma(plan, nullptr, &p, shared_memory_limit()))
+  if (!limits::plan_forward(plan, nullptr, &p, limits::current_device()))
     return forward_mma(plan, nullptr, &p, workspace, stream);
   Carver carver(workspace);
   ForwardArgs args{};

@@ -32,8 +32,11 @@ const char* check_decoder(const DecodeParams& p) {
 
 }  // namespace
 
-const char* plan_mma(ForwardMmaPlan& plan, const AttendParams* attend, const DecodeParams* decode,
-                     int64_t shared_limit) {
+namespace {
+
+// The compile-time sizes of both tensor-core families; `feature_of` picks that of D, R and Dv.
+const char* plan_sizes(ForwardMmaPlan& plan, const AttendParams* attend, const DecodeParams* decode,
+                       int (*feature_of)(int64_t), const char* feature_reason) {
   const DType dtype = attend ? attend->q.dtype : decode->z.dtype;
   if (dtype == DType::f32) return "float32: the tensor cores take bf16 and fp16";
   int64_t feature = 0;
@@ -47,17 +50,24 @@ const char* plan_mma(ForwardMmaPlan& plan, const AttendParams* attend, const Dec
     if (!plan.atoms) return "coefficient count P above 256";
     if (attend && plan.atoms > kFusedMmaAtoms) return "coefficient count P above 128 in the fused kernel";
   }
-  plan.feature = mma_feature(feature);
-  if (!plan.feature) return "D, R or Dv above 128";
-  if (attend && decode && plan.feature > kFusedMmaFeature) return "D, R or Dv above 96 in the fused kernel";
+  plan.feature = feature_of(feature);
+  if (!plan.feature) return feature_reason;
+  return attend && attend->measurements == 0 ? "no measurements" : nullptr;
+}
 
+}  // namespace
+
+const char* plan_mma(ForwardMmaPlan& plan, const AttendParams* attend, const DecodeParams* decode,
+                     int64_t shared_limit) {
+  plan = {};
+  if (const char* reason = plan_sizes(plan, attend, decode, mma_feature, "D, R or Dv above 128")) return reason;
+  if (attend && decode && plan.feature > kFusedMmaFeature) return "D, R or Dv above 96 in the fused kernel";
   const int64_t weights = decode ? decoder_mma_bytes(decode->decoder, plan.feature, plan.atoms) : 0;
   if (!attend) {
     plan.stages = 1;
     plan.shared_bytes = weights + kMmaWarps * mma_tile_bytes(decode_mma_rows(plan.atoms), plan.feature);
     return plan.shared_bytes <= shared_limit ? nullptr : "the decoder's weights exceed the shared memory of a block";
   }
-  if (attend->measurements == 0) return "no measurements";
   const int64_t chunks = ceil_div(attend->measurements, mma_chunk(plan.feature));
   const int64_t rows = kMmaWarps * mma_tile_bytes(kMmaRows, plan.feature);
   // Resident with the next rows on their way, resident, streamed: the first that fits.
@@ -73,6 +83,30 @@ const char* plan_mma(ForwardMmaPlan& plan, const AttendParams* attend, const Dec
     if (plan.shared_bytes <= shared_limit) return nullptr;
   }
   return "two chunks of measurements and the decoder's weights exceed the shared memory of a block";
+}
+
+const char* plan_wgmma(ForwardMmaPlan& plan, const AttendParams& attend, const DecodeParams* decode,
+                       const Device& device) {
+  plan = {};
+  if (device.capability != kWgmmaCapability) return "wgmma belongs to compute capability 9.0";
+  if (const char* reason =
+          plan_sizes(plan, &attend, decode, wgmma_feature, "D, R and Dv neither up to 64 nor 97 to 128"))
+    return reason;
+  if (decode && plan.atoms > wgmma_atoms_limit(plan.feature)) return "coefficient count P above 64 with D = 128";
+  plan.wgmma = true;
+  plan.chunks = plan.slots = static_cast<int>(ceil_div(attend.measurements, kWgmmaChunk));
+  plan.stages = 2;
+  const int64_t rows = int64_t(plan.chunks) * kWgmmaChunk;
+  plan.shared_bytes = rows * (4 * plan.feature + 4) + kMmaWarps * 2 * mma_tile_bytes(16, plan.feature);
+  if (decode) plan.shared_bytes += wgmma_decoder_bytes(decode->decoder, plan.feature, plan.atoms);
+  return plan.shared_bytes <= device.shared_bytes ? nullptr
+                                                  : "measurements and decoder exceed the shared memory of a block";
+}
+
+const char* plan_forward(ForwardMmaPlan& plan, const AttendParams* attend, const DecodeParams* decode,
+                         const Device& device) {
+  if (attend && !plan_wgmma(plan, *attend, decode, device)) return nullptr;
+  return plan_mma(plan, attend, decode, device.shared_bytes);
 }
 
 const char* why_not(const AttendParams& p, int64_t shared_limit) {
