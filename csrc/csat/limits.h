@@ -7,7 +7,7 @@
 //   D, R                         1 .. 1024        one row tile lives in shared memory
 //   P, Dv                        1 .. 1024        three rows of P and one of max(R, Dv) in shared memory
 //   tensor cores (mma)           bf16, f16        D, R, Dv <= 128, P <= 256 (fused <= 128), what is resident fits in
-//                                                 shared memory (see plan_mma); anything else runs on the SIMT kernels
+//                                                 shared memory (plan_mma, why_not_mma); anything else: SIMT kernels
 //   N, M of an implicit Phi      1 .. 2^31 - 2    int32 running counts, 32-bit Philox counters
 //   blocks of one launch         < 2^31           one linear grid
 //   shared memory of a block     of the device    163 KiB (sm_80) and 227 KiB (sm_90) hold every size above; 99 KiB
@@ -140,6 +140,43 @@ const char* plan_wgmma(ForwardMmaPlan& plan, const AttendParams& attend, const D
 // The first of both that has a plan; nullptr and the plan, or why mma has none.
 const char* plan_forward(ForwardMmaPlan& plan, const AttendParams* attend, const DecodeParams* decode,
                          const Device& device);
+
+// Attend's backward.
+constexpr int kBackwardQueries = 32;      // a tile that a block walks
+constexpr int kBackwardBlockBytes = 128;  // of addresses, alike for all threads of a block
+constexpr int kBackwardShiftDepth = 32;   // measurements at a time where the shift has a kernel of its own
+// Measurements a warp: its dkc and dvc are 2 rows x feature / 32 registers, of at most 255.
+constexpr int backward_warp_rows(int feature) { return feature <= 64 ? 32 : 16; }
+
+constexpr int64_t attend_backward_mma_bytes(int64_t warps, int feature) {
+  const int64_t rows = backward_warp_rows(feature);
+  const int64_t of_queries =
+      5 * mma_tile_bytes(kBackwardQueries, feature) + 6 * kBackwardQueries * 4 + kBackwardBlockBytes;
+  const int64_t of_warp =
+      2 * mma_tile_bytes(rows, feature) + mma_tile_bytes(rows, kBackwardQueries) + (rows + 3 * kBackwardQueries) * 4;
+  return of_queries + warps * of_warp;
+}
+// How the measurements are dealt to blocks: `count` slabs of `warps` warps; none where a warp has no room.
+struct BackwardSlabs {
+  int64_t count = 0, warps = 0;
+  constexpr BackwardSlabs(int64_t M, int feature, int64_t shared_limit) {
+    int64_t most = kMmaWarps;
+    while (most > 0 && attend_backward_mma_bytes(most, feature) > shared_limit) --most;
+    if (most == 0) return;
+    const int64_t groups = ceil_div(M, backward_warp_rows(feature));
+    count = ceil_div(groups, most);
+    warps = count ? ceil_div(groups, count) : 0;
+  }
+};
+constexpr int64_t backward_shift_mma_bytes(int feature) {
+  const int64_t queries = kMmaWarps * 16;
+  return 2 * mma_tile_bytes(queries, feature) + 4 * mma_tile_bytes(kBackwardShiftDepth, feature) +
+         4 * (2 * kBackwardShiftDepth + 2 * queries);
+}
+
+// nullptr if attend's backward runs on tensor cores within `shared_limit` bytes a block, else the reason why it takes
+// the SIMT kernels.
+const char* why_not_mma(const AttendBackwardParams& p, int64_t shared_limit);
 
 // nullptr if the op runs within `shared_limit` bytes a block, else the reason.
 const char* why_not(const AttendParams& p, int64_t shared_limit);

@@ -1,4 +1,5 @@
 // Host side of attend, decode and the fused forward, and of attend's backward: panels, workspace, launches.
+#include "csat/attend_backward_mma.h"
 #include "csat/dispatch.h"
 #include "csat/forward_mma.h"
 #include "csat/instances.h"
@@ -10,13 +11,6 @@ namespace {
 using limits::ceil_div;
 using limits::column_pad;
 using limits::depth_pad;
-
-PackArgs bias_operand(const AttendParams& p) {
-  PackArgs bias{p.bias.data, p.bias.dtype,   p.batch, p.heads,          p.bias.stride[0], p.bias.stride[1],
-                1,           p.measurements, 0,       p.bias.stride[3], nullptr,          0,
-                0,           -INFINITY};
-  return bias;
-}
 
 int take_attend(ForwardArgs& args, const AttendParams& p, Carver& carver, void* stream) {
   args.heads = p.heads;
@@ -240,12 +234,14 @@ int attend_decode_forward(const AttendParams& attend, const DecodeParams& decode
 }
 
 int64_t attend_backward_workspace(const AttendBackwardParams& p) {
+  if (!limits::why_not_mma(p, shared_memory_limit())) return attend_backward_mma_workspace(p);
   Carver carver(nullptr);
   BackwardPlan().take(p, carver, nullptr);
   return carver.used();
 }
 
 int attend_backward(const AttendBackwardParams& p, void* workspace, void* stream) {
+  if (!limits::why_not_mma(p, shared_memory_limit())) return attend_backward_mma(p, workspace, stream);
   const AttendParams& f = p.forward;
   Carver carver(workspace);
   BackwardPlan plan;

@@ -119,6 +119,23 @@ const char* why_not(const AttendBackwardParams& p, int64_t shared_limit) {
                    check_row(measurement_backward_row(f.head_dim, f.features), shared_limit)});
 }
 
+const char* why_not_mma(const AttendBackwardParams& p, int64_t shared_limit) {
+  const AttendParams& f = p.forward;
+  const int feature = mma_feature(f.head_dim > f.features ? f.head_dim : f.features);
+  if (f.q.dtype == DType::f32) return "float32 would lose accuracy on tensor cores";
+  if (!feature) return "head dimension D or feature count R above 128";
+  if (f.measurements == 0) return "no measurements";
+  if (p.dq.stride[3] != 1) return "the rows of dq are not contiguous";
+  const BackwardSlabs slabs(f.measurements, feature, shared_limit);
+  if (slabs.count == 0 || (slabs.count > 1 && backward_shift_mma_bytes(feature) > shared_limit))
+    return "the tiles of this size exceed the shared memory of a block";
+  const int64_t pairs = f.batch * f.heads, rows = pairs * f.queries;
+  if (pairs * ceil_div(f.queries, kBackwardQueries) * slabs.count > kMaxBlocks || f.queries > kMaxBlocks ||
+      (slabs.count > 1 && rows * ceil_div(f.head_dim, 32) > kMaxBlocks))
+    return "more than 2^31 tiles";
+  return nullptr;
+}
+
 const char* why_not(const DecodeParams& p, int64_t shared_limit) {
   return first_of({check_decoder(p), check_row(decode_row(p.decoder.coefficients, p.decoder.features), shared_limit)});
 }
