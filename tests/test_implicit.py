@@ -26,6 +26,7 @@ SIZES = [
     (1, 2, 4, 100, 5, 40),
     (1, 1, 1, 700, 70, 24),
     (2, 1, 1, 9, 9, 5),
+    (1, 1, 1, 1300, 1100, 3),  # more than one transform of tokens, and rows that share a place in it
     (1, 1, 1, 1, 1, 1),
 ]
 
