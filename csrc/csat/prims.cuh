@@ -10,18 +10,20 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #ifdef CSAT_EMULATE
 #include "cuda_emulation.h"
 #else
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #define CSAT_DEVICE __device__ __forceinline__
-// Declares `T* name`, the dynamic shared memory of the block.
-#define CSAT_DYN_SMEM(T, name)                                  \
-  extern __shared__ __align__(16) unsigned char name##_bytes[]; \
+// Declares `T* name`, the dynamic shared memory of the block, aligned as the pattern of the 128-byte swizzle is.
+#define CSAT_DYN_SMEM(T, name)                                    \
+  extern __shared__ __align__(1024) unsigned char name##_bytes[]; \
   T* name = reinterpret_cast<T*>(name##_bytes)
 // Above 48 KiB a kernel has to ask for its shared memory; a refusal shows as the error of the launch itself.
 #define CSAT_LAUNCH(kernel, grid, block, smem, stream, ...)                                                    \
@@ -40,7 +42,28 @@ using f16 = __half;
 #ifndef CSAT_EMULATE
 // ---- tensor cores and asynchronous copies (sm_80); emulation/tensor_core.h has the same words
 
-CSAT_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+// Instructions of Hopper alone are compiled for sm_90a; in code for other devices they trap, and nothing launches them.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define CSAT_SM90(...) asm volatile(__VA_ARGS__)
+#else
+#define CSAT_SM90(...) __trap()
+#endif
+
+// An address in shared memory as instructions take it; offsets are in bytes.
+using SharedAddress = uint32_t;
+CSAT_DEVICE SharedAddress shared_address(const void* p) {
+  return static_cast<SharedAddress>(__cvta_generic_to_shared(p));
+}
+// `x`, computed here: what follows from it is neither moved out of loops nor kept, which costs registers where there
+// are none to spare.
+CSAT_DEVICE int pinned(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+// The same for an address: constant offsets from it are immediates of the instructions.
+CSAT_DEVICE SharedAddress pinned_address(const void* p) {
+  return static_cast<SharedAddress>(pinned(static_cast<int>(shared_address(p))));
+}
 
 // cp.async.cg: 16 bytes past L1 into shared memory, both addresses 16-byte aligned.
 CSAT_DEVICE void cp_async16(void* shared, const void* global) {
@@ -59,17 +82,31 @@ CSAT_DEVICE void cp_async_wait() {
 
 // ldmatrix: lane l gives the address of row l % 8 of matrix l / 8 (8 x 8 elements of 16 bits); register i of lane l
 // holds elements 2 (l % 4), 2 (l % 4) + 1 of row l / 4 of matrix i, or of its column when transposed.
-CSAT_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+CSAT_DEVICE void ldmatrix_x4(uint32_t (&r)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
-CSAT_DEVICE void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row) {
+CSAT_DEVICE void ldmatrix_x4_transposed(uint32_t (&r)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
+}
+CSAT_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) { ldmatrix_x4(r, shared_address(row)); }
+CSAT_DEVICE void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row) {
+  ldmatrix_x4_transposed(r, shared_address(row));
+}
+
+// stmatrix (sm_90): the same the other way.
+CSAT_DEVICE void stmatrix_x4(void* row, const uint32_t (&r)[4]) {
+  CSAT_SM90("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(r[0]),
+            "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+}
+CSAT_DEVICE void stmatrix_x4_transposed(void* row, const uint32_t (&r)[4]) {
+  CSAT_SM90("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+            "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
 }
 
 // c (16, 8) += a (16, 16) b (16, 8), accumulated in float32 (PTX ISA, "Matrix Fragments for mma.m16n8k16").
@@ -86,6 +123,23 @@ CSAT_DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0
 CSAT_MMA_M16N8K16(bf16, "bf16")
 CSAT_MMA_M16N8K16(f16, "f16")
 #undef CSAT_MMA_M16N8K16
+
+// Rounded to the 10 bits of mantissa that tf32 products read, halves away from zero.
+CSAT_DEVICE uint32_t to_tf32(float x) {
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
+}
+// c (16, 8) += a (16, 8) b (8, 8), accumulated in float32 (PTX ISA, "Matrix Fragments for mma.m16n8k8"): lane l holds
+// of a rows l / 4, l / 4 + 8 at column l % 4, then both at column l % 4 + 4; of b rows l % 4, l % 4 + 4 at column l
+// / 4.
+CSAT_DEVICE void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
 
 // Two floats rounded to one register, the first in the low half.
 template <typename T>
@@ -117,6 +171,121 @@ CSAT_DEVICE void named_barrier_sync(int id, int threads) {
 }
 CSAT_DEVICE void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// ---- mbarriers and bulk copies (sm_90); emulation/bulk_copy.h has the same words
+
+// Fences what the threads have written to shared memory for the asynchronous proxy: bulk copies and wgmma. The writers
+// fence, then a barrier tells who issues.
+CSAT_DEVICE void fence_proxy_async() { CSAT_SM90("fence.proxy.async.shared::cta;" :: : "memory"); }
+
+// An mbarrier is one 8-byte word of shared memory. Its phases are counted from 0; a phase is complete when `arrivals`
+// threads have arrived and all bytes that they expected have come. One thread initialises it and fences; a barrier of
+// the block follows.
+CSAT_DEVICE void mbarrier_init(uint64_t* bar, int arrivals) {
+  CSAT_SM90("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(arrivals) : "memory");
+}
+CSAT_DEVICE void fence_mbarrier_init() { CSAT_SM90("fence.mbarrier_init.release.cluster;" :: : "memory"); }
+CSAT_DEVICE void mbarrier_arrive(uint64_t* bar) {
+  CSAT_SM90("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
+}
+// Arrives; the phase waits for `bytes` (below 2^20) bytes more.
+CSAT_DEVICE void mbarrier_arrive_expect_bytes(uint64_t* bar, uint32_t bytes) {
+  CSAT_SM90("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes) : "memory");
+}
+// Returns once the phase of this parity is complete: 0 for phases 0, 2, ..; with 1 at once on a fresh mbarrier. What
+// was done before the phase's arrivals, and its bytes, are then there to read. Every thread that relies on it waits.
+CSAT_DEVICE void mbarrier_wait(uint64_t* bar, uint32_t parity) {
+  uint32_t complete = 0;
+  while (complete == 0)
+    CSAT_SM90("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }" : "=r"(
+                  complete) : "r"(shared_address(bar)),
+              "r"(parity) : "memory");
+}
+
+// One thread copies `bytes` bytes, which arrive at `bar`. Addresses and size are multiples of 16.
+CSAT_DEVICE void bulk_copy_to_shared(void* shared, const void* global, uint32_t bytes, uint64_t* bar) {
+  CSAT_SM90("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                shared_address(shared)),
+            "l"(global), "r"(bytes), "r"(shared_address(bar)) : "memory");
+}
+// The other way, in groups of the copying thread. After bulk_wait_read all but its last kGroupsLeft groups have read
+// shared memory; what they wrote is there for the next kernel.
+CSAT_DEVICE void bulk_copy_to_global(void* global, const void* shared, uint32_t bytes) {
+  CSAT_SM90("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(shared_address(shared)),
+            "r"(bytes) : "memory");
+}
+CSAT_DEVICE void bulk_commit() { CSAT_SM90("cp.async.bulk.commit_group;" :: : "memory"); }
+template <int kGroupsLeft>
+CSAT_DEVICE void bulk_wait_read() {
+  CSAT_SM90("cp.async.bulk.wait_group.read %0;" ::"n"(kGroupsLeft) : "memory");
+}
+
+// A tensor that tensor_copy_* takes boxes of. A kernel takes it as `const __grid_constant__ TensorMap`.
+using TensorMap = CUtensorMap;
+template <typename T>
+inline constexpr CUtensorMapDataType kTensorMapType = std::is_same_v<T, float>  ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                                                      : std::is_same_v<T, bf16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                                                : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+
+// On the host: 2 to 4 axes from the innermost, sizes and strides in elements; data and strides are multiples of 16
+// bytes, the innermost axis has stride 1. Boxes are 128 bytes of the innermost axis by `box_rows` (to 256) of the next.
+// Returns 0 or a cudaError_t. The driver's function is asked for at run time: nothing links libcuda.
+template <typename T>
+inline int make_tensor_map(TensorMap* map, const T* data, int rank, const int64_t* sizes, const int64_t* strides,
+                           int box_rows) {
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    return error == cudaSuccess && found == cudaDriverEntryPointSuccess
+               ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)
+               : nullptr;
+  }();
+  if (encode == nullptr) return cudaErrorNotSupported;
+  if (rank < 2 || rank > 4) return cudaErrorInvalidValue;
+  cuuint64_t size[4], pitch[3];
+  cuuint32_t box[4] = {128 / sizeof(T), static_cast<cuuint32_t>(box_rows), 1, 1}, step[4] = {1, 1, 1, 1};
+  for (int i = 0; i < rank; ++i) size[i] = static_cast<cuuint64_t>(sizes[i]);
+  for (int i = 1; i < rank; ++i) pitch[i - 1] = static_cast<cuuint64_t>(strides[i]) * sizeof(T);
+  const CUresult result = encode(map, kTensorMapType<T>, static_cast<cuuint32_t>(rank), const_cast<T*>(data), size,
+                                 pitch, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// One thread copies the box at coordinates c0 (innermost), c1, ..: rows of 128 bytes at a 1024-byte aligned place,
+// their 16-byte pieces swizzled (piece p of row r lies at p ^ (r % 8)), zeros where the box leaves the tensor. All 128
+// * box_rows bytes arrive at `bar`.
+CSAT_DEVICE void tensor_copy_2d(void* shared, const TensorMap& map, int c0, int c1, uint64_t* bar) {
+  CSAT_SM90(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
+          "r"(shared_address(shared)),
+      "l"(&map), "r"(c0), "r"(c1), "r"(shared_address(bar)) : "memory");
+}
+CSAT_DEVICE void tensor_copy_3d(void* shared, const TensorMap& map, int c0, int c1, int c2, uint64_t* bar) {
+  CSAT_SM90(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
+      "[%5];" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(c0), "r"(c1), "r"(c2), "r"(shared_address(bar)) : "memory");
+}
+CSAT_DEVICE void tensor_copy_4d(void* shared, const TensorMap& map, int c0, int c1, int c2, int c3, uint64_t* bar) {
+  CSAT_SM90(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+      "[%1, {%2, %3, %4, %5}], [%6];" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(shared_address(bar)) : "memory");
+}
+
+// Registers that a thread of the running warpgroup may use (a multiple of 8, 24 to 256): those that producers give up,
+// consumers take. The kernel needs __launch_bounds__ with both numbers, or the compiler ignores these.
+template <int kRegisters>
+CSAT_DEVICE void registers_increase() {
+  CSAT_SM90("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+CSAT_DEVICE void registers_decrease() {
+  CSAT_SM90("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 // 2^x, relative error below 2^-22 (PTX ISA, ex2.approx); 2^-inf = 0.

@@ -181,13 +181,15 @@ __global__ void __launch_bounds__(limits::kThreads) signs_kernel(SignArgs s) {
         }
       cp_async_wait<1>();
       __syncthreads();
+      const Tile<T, kColumns> right_tile{shared + turn * kSignStage};
+      const SharedAddress from = fragment::lane_of_blocks(right_tile);
 #pragma unroll
       for (int k = 0; k < kDepth / 16; ++k)
 #pragma unroll
         for (int j = 0; j < kColumns / 16; ++j) {
           if (16 * j >= columns) continue;  // the same for the whole block
           uint32_t right[4];
-          fragment::load_right(right, Tile<T, kColumns>{shared + turn * kSignStage}, 16 * j, 16 * k);
+          ldmatrix_x4_transposed(right, from + fragment::block_offset(right_tile, k, j));
           fragment::multiply_block<T>(sums, j, left_operand.at, k, right);
         }
       __syncthreads();

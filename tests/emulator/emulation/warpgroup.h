@@ -22,7 +22,6 @@ void wgmma_issue(const WgmmaOperand& operand);
 void wgmma_commit();
 // Products execute here, the latest that the hardware may: what is overwritten before is seen.
 void wgmma_wait(int groups_left);
-void fence_proxy_async();
 
 // Matrix descriptor: start, leading and stride byte offsets, 128-byte swizzle (PTX ISA, "Matrix Descriptor Format").
 inline uint64_t wgmma_descriptor(const void* start, uint32_t leading, uint32_t stride) {

@@ -33,7 +33,7 @@ void deliver(const std::vector<AsyncCopy>& group) {
   for (const AsyncCopy& copy : group) {
     std::memcpy(copy.target, copy.source, size_t(copy.valid));
     std::memset(static_cast<char*>(copy.target) + copy.valid, 0, size_t(copy.bytes - copy.valid));
-    shadow_finish_copy(copy.target, size_t(copy.bytes));
+    shadow_end_write(copy.target, size_t(copy.bytes), make_stamp(observer.clock, observer.thread));
   }
 }
 
@@ -48,9 +48,9 @@ uint32_t shared_offset(const void* p) {
   return uint32_t(offset < memory_map.static_shared_bytes ? offset + (1u << 20) : size_t(address - memory_map.shared));
 }
 
-void check_aligned(const void* p, size_t alignment, const char* what) {
+void check_aligned(const void* p, size_t alignment, const char* what, const void* where) {
   if (reinterpret_cast<uintptr_t>(p) % alignment == 0) return;
-  report.add(Fault::misaligned, __builtin_return_address(0),
+  report.add(Fault::misaligned, where,
              format("%s of thread %d is not aligned to %zu bytes", what, observer.thread, alignment));
 }
 
@@ -59,14 +59,14 @@ void check_atomic(const void* p, size_t bytes) { access(p, bytes, Access::atomic
 // The target belongs to nobody until the wait that delivers the bytes: the latest that the hardware may be.
 void async_copy(void* target, const void* source, int bytes, int valid) {
   const void* where = __builtin_return_address(0);
-  check_aligned(target, size_t(bytes), "target of an asynchronous copy");
-  check_aligned(source, size_t(bytes), "source of an asynchronous copy");
+  check_aligned(target, size_t(bytes), "target of an asynchronous copy", where);
+  check_aligned(source, size_t(bytes), "source of an asynchronous copy", where);
   if (!in_shared_window(target)) {
     report.add(Fault::out_of_bounds, where, "asynchronous copy: the target is not in shared memory");
     return;
   }
   if (valid > 0) shadow_access(source, size_t(valid), Access::read, where);
-  shadow_issue_copy(target, size_t(bytes), where);
+  shadow_begin_write(target, size_t(bytes), where);
   running->open.push_back({target, source, bytes, valid});
 }
 

@@ -33,15 +33,12 @@ uint32_t element_offset(const WgmmaOperand& operand, int k, int n) {
 float element_of_b(const WgmmaOperand& operand, int k, int n) {
   const uint32_t offset = element_offset(operand, k, n);
   const unsigned char* p = dynamic_shared_memory() + offset;
-  const int writer = offset + 2 <= memory_map.shared_bytes ? shadow_last_writer(p) : -1;
+  const Stamp write = offset + 2 <= memory_map.shared_bytes ? shadow_last_write(p) : 0;
+  const int writer = clock_of(write) >= observer.block_start ? actor_of(write) : -1;
   impersonate(lane_of_running_warpgroup((writer + kWarpSize) % kWarpgroupSize));
   shadow_access(p, 2, Access::read, nullptr);
   if (offset + 2 > memory_map.shared_bytes) return 0;
-  if (writer >= 0 && !fenced(writer, p)) {
-    report.add(Fault::missing_fence, nullptr,
-               format("wgmma reads shared memory at %#x, written by thread %d without fence.proxy.async after", offset,
-                      writer));
-  }
+  check_proxy_fence(p, 2, "wgmma reads", nullptr);
   uint16_t bits;
   std::memcpy(&bits, p, 2);
   return operand.bf16 ? bf16_value(bits) : f16_value(bits);
