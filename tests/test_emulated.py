@@ -287,6 +287,31 @@ def test_project(ops: EmulatedOps, generator: torch.Generator, sizes: tuple[int,
     check(ops, "project_backward", _tokens(generator, dtype, *y.shape), x, phi, mask, True, True)
 
 
+# batch, heads of x, heads of phi, tokens, measurements, head dim
+IMPLICIT = [(2, 2, 1, 1100, 5, 20), (1, 1, 3, 45, 13, 7), (3, 2, 2, 70, 66, 17), (1, 1, 1, 1, 1, 1)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", IMPLICIT, ids=str)
+@pytest.mark.parametrize("ensemble", ["rademacher", "srht", "pool"])
+def test_project_implicit(
+    ops: EmulatedOps, generator: torch.Generator, ensemble: str, sizes: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    batch, x_heads, heads, tokens, measurements, head_dim = sizes
+    x = _tokens(generator, dtype, batch, x_heads, tokens, head_dim)
+    counts = anchors = None
+    if tokens > 1:
+        keep = torch.rand(batch, tokens, generator=generator) > 0.2
+        keep[:, [0, -1]] = False
+        counts = torch.nn.functional.pad(keep.cumsum(-1), (1, 0)).int()
+        anchors = torch.tensor([[0, -1, tokens - 1]], dtype=torch.int32)
+        x[:, :, 1:-1].masked_fill_(~keep[:, None, 1:-1, None], math.nan)
+    draw = (ensemble, measurements, heads, -3, 2)
+    y = check(ops, "project_implicit", _strided(x), counts, anchors, *draw)
+    dy = _strided(_tokens(generator, dtype, *y.shape))
+    check(ops, "project_implicit_backward", dy, counts, anchors, ensemble, heads, -3, 2, x_heads, tokens)
+
+
 def _check_empty(ops: EmulatedOps, name: str, *arguments: Any) -> Any:
     """Every element written (memory of the emulator starts unwritten), and with what plain torch gives."""
     got = getattr(ops, name)(*arguments)
@@ -310,6 +335,20 @@ def test_project_of_nothing_is_zero(library: Any, sizes: tuple[int, ...], parame
     for mask in (None, torch.ones(batch, tokens, dtype=torch.bool)):
         y = _check_empty(ops, "project", x, phi, mask)
         _check_empty(ops, "project_backward", torch.ones_like(y), x, phi, mask, True, True)
+
+
+@pytest.mark.parametrize("ensemble", ["rademacher", "srht", "pool"])
+@pytest.mark.parametrize("sizes", [(0, 2, 5, 4), (2, 2, 0, 4), (2, 2, 5, 0)])
+def test_project_implicit_of_nothing_is_zero(library: Any, sizes: tuple[int, ...], ensemble: str) -> None:
+    ops = EmulatedOps(library)
+    _, x_heads, tokens, _ = sizes
+    x = torch.ones(sizes, dtype=torch.bfloat16)
+    y = _check_empty(ops, "project_implicit", x, None, None, ensemble, 3, 4, 1, 0)
+    _check_empty(ops, "project_implicit_backward", y, None, None, ensemble, 4, 1, 0, x_heads, tokens)
+    masked = torch.zeros(1, tokens + 1, dtype=torch.int32)
+    y = _check_empty(ops, "project_implicit", x * math.nan, masked, None, ensemble, 3, 1, 1, 0)
+    dx = _check_empty(ops, "project_implicit_backward", y + 1, masked, None, ensemble, 1, 1, 0, x_heads, tokens)
+    assert bool((y == 0).all()) and bool((dx == 0).all())
 
 
 @pytest.mark.parametrize("batch,queries,measurements", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])

@@ -36,6 +36,13 @@ constexpr int64_t kTargetBlocks = 512;                 // sums over rows are spl
 constexpr int kSignRows = 64;                          // rows of a block that multiplies by signs, 16 a warp
 constexpr int kSignDepth = 32;                         // of its stages
 constexpr int kSignColumns = 256;                      // its columns with tensor cores; half without
+constexpr int kSegmentColumns = 64;                    // features of a warp that averages segments
+constexpr int kSegmentPart = 64;                       // tokens of a segment that are worth a warp of their own
+constexpr int kSegmentRun = 16;                        // tokens of a warp in the backward pass
+constexpr int kHadamardThreads = 512;                  // 32 groups of 32 tokens x 16 features
+constexpr int kHadamardTokens = 1024;                  // tokens of one fast transform: 32 x 32
+constexpr int kHadamardColumns = 16;                   // features of a block
+constexpr int kHadamardRows = 512;                     // its measurements, 16 a thread
 constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;
 
 // What the kernels ask of a device: 10 major + minor, and the shared memory that a block may have.
