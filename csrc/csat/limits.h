@@ -192,4 +192,19 @@ const char* why_not(const DecodeParams& p, int64_t shared_limit);
 const char* why_not(const DecodeBackwardParams& p, int64_t shared_limit);
 const char* why_not(const AttendParams& attend, const DecodeParams& decode, int64_t shared_limit);
 
+// ---- the question that dispatch and csat_ext.explain ask
+
+enum class Kernel { attend, decode, attend_decode, attend_backward, decode_backward };
+// In the order of preference. A pair is attend_decode as attend and decode, one of them at least on tensor cores.
+enum class Family { wgmma, mma, pair, simt };
+
+// What a kernel works on. decode.z.dtype is read for decode and decode_backward alone, pointers nowhere.
+struct Problem {
+  AttendParams attend;
+  DecodeParams decode;
+};
+
+// nullptr if the kernel runs in this family on the device, else the reason.
+const char* can_run(Kernel kernel, Family family, const Problem& p, const Device& device);
+
 }  // namespace csat::limits

@@ -127,12 +127,9 @@ struct Fused {
 
   Fused(const AttendParams& attend, const DecodeParams& decode) {
     const limits::Device device = limits::current_device();
-    limits::ForwardMmaPlan alone;
-    DecodeParams second = decode;
-    second.z.dtype = attend.q.dtype;
     on_tensor_cores = !limits::plan_forward(plan, &attend, &decode, device);
-    as_pair = !on_tensor_cores && (!limits::plan_forward(alone, &attend, nullptr, device) ||
-                                   !limits::plan_forward(alone, nullptr, &second, device));
+    as_pair = !on_tensor_cores &&
+              !limits::can_run(limits::Kernel::attend_decode, limits::Family::pair, {attend, decode}, device);
   }
 };
 

@@ -151,4 +151,58 @@ const char* why_not(const AttendParams& attend, const DecodeParams& decode, int6
       {check_attend(attend), check_decoder(decode), check_row(attend_decode_row(attend, decode), shared_limit)});
 }
 
+namespace {
+
+constexpr const char* kNoWgmma = "no wgmma version of this kernel";
+constexpr const char* kNoPair = "not a fused kernel";
+
+const char* can_pair(const Problem& p, const Device& device) {
+  ForwardMmaPlan plan;
+  DecodeParams decode = p.decode;
+  decode.z.dtype = p.attend.q.dtype;
+  const bool either = !plan_forward(plan, &p.attend, nullptr, device) || !plan_forward(plan, nullptr, &decode, device);
+  return either ? nullptr : "neither attend nor decode alone runs on tensor cores";
+}
+
+const char* can_run_forward(Kernel kernel, Family family, const Problem& p, const Device& device) {
+  const AttendParams* attend = kernel == Kernel::decode ? nullptr : &p.attend;
+  const DecodeParams* decode = kernel == Kernel::attend ? nullptr : &p.decode;
+  ForwardMmaPlan plan;
+  switch (family) {
+    case Family::wgmma:
+      return attend ? plan_wgmma(plan, *attend, decode, device) : kNoWgmma;
+    case Family::mma:
+      return plan_mma(plan, attend, decode, device.shared_bytes);
+    case Family::pair:
+      return kernel == Kernel::attend_decode ? can_pair(p, device) : kNoPair;
+    default:
+      if (kernel == Kernel::attend_decode) return why_not(p.attend, p.decode, device.shared_bytes);
+      return attend ? why_not(p.attend, device.shared_bytes) : why_not(p.decode, device.shared_bytes);
+  }
+}
+
+template <typename Params>
+const char* can_run_backward(Family family, const Params& p, const Device& device) {
+  if (family == Family::wgmma) return kNoWgmma;
+  if (family == Family::pair) return kNoPair;
+  return family == Family::mma ? why_not_mma(p, device.shared_bytes) : why_not(p, device.shared_bytes);
+}
+
+}  // namespace
+
+const char* can_run(Kernel kernel, Family family, const Problem& p, const Device& device) {
+  if (kernel == Kernel::attend_backward) {
+    AttendBackwardParams backward{};
+    backward.forward = p.attend;
+    backward.dq.stride[3] = 1;
+    return can_run_backward(family, backward, device);
+  }
+  if (kernel == Kernel::decode_backward) {
+    DecodeBackwardParams backward{};
+    backward.forward = p.decode;
+    return can_run_backward(family, backward, device);
+  }
+  return can_run_forward(kernel, family, p, device);
+}
+
 }  // namespace csat::limits
