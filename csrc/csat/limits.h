@@ -29,10 +29,16 @@ constexpr int kMeasurementTile = 128;  // measurements whose scores one row tile
 constexpr int kOuterDepth = 32;        // rows staged at a time by the sums of outer products
 constexpr int kMaxFeature = 1024;      // D, R, P, Dv
 
-constexpr int64_t kSharedPreferred = 72 * 1024;        // two blocks on an SM of 163 KiB, three on one of 227 KiB
-constexpr int64_t kWorkspaceCap = int64_t(256) << 20;  // bytes of saved iterates before decode_backward goes in chunks
-constexpr int64_t kTargetBlocks = 512;                 // sums over rows are split until this many blocks run
+constexpr int64_t kSharedPreferred = 72 * 1024;  // two blocks on an SM of 163 KiB, three on one of 227 KiB
+constexpr int64_t kTargetBlocks = 512;           // sums over rows are split until this many blocks run
+constexpr int64_t kOuterBlocks = 256;            // the same on tensor cores
 constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;
+#ifdef CSAT_EMULATE  // small problems too go in chunks and splits
+constexpr int64_t kWorkspaceCap = int64_t(512) << 10, kOuterSplitRows = 128;
+#else
+constexpr int64_t kWorkspaceCap = int64_t(256) << 20;  // bytes of saved iterates before decode_backward goes in chunks
+constexpr int64_t kOuterSplitRows = 1024;  // the least of a split on tensor cores, which writes 4 bytes an output
+#endif
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
@@ -112,6 +118,17 @@ struct ForwardMmaPlan {
 // nullptr and a plan, or the reason why there is none. With both, attend and decode run as one kernel.
 const char* plan_mma(ForwardMmaPlan& plan, const AttendParams* attend, const DecodeParams* decode,
                      int64_t shared_limit);
+
+// decode_backward on tensor cores. R and Dv share a size; two row blocks a warp where registers leave them room.
+constexpr int decode_backward_feature(int64_t R, int64_t Dv) { return smallest_of({64, 128}, R > Dv ? R : Dv); }
+constexpr int decode_backward_rows(int atoms, int feature) { return atoms <= 128 && feature <= 64 ? 32 : 16; }
+// S_t, B_t and psi of one layer; psi lies in a place of its own or in that of B, which is then loaded again.
+constexpr int64_t decode_backward_bytes(int atoms, int feature, bool psi_apart) {
+  const int64_t B = mma_tile_bytes(atoms, feature), psi = mma_tile_bytes(feature, atoms);
+  return mma_tile_bytes(atoms, atoms) + (psi_apart ? B + psi : (B > psi ? B : psi));
+}
+// nullptr if decode_backward runs on tensor cores within `shared_limit` bytes a block, else the reason.
+const char* why_not_mma(const DecodeBackwardParams& p, int64_t shared_limit);
 
 // nullptr if the op runs within `shared_limit` bytes a block, else the reason.
 const char* why_not(const AttendParams& p, int64_t shared_limit);

@@ -75,6 +75,17 @@ const char* plan_mma(ForwardMmaPlan& plan, const AttendParams* attend, const Dec
   return "two chunks of measurements and the decoder's weights exceed the shared memory of a block";
 }
 
+const char* why_not_mma(const DecodeBackwardParams& p, int64_t shared_limit) {
+  const Decoder& d = p.forward.decoder;
+  const int atoms = mma_atoms(d.coefficients), feature = decode_backward_feature(d.features, d.outputs);
+  if (p.forward.z.dtype == DType::f32) return "float32: the tensor cores take bf16 and fp16";
+  if (!atoms) return "coefficient count P above 256";
+  if (!feature) return "R or Dv above 128";
+  return decode_backward_bytes(atoms, feature, false) <= shared_limit
+             ? nullptr
+             : "a layer's weights exceed the shared memory of a block";
+}
+
 const char* why_not(const AttendParams& p, int64_t shared_limit) {
   return first_of({check_attend(p), check_row(attend_row(p.measurements, p.head_dim, p.features), shared_limit)});
 }
