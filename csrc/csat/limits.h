@@ -30,20 +30,26 @@ constexpr int kMeasurementTile = 128;  // measurements whose scores one row tile
 constexpr int kOuterDepth = 32;        // rows staged at a time by the sums of outer products
 constexpr int kMaxFeature = 1024;      // D, R, P, Dv
 
-constexpr int64_t kSharedPreferred = 72 * 1024;        // two blocks on an SM of 163 KiB, three on one of 227 KiB
-constexpr int64_t kWorkspaceCap = int64_t(256) << 20;  // bytes of saved iterates before decode_backward goes in chunks
-constexpr int64_t kTargetBlocks = 512;                 // sums over rows are split until this many blocks run
-constexpr int kSignRows = 64;                          // rows of a block that multiplies by signs, 16 a warp
-constexpr int kSignDepth = 32;                         // of its stages
-constexpr int kSignColumns = 256;                      // its columns with tensor cores; half without
-constexpr int kSegmentColumns = 64;                    // features of a warp that averages segments
-constexpr int kSegmentPart = 64;                       // tokens of a segment that are worth a warp of their own
-constexpr int kSegmentRun = 16;                        // tokens of a warp in the backward pass
-constexpr int kHadamardThreads = 512;                  // 32 groups of 32 tokens x 16 features
-constexpr int kHadamardTokens = 1024;                  // tokens of one fast transform: 32 x 32
-constexpr int kHadamardColumns = 16;                   // features of a block
-constexpr int kHadamardRows = 512;                     // its measurements, 16 a thread
+constexpr int64_t kSharedPreferred = 72 * 1024;  // two blocks on an SM of 163 KiB, three on one of 227 KiB
+constexpr int64_t kTargetBlocks = 512;           // sums over rows are split until this many blocks run
+constexpr int64_t kOuterBlocks = 256;            // the same on tensor cores
+constexpr int kSignRows = 64;                    // rows of a block that multiplies by signs, 16 a warp
+constexpr int kSignDepth = 32;                   // of its stages
+constexpr int kSignColumns = 256;                // its columns with tensor cores; half without
+constexpr int kSegmentColumns = 64;              // features of a warp that averages segments
+constexpr int kSegmentPart = 64;                 // tokens of a segment that are worth a warp of their own
+constexpr int kSegmentRun = 16;                  // tokens of a warp in the backward pass
+constexpr int kHadamardThreads = 512;            // 32 groups of 32 tokens x 16 features
+constexpr int kHadamardTokens = 1024;            // tokens of one fast transform: 32 x 32
+constexpr int kHadamardColumns = 16;             // features of a block
+constexpr int kHadamardRows = 512;               // its measurements, 16 a thread
 constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;
+#ifdef CSAT_EMULATE  // small problems too go in chunks and splits
+constexpr int64_t kWorkspaceCap = int64_t(512) << 10, kOuterSplitRows = 128;
+#else
+constexpr int64_t kWorkspaceCap = int64_t(256) << 20;  // bytes of saved iterates before decode_backward goes in chunks
+constexpr int64_t kOuterSplitRows = 1024;  // the least of a split on tensor cores, which writes 4 bytes an output
+#endif
 
 // What the kernels ask of a device: 10 major + minor, and the shared memory that a block may have.
 struct Device {
@@ -184,6 +190,17 @@ constexpr int64_t backward_shift_mma_bytes(int feature) {
 // nullptr if attend's backward runs on tensor cores within `shared_limit` bytes a block, else the reason why it takes
 // the SIMT kernels.
 const char* why_not_mma(const AttendBackwardParams& p, int64_t shared_limit);
+
+// decode_backward on tensor cores. R and Dv share a size; two row blocks a warp where registers leave them room.
+constexpr int decode_backward_feature(int64_t R, int64_t Dv) { return smallest_of({64, 128}, R > Dv ? R : Dv); }
+constexpr int decode_backward_rows(int atoms, int feature) { return atoms <= 128 && feature <= 64 ? 32 : 16; }
+// S_t, B_t and psi of one layer; psi lies in a place of its own or in that of B, which is then loaded again.
+constexpr int64_t decode_backward_bytes(int atoms, int feature, bool psi_apart) {
+  const int64_t B = mma_tile_bytes(atoms, feature), psi = mma_tile_bytes(feature, atoms);
+  return mma_tile_bytes(atoms, atoms) + (psi_apart ? B + psi : (B > psi ? B : psi));
+}
+// nullptr if decode_backward runs on tensor cores within `shared_limit` bytes a block, else the reason.
+const char* why_not_mma(const DecodeBackwardParams& p, int64_t shared_limit);
 
 // nullptr if the op runs within `shared_limit` bytes a block, else the reason.
 const char* why_not(const AttendParams& p, int64_t shared_limit);

@@ -34,18 +34,24 @@ const char* check_decoder(const DecodeParams& p) {
 
 namespace {
 
+const char* check_dtypes(DType dtype, const Decoder* d) {
+  if (dtype == DType::f32) return "float32: the tensor cores take bf16 and fp16";
+  if (d)
+    for (const View* weight : {&d->S, &d->B, &d->psi})
+      if (weight->dtype != DType::f32 && weight->dtype != dtype) return "decoder weights of another 16-bit dtype";
+  return nullptr;
+}
+
 // The compile-time sizes of both tensor-core families; `feature_of` picks that of D, R and Dv.
 const char* plan_sizes(ForwardMmaPlan& plan, const AttendParams* attend, const DecodeParams* decode,
                        int (*feature_of)(int64_t), const char* feature_reason) {
   const DType dtype = attend ? attend->q.dtype : decode->z.dtype;
-  if (dtype == DType::f32) return "float32: the tensor cores take bf16 and fp16";
+  if (const char* reason = check_dtypes(dtype, decode ? &decode->decoder : nullptr)) return reason;
   int64_t feature = 0;
   if (attend) feature = attend->head_dim > attend->features ? attend->head_dim : attend->features;
   if (decode) {
     const Decoder& d = decode->decoder;
     for (int64_t n : {d.features, d.outputs}) feature = feature > n ? feature : n;
-    for (const View* weight : {&d.S, &d.B, &d.psi})
-      if (weight->dtype != DType::f32 && weight->dtype != dtype) return "decoder weights of another 16-bit dtype";
     plan.atoms = mma_atoms(d.coefficients);
     if (!plan.atoms) return "coefficient count P above 256";
     if (attend && plan.atoms > kFusedMmaAtoms) return "coefficient count P above 128 in the fused kernel";
@@ -109,6 +115,17 @@ const char* plan_forward(ForwardMmaPlan& plan, const AttendParams* attend, const
   return plan_mma(plan, attend, decode, device.shared_bytes);
 }
 
+const char* why_not_mma(const DecodeBackwardParams& p, int64_t shared_limit) {
+  const Decoder& d = p.forward.decoder;
+  const int atoms = mma_atoms(d.coefficients), feature = decode_backward_feature(d.features, d.outputs);
+  if (const char* reason = check_dtypes(p.forward.z.dtype, &d)) return reason;
+  if (!atoms) return "coefficient count P above 256";
+  if (!feature) return "R or Dv above 128";
+  return decode_backward_bytes(atoms, feature, false) <= shared_limit
+             ? nullptr
+             : "a layer's weights exceed the shared memory of a block";
+}
+
 const char* why_not(const AttendParams& p, int64_t shared_limit) {
   return first_of({check_attend(p), check_row(attend_row(p.measurements, p.head_dim, p.features), shared_limit)});
 }
@@ -122,7 +139,7 @@ const char* why_not(const AttendBackwardParams& p, int64_t shared_limit) {
 const char* why_not_mma(const AttendBackwardParams& p, int64_t shared_limit) {
   const AttendParams& f = p.forward;
   const int feature = mma_feature(f.head_dim > f.features ? f.head_dim : f.features);
-  if (f.q.dtype == DType::f32) return "float32 would lose accuracy on tensor cores";
+  if (const char* reason = check_dtypes(f.q.dtype, nullptr)) return reason;
   if (!feature) return "head dimension D or feature count R above 128";
   if (f.measurements == 0) return "no measurements";
   if (p.dq.stride[3] != 1) return "the rows of dq are not contiguous";
