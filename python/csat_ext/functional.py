@@ -165,6 +165,8 @@ def csat_attention(
         )
     query, key, value = _autocast(query, key, value)
     _check_attention(query, key, value)
+    for name, phi in (("phi_k", phi_k), ("phi_v", phi_v)):
+        _check_compresses(name, phi, key)
     kc, vc, score_bias = measure(key, value, phi_k, phi_v, feature_sensing, score_bias, key_mask, heads=query.shape[1])
     return recover(query, kc, vc, decoder=decoder, scale=scale, score_bias=score_bias)
 
@@ -183,15 +185,15 @@ def measure(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """First half of `csat_attention`: (Kc, Vc, score bias) from K and V. Arguments as there; ``heads`` is H.
 
-    ``renormalise=False``: Phi and the bias were made for this ``key_mask`` (`measurement(..., key_mask=)`); masked
-    tokens are skipped and nothing else is done.
+    ``renormalise=False``: Phi and the bias were made for this ``key_mask`` (`measurement(..., key_mask=)`), or are a
+    part of the columns; masked tokens are skipped and nothing else is done. N may be below M: the sum of the
+    measurements of consecutive pieces of K and V is the measurement of the whole.
 
     Returns:
         Kc (B, Hc, M, D), Vc (B, Hc, M, R) with Hc = Hk or H, and the score bias (1 or B, 1 or H, M), in which rows of
         Phi that ``key_mask`` left empty are -inf, or None.
     """
     phi_k = _canonical_phi("phi_k", phi_k, key, heads)
-    same = phi_v is None
     phi_v = phi_k if phi_v is None else _canonical_phi("phi_v", phi_v, value, heads)
     if phi_v.shape[-2] != phi_k.shape[-2]:
         raise ValueError(f"phi_v has {phi_v.shape[-2]} measurements, phi_k has {phi_k.shape[-2]}: they must agree")
@@ -199,14 +201,22 @@ def measure(
     kc = torch.ops.csat.project(key, phi_k, key_mask if key_mask is None else checked_mask(key_mask, key))
     vc = torch.ops.csat.project(value, phi_v, key_mask)
     if key_mask is not None and renormalise:
-        ratio_k, empty = renormalise_rows(phi_k, key_mask)
-        ratio_v = ratio_k if same else renormalise_rows(phi_v, key_mask)[0]
-        kc = _scale_rows(kc, ratio_k)
-        vc = _scale_rows(vc, ratio_v)
-        bias = _silence(bias, empty, heads)
+        kc, vc, bias = renormalised(kc, vc, bias, phi_k, phi_v, key_mask, heads=heads)
     if feature_sensing is not None:
         vc = _sense_features(vc, feature_sensing, value, heads)
     return *_match_heads(kc, vc, heads), bias
+
+
+def renormalised(
+    kc: Tensor, vc: Tensor, bias: Tensor | None, phi_k: Tensor, phi_v: Tensor, key_mask: Tensor, *, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Measurements made under ``key_mask`` (B, N), their rows renormalised for it, and the bias, -inf at empty rows.
+
+    Shapes as `measure` returns them; Phi with batch and head axes, (1 or B, Hp, M, N), all of its columns.
+    """
+    ratio_k, empty = renormalise_rows(phi_k, key_mask)
+    ratio_v = ratio_k if phi_v is phi_k else renormalise_rows(phi_v, key_mask)[0]
+    return _scale_rows(kc, ratio_k), _scale_rows(vc, ratio_v), _silence(bias, empty, heads)
 
 
 def recover(
@@ -384,6 +394,13 @@ def _check_attention(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
 
 
+def _check_compresses(name: str, phi: Tensor | None, key: Tensor) -> None:
+    """m <= n, which holds for the whole Phi only: one rank's columns of it may be fewer than its rows."""
+    if isinstance(phi, Tensor) and phi.dim() >= 2 and phi.shape[-1] == key.shape[2] < phi.shape[-2]:
+        m, n = phi.shape[-2:]
+        raise ValueError(f"{name} has m = {m} measurements of n = {n} tokens; accepted: 1 <= m <= n")
+
+
 def _canonical_phi(name: str, phi: Tensor, x: Tensor, heads: int) -> Tensor:
     """phi with batch and head axes, (1 or B, Hp, M, N), checked against the tokens x (B, Hk, N, D)."""
     _check_parameter(name, phi, (2, 3, 4))
@@ -391,8 +408,8 @@ def _canonical_phi(name: str, phi: Tensor, x: Tensor, heads: int) -> Tensor:
     m, n = phi.shape[-2:]
     if n != x.shape[2]:
         raise ValueError(f"{name} has {n} columns, key has {x.shape[2]} tokens: they must agree")
-    if not 1 <= m <= n:
-        raise ValueError(f"{name} has m = {m} measurements of n = {n} tokens; accepted: 1 <= m <= n")
+    if m < 1:
+        raise ValueError(f"{name} has m = {m} measurements; accepted: 1 <= m <= n")
     phi = phi.reshape((1,) * (4 - phi.dim()) + phi.shape)
     if phi.shape[1] not in (1, x.shape[1], heads):
         raise ValueError(f"{name} has {phi.shape[1]} heads; accepted: 1, {x.shape[1]} (keys) or {heads} (queries)")

@@ -5,15 +5,24 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from csat_ext.config import CSATConfig
 from csat_ext.dictionaries import dictionary
-from csat_ext.functional import Decoder, LinearDecoder, SparseDecoder, autocasts, checked_mask, measure, recover
-from csat_ext.measurements import ENSEMBLES, Measurement, measurement
+from csat_ext.functional import (
+    Decoder,
+    LinearDecoder,
+    SparseDecoder,
+    autocasts,
+    checked_mask,
+    measure,
+    recover,
+    renormalised,
+)
+from csat_ext.measurements import ENSEMBLES, Measurement, Part, measurement
 from csat_ext.philox import GENERATOR_VERSION
 from csat_ext.reference.attention import has_values
 from csat_ext.reference.lista import (
@@ -31,6 +40,19 @@ _FEATURE_SENSING = 2 << 32
 """Offset of the seed that F starts from."""
 
 
+class Parallel(Protocol):
+    """How several ranks compute one layer together: `CSATAttention.parallel`, set by `csat_ext.parallel`."""
+
+    def heads(self, count: int) -> range:
+        """Which of ``count`` heads this rank computes."""
+
+    def own(self, weight: Tensor) -> Tensor:
+        """The rows of a weight with a leading head axis that belong to this rank's heads."""
+
+    def attend(self, attention: CSATAttention, x: Tensor, context: Tensor, key_mask: Tensor | None) -> Tensor:
+        """What the output projection takes, (B, Nq, its input features), of this rank's x and context."""
+
+
 class CSATAttention(nn.Module):
     """Attention over m measurements of the keys and values (`csat_attention`) between input and output projections.
 
@@ -45,6 +67,8 @@ class CSATAttention(nn.Module):
     - ``threshold`` (H, T, P), ``step`` (H, T) and the weights of the decoder: ``decoder_w`` (H, R, P) of the coupled
       form, ``decoder_s`` (H, T, P, P) and ``decoder_b`` (H, T, P, R) of the untied one, ``linear_weight`` (H, R, Dv)
       of the control.
+
+    ``parallel``, None by default, spreads the layer over ranks: by tokens or by heads (`csat_ext.parallel`).
 
     Args:
         embed_dim: width of the queries and the output; a multiple of ``num_heads``.
@@ -82,7 +106,27 @@ class CSATAttention(nn.Module):
         key = (GENERATOR_VERSION, _ensemble_code(config.ensemble), config.seed, config.layer)
         self.register_buffer("measurement_key", torch.tensor(key, dtype=torch.int64))
         self._fixed: dict[tuple[Any, ...], Any] = {}
+        self._parallel: Parallel | None = None
         self._create_parameters()
+
+    # ---- what this rank computes ------------------------------------------------------------------------------------
+
+    @property
+    def parallel(self) -> Parallel | None:
+        return self._parallel
+
+    @parallel.setter
+    def parallel(self, parallel: Parallel | None) -> None:
+        self._parallel = parallel
+        self._fixed.clear()  # made for other heads
+
+    @property
+    def heads(self) -> range:
+        """The heads that are computed here."""
+        return range(self.num_heads) if self._parallel is None else self._parallel.heads(self.num_heads)
+
+    def _own(self, weight: Tensor) -> Tensor:
+        return weight if self._parallel is None else self._parallel.own(weight)
 
     # ---- parameters -------------------------------------------------------------------------------------------------
 
@@ -136,7 +180,7 @@ class CSATAttention(nn.Module):
         """The dictionary, (1 or H, Dv, P)."""
         config, dtype, device = self.config, self._decoder_dtype, self.q_proj.weight.device
         if config.dictionary == "learned":
-            return self._wide(self.psi)
+            return self._wide(self._own(self.psi))
 
         def make() -> Tensor:
             kind, seed = config.dictionary, config.seed
@@ -153,8 +197,8 @@ class CSATAttention(nn.Module):
 
     def _sensing_matrix(self) -> Tensor:
         """A = F Psi, (H, R, P)."""
-        psi = self._psi().expand(self.num_heads, -1, -1)
-        return psi if self.config.feature_rank is None else self._wide(self.feature_sensing) @ psi
+        psi, f = self._psi().expand(len(self.heads), -1, -1), self._f()
+        return psi if f is None else self._wide(f) @ psi
 
     def decoder(self) -> Decoder | None:
         """The decoder at the parameters' present values, or None; its weights are in float32 (float64 for float64),
@@ -167,22 +211,22 @@ class CSATAttention(nn.Module):
         if config.decoder == "none":
             return None
         if config.decoder == "linear":
-            return LinearDecoder(self.linear_weight)
+            return LinearDecoder(self._own(self.linear_weight))
         # The forward clamps at 0, the backward passes: a threshold pushed below 0 can come back.
-        raw = self._wide(self.threshold)
+        raw = self._wide(self._own(self.threshold))
         theta = raw + (raw.clamp(min=0) - raw).detach()
         s, b, theta, psi, step = (weight.contiguous() for weight in self._decoder_weights(theta))
         return SparseDecoder(s, b, theta, psi, step, check_values=False)
 
     def _decoder_weights(self, theta: Tensor) -> DecoderWeights:
         config, a = self.config, self._sensing_matrix()
-        psi = self._psi().expand(self.num_heads, -1, -1)
+        psi = self._psi().expand(len(self.heads), -1, -1)
         ones = torch.ones_like(theta[..., 0])
         if config.decoder == "lista_untied":
-            s, b = self._wide(self.decoder_s), self._wide(self.decoder_b)
+            s, b = self._wide(self._own(self.decoder_s)), self._wide(self._own(self.decoder_b))
             return DecoderWeights(s, b, theta, psi, ones)
-        w = self._wide(self.decoder_w) if config.decoder == "lista" else self._unlearned_weight(a)
-        step = ones if config.decoder == "ista" else self._wide(self.step)
+        w = self._wide(self._own(self.decoder_w)) if config.decoder == "lista" else self._unlearned_weight(a)
+        step = ones if config.decoder == "ista" else self._wide(self._own(self.step))
         return coupled_weights(w, a, theta, step, psi)
 
     def _unlearned_weight(self, a: Tensor) -> Tensor:
@@ -213,7 +257,9 @@ class CSATAttention(nn.Module):
                 self._fixed[key] = make()
         return self._fixed[key]
 
-    def _draw(self, n: int, device: torch.device, key_mask: Tensor | None, seed_offset: int = 0) -> Measurement:
+    def _draw(
+        self, n: int, device: torch.device, key_mask: Tensor | None, part: Part | None = None, seed_offset: int = 0
+    ) -> Measurement:
         config = self.config
         shifts = "head_shift" in ENSEMBLES[config.ensemble].options and config.head_shift
         return measurement(
@@ -228,26 +274,41 @@ class CSATAttention(nn.Module):
             grid=config.grid,
             head_shift=shifts,
             key_mask=key_mask,
+            part=part,
         )
 
-    def measurement(self, n: int, device: torch.device, key_mask: Tensor | None = None) -> Measurement:
+    def measurement(
+        self, n: int, device: torch.device, key_mask: Tensor | None = None, part: Part | None = None
+    ) -> Measurement:
         """Phi (and the score bias) that keys of length n meet, in float32; with a key mask one for each batch
-        element."""
+        element; with a part its columns and heads."""
         if self.config.learned:
-            return Measurement(self.phi, self.score_bias)
-        if key_mask is not None:
-            return self._draw(n, device, key_mask)
-        return self._remember(("phi", n, device), lambda: self._draw(n, device, None))
+            phi = self._own(self.phi)
+            columns = phi if part is None else phi[..., part.start : part.stop].contiguous()
+            return Measurement(columns, self._own(self.score_bias))
+        return self._fixed_measurement("phi", n, device, key_mask, part)
 
-    def _phi_v(self, n: int, device: torch.device, key_mask: Tensor | None) -> Tensor | None:
+    def _fixed_measurement(
+        self, kind: str, n: int, device: torch.device, key_mask: Tensor | None, part: Part | None, seed_offset: int = 0
+    ) -> Measurement:
+        if key_mask is not None:
+            return self._draw(n, device, key_mask, part, seed_offset)
+        return self._remember((kind, n, device, part), lambda: self._draw(n, device, None, part, seed_offset))
+
+    def _phi_v(self, n: int, device: torch.device, key_mask: Tensor | None, part: Part | None) -> Tensor | None:
         if self.config.share_kv:
             return None
-        if key_mask is not None:
-            return self._draw(n, device, key_mask, _INDEPENDENT_PHI_V).phi
-        return self._remember(("phi_v", n, device), lambda: self._draw(n, device, None, _INDEPENDENT_PHI_V)).phi
+        return self._fixed_measurement("phi_v", n, device, key_mask, part, _INDEPENDENT_PHI_V).phi
 
-    def _measure(self, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        config, n = self.config, k.shape[2]
+    def measured(
+        self, k: Tensor, v: Tensor, key_mask: Tensor | None, n: int, part: Part | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Kc, Vc and the score bias of `functional.measure` from the keys and values (B, heads, tokens, D).
+
+        With a part they are those of its heads and tokens out of n; measurements of the parts of one sequence add up to
+        those of the whole, and the bias is that of the whole already.
+        """
+        config = self.config
         if key_mask is not None:
             checked_mask(key_mask, k)
         if config.learned and n != config.length:
@@ -260,33 +321,61 @@ class CSATAttention(nn.Module):
                     f"keys of length {n} are no longer than the {config.measurements} measurements "
                     "and exact_when_short is False"
                 )
-            return self._exact(k, v, key_mask)
-        drawn = self.measurement(n, k.device, key_mask)
+            return self._exact(k, v, key_mask, n, part)
+        drawn = self.measurement(n, k.device, key_mask, part)
         bias = drawn.score_bias if config.log_mass or config.learned or key_mask is not None else None
         if bias is not None and not (config.log_mass or config.learned):
             bias = torch.zeros_like(bias).masked_fill(bias == -torch.inf, -torch.inf)
-        phi_v = self._phi_v(n, k.device, key_mask)
-        return measure(
-            k, v, drawn.phi, phi_v, self._f(), bias, key_mask, heads=self.num_heads, renormalise=config.learned
-        )
+        phi_v, heads = self._phi_v(n, k.device, key_mask, part), len(self.heads)
+        kc, vc, bias = measure(k, v, drawn.phi, phi_v, self._f(), bias, key_mask, heads=heads, renormalise=False)
+        if key_mask is not None and config.learned:
+            phi = self._own(self.phi).unsqueeze(0)
+            mask = key_mask if part is None else part.all_columns(key_mask)
+            return renormalised(kc, vc, bias, phi, phi, mask, heads=heads)
+        return kc, vc, bias
 
-    def _exact(self, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _exact(
+        self, k: Tensor, v: Tensor, key_mask: Tensor | None, n: int, part: Part | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Phi = I: the tokens are their own measurements, masked ones zeroed and silenced."""
         bias = None
         if key_mask is not None:
             keep = key_mask[:, None, :, None]
             k, v = torch.where(keep, k, 0), torch.where(keep, v, 0)
-            bias = torch.zeros(key_mask.shape, device=k.device).masked_fill(~key_mask, -torch.inf).unsqueeze(1)
+            mask = key_mask if part is None else part.all_columns(key_mask)
+            bias = torch.zeros(mask.shape, device=k.device).masked_fill(~mask, -torch.inf).unsqueeze(1)
+        if part is not None:
+            k, v = (nn.functional.pad(t, (0, 0, part.start, n - part.stop)) for t in (k, v))
         f = self._f()
         return k, v if f is None else v @ f.to(v.dtype).mT, bias
 
     def _f(self) -> Tensor | None:
-        return None if self.config.feature_rank is None else self.feature_sensing
+        return None if self.config.feature_rank is None else self._own(self.feature_sensing)
 
     # ---- forward ----------------------------------------------------------------------------------------------------
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (x.shape[-1] // self.head_dim, self.head_dim)).transpose(1, 2)
+
+    def queries(self, x: Tensor) -> Tensor:
+        """(B, heads, Nq, D) from x (B, Nq, embed_dim): the heads of `q_proj`, here or on this rank."""
+        return self._split(self.q_proj(x))
+
+    def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Both (B, heads, N, D) from the context (B, N, kv_dim)."""
+        return self._split(self.k_proj(context)), self._split(self.v_proj(context))
+
+    def rows(self, q: Tensor, kc: Tensor, vc: Tensor, bias: Tensor | None) -> Tensor:
+        """The decoded rows (B, heads, Nq, D) of the queries over what `measured` returned."""
+        if self.config.gain:
+            kc = kc * self._own(self.gain).to(kc.dtype)[:, None, None]
+        return recover(q, kc, vc, decoder=self.decoder(), score_bias=bias)
+
+    def attend(self, x: Tensor, context: Tensor, key_mask: Tensor | None, part: Part | None = None) -> Tensor:
+        """Everything but the output projection, where every token is here: (B, Nq, heads D)."""
+        k, v = self.keys_and_values(context)
+        rows = self.rows(self.queries(x), *self.measured(k, v, key_mask, k.shape[2], part))
+        return rows.transpose(1, 2).flatten(2)
 
     def forward(self, x: Tensor, context: Tensor | None = None, *, key_mask: Tensor | None = None) -> Tensor:
         """Attend from x to ``context`` (to x itself when absent).
@@ -304,12 +393,9 @@ class CSATAttention(nn.Module):
         """
         context = x if context is None else context
         self._check_inputs(x, context)
-        q, k, v = self._heads(self.q_proj(x)), self._heads(self.k_proj(context)), self._heads(self.v_proj(context))
-        kc, vc, bias = self._measure(k, v, key_mask)
-        if self.config.gain:
-            kc = kc * self.gain.to(kc.dtype)[:, None, None]
-        rows = recover(q, kc, vc, decoder=self.decoder(), score_bias=bias)
-        return self.out_proj(rows.transpose(1, 2).flatten(2))
+        if self._parallel is None:
+            return self.out_proj(self.attend(x, context, key_mask))
+        return self.out_proj(self._parallel.attend(self, x, context, key_mask))
 
     def _check_inputs(self, x: Tensor, context: Tensor) -> None:
         weight = self.q_proj.weight
@@ -332,11 +418,13 @@ class CSATAttention(nn.Module):
         The decoder that inverts F Psi starts anew at its analytic weights.
 
         Raises:
-            ValueError: the config has no ``feature_rank``.
+            ValueError: the config has no ``feature_rank``, or the layer is spread over ranks.
         """
         if self.config.feature_rank is None:
             raise ValueError("calibrate sets the feature sensing F: the config has feature_rank = None")
-        values = self._heads(self.v_proj(context)).float().transpose(0, 1).flatten(1, 2)
+        if self._parallel is not None:
+            raise ValueError("calibrate needs all tokens and heads: call it before the layer is spread over ranks")
+        values = self._split(self.v_proj(context)).float().transpose(0, 1).flatten(1, 2)
         _, directions = torch.linalg.eigh(values.mT @ values)
         principal = directions[..., -self.config.feature_rank :].flip(-1).mT
         self.feature_sensing.copy_(principal)
