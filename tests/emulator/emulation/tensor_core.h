@@ -1,6 +1,7 @@
 // Tensor-core and asynchronous-copy instructions under the names that prims.cuh gives them.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <type_traits>
 
@@ -64,6 +65,16 @@ template <typename T>
 inline uint32_t pack2(float low, float high) {
   return uint32_t(T(low).bits) | uint32_t(T(high).bits) << 16;
 }
+
+template <typename T>
+inline float2 unpack2(uint32_t pair) {
+  T low, high;
+  low.bits = uint16_t(pair);
+  high.bits = uint16_t(pair >> 16);
+  return {float(low), float(high)};
+}
+
+inline float exp2_approx(float x) { return std::exp2(x); }
 
 inline void named_barrier_sync(int id, int threads, int line = __builtin_LINE()) {
   emulator::named_barrier(id, threads, true, line);
