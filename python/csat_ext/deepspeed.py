@@ -29,6 +29,7 @@ from torch import nn
 
 from csat_ext.config import CSATConfig, refuse_unknown
 from csat_ext.module import CSATAttention, parameter_groups
+from csat_ext.parallel import FORMS, engine, shard_sequence
 
 SECTION = "csat_attention"
 BUILDER = "CSATAttentionBuilder"
@@ -45,12 +46,15 @@ class CSATSection:
         layers: shell patterns of module names, alternatives joined by `|`; each of them must match something.
         threshold_lr_scale: learning rate of the decoder's thresholds over that of the other parameters.
         attention: what each chosen module becomes.
+        sequence_parallel: how layers work together where ``mpu`` spreads the tokens over ranks: a name from
+            `csat_ext.parallel.FORMS`.
     """
 
     enabled: bool = False
     layers: str = "*"
     threshold_lr_scale: float = 10.0
     attention: CSATConfig = field(default_factory=CSATConfig)
+    sequence_parallel: str = "measurements"
 
     @property
     def patterns(self) -> list[str]:
@@ -167,6 +171,9 @@ def initialize(
     `csat_ext.module.parameter_groups`: no weight decay on norms, biases and thresholds, and the thresholds'
     own learning rate. `model.parameters()`, a generator, is read after the replacement and therefore complete.
 
+    An ``mpu`` with sequence-parallel groups (`deepspeed.runtime.sequence_parallel.parallel_state_sp`) spreads the
+    tokens of the replaced modules over them, and the engine's gradients are made right (`csat_ext.parallel.engine`).
+
     Raises:
         ValueError: parameters of the replaced modules that `model_parameters` or `optimizer` lacks: they were
             collected before the replacement; or as `read_section` and `apply`.
@@ -185,6 +192,10 @@ def initialize(
     ds_config = load_json(config)
     section = read_section(ds_config)
     replaced = apply(model, section)
+    if replaced:
+        engine.refuse_scalars(model)
+    if replaced and hasattr(mpu, "get_sequence_parallel_group"):
+        shard_sequence(model, mpu.get_sequence_parallel_group(), section.sequence_parallel)
     if optimizer is None and model_parameters is None:
         model_parameters = _groups(model, ds_config, section)
     elif model_parameters is not None:
@@ -192,7 +203,7 @@ def initialize(
         _check_trained(model, replaced, "model_parameters", model_parameters)
     elif hasattr(optimizer, "param_groups"):
         _check_trained(model, replaced, "optimizer", optimizer.param_groups)
-    return deepspeed.initialize(
+    made = deepspeed.initialize(
         args=args,
         model=model,
         optimizer=optimizer,
@@ -206,6 +217,8 @@ def initialize(
         config=ds_config,
         mesh_param=mesh_param,
     )
+    engine.reconcile(made[0])
+    return made
 
 
 def register() -> None:
@@ -290,6 +303,9 @@ def _check_own(chosen: dict[str, Any]) -> None:
             raise TypeError(f"{SECTION}.{key}: {chosen[key]!r} came, {words} is accepted")
     if "layers" in chosen and not all(pattern.strip() for pattern in chosen["layers"].split("|")):
         raise ValueError(f"{SECTION}.layers: {chosen['layers']!r} has an empty alternative")
+    form = chosen.get("sequence_parallel", "measurements")
+    if form not in FORMS:
+        raise ValueError(f"{SECTION}.sequence_parallel: {form!r} came, one of {', '.join(FORMS)} is accepted")
     scale = chosen.get("threshold_lr_scale", 1.0)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not scale > 0:
         raise ValueError(f"{SECTION}.threshold_lr_scale: {scale!r} came, a positive number is accepted")

@@ -8,12 +8,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
+from csat_ext.module import Parallel
 from csat_ext.parallel.sequence import Group, SequenceParallel, parallelise, process_group, token_mean, token_range
 from csat_ext.parallel.ulysses import UlyssesParallel
 
-FORMS = {"measurements": SequenceParallel, "ulysses": UlyssesParallel}
+FORMS: dict[str, Callable[[Group, int | None], Parallel]] = {
+    "measurements": SequenceParallel,
+    "ulysses": UlyssesParallel,
+}
 
 __all__ = ["FORMS", "SequenceParallel", "UlyssesParallel", "shard_sequence", "token_mean", "token_range"]
 

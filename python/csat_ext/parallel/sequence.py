@@ -230,14 +230,14 @@ def token_mean(values: Tensor, group: Group) -> Tensor:
     return own + (mean - own.detach())
 
 
-def parallelise(model: nn.Module, parallel: Parallel, group: dist.ProcessGroup) -> list[str]:
-    """Sets ``parallel`` of every `CSATAttention` of the model; the names of the layers.
-
-    Raises ValueError, on every rank, where the model has none, or where the ranks would measure differently: nothing
-    broadcasts a seed.
-    """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, CSATAttention)}
-    own = {name: (layer.measurement_key.tolist(), layer.config.to_dict()) for name, layer in layers.items()}
+def check_same_measurements(model: nn.Module, group: dist.ProcessGroup) -> None:
+    """Raises ValueError, on every rank, where the ranks of the group would measure differently: no one broadcasts a
+    seed."""
+    own = {
+        name: (module.measurement_key.tolist(), module.config.to_dict())
+        for name, module in model.named_modules()
+        if isinstance(module, CSATAttention)
+    }
     everyone: list[Any] = [None] * group.size()
     dist.all_gather_object(everyone, own, group=group)
     for rank, other in enumerate(everyone):
@@ -245,8 +245,17 @@ def parallelise(model: nn.Module, parallel: Parallel, group: dist.ProcessGroup) 
             different = sorted(name for name in {*other, *everyone[0]} if other.get(name) != everyone[0].get(name))
             raise ValueError(
                 f"ranks 0 and {rank} of the group differ in the seed, layer number or config of {', '.join(different)}"
-                ": their measurements could not be summed; build the model from one config on every rank"
+                ": they would measure differently; build the model from one config on every rank"
             )
+
+
+def parallelise(model: nn.Module, parallel: Parallel, group: dist.ProcessGroup) -> list[str]:
+    """Sets ``parallel`` of every `CSATAttention` of the model; the names of the layers.
+
+    Raises ValueError, on every rank, where the model has none or `check_same_measurements` does.
+    """
+    check_same_measurements(model, group)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, CSATAttention)}
     if not layers:
         raise ValueError("the model has no CSATAttention; convert it first")
     for layer in layers.values():
