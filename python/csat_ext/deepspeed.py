@@ -29,7 +29,7 @@ from torch import nn
 
 from csat_ext.config import CSATConfig, refuse_unknown
 from csat_ext.module import CSATAttention, parameter_groups
-from csat_ext.parallel import FORMS, engine, shard_sequence
+from csat_ext.parallel import FORMS, shard_sequence
 
 SECTION = "csat_attention"
 BUILDER = "CSATAttentionBuilder"
@@ -181,6 +181,8 @@ def initialize(
     """
     import deepspeed
 
+    from csat_ext.parallel import engine, tensor
+
     if model is None:
         raise TypeError("model: None came, an nn.Module is accepted")
     config = config if config is not None else config_params
@@ -194,6 +196,7 @@ def initialize(
     replaced = apply(model, section)
     if replaced:
         engine.refuse_scalars(model)
+    split = tensor.prepare_autotp(model, replaced, ds_config)
     if replaced and hasattr(mpu, "get_sequence_parallel_group"):
         shard_sequence(model, mpu.get_sequence_parallel_group(), section.sequence_parallel)
     if optimizer is None and model_parameters is None:
@@ -214,9 +217,11 @@ def initialize(
         mpu=mpu,
         dist_init_required=dist_init_required,
         collate_fn=collate_fn,
-        config=ds_config,
+        config=split,
         mesh_param=mesh_param,
     )
+    if split != ds_config:
+        tensor.finish_autotp(model, replaced)
     engine.reconcile(made[0])
     return made
 

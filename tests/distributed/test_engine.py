@@ -18,8 +18,8 @@ from csat_ext import CSATAttention
 from csat_ext import deepspeed as integration
 from csat_ext.config import DECODERS
 from csat_ext.module import parameter_groups
+from csat_ext.parallel import engine as engine_module
 from csat_ext.parallel import shard_sequence, token_mean
-from csat_ext.parallel.engine import reconcile
 
 pytest.importorskip("deepspeed")
 STAGES = [0, 1, 2, 3]
@@ -127,7 +127,7 @@ def one_step(stage: int, form: str | None, **keys: Any) -> tuple[float, float, d
             import deepspeed
 
             engine, *_ = deepspeed.initialize(model=model, config=keys, model_parameters=model.parameters())
-            reconcile(engine)
+            engine_module.reconcile(engine)
         else:
             mpu.initialize_sequence_parallel(2)
             keys["csat_attention"] = SECTION | {"sequence_parallel": form}
@@ -150,12 +150,12 @@ def test_gradients_under_sequence_parallelism_are_those_of_one_rank(two: Ranks, 
 
 def uncorrected(stage: int) -> float:
     """The factor that `reconcile` makes up for, measured without it."""
-    correct = integration.engine.reconcile
-    integration.engine.reconcile = lambda engine: 1.0
+    correct = engine_module.reconcile
+    engine_module.reconcile = lambda engine: 1.0
     try:
         ratios = one_step(stage, "measurements")[2]
     finally:
-        integration.engine.reconcile = correct
+        engine_module.reconcile = correct
     del ratios["first.k_proj.bias"], ratios["second.k_proj.bias"]
     assert max(ratios.values()) - min(ratios.values()) < 1e-3
     return ratios["between.weight"]
