@@ -1,14 +1,18 @@
-"""Processes of one gloo group that stay up and run functions together: starting them costs more than most tests."""
+"""Processes of one gloo group that stay up and run functions together: starting them costs more than most tests.
+
+A plugin of the test files here (``pytest_plugins = ["ranks"]``), whose fixtures share the processes.
+"""
 
 from __future__ import annotations
 
 import os
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -79,3 +83,24 @@ def _serve(pipe: Connection, rank: int, count: int, rendezvous: str) -> None:
         except BaseException:
             answer = (True, traceback.format_exc())
         pipe.send(answer)
+
+
+def _shared(count: int) -> Iterator[Ranks]:
+    ranks = Ranks(count)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="session")
+def two() -> Iterator[Ranks]:
+    yield from _shared(2)
+
+
+@pytest.fixture(scope="session")
+def four() -> Iterator[Ranks]:
+    yield from _shared(4)
+
+
+@pytest.fixture(params=["two", "four"])
+def ranks(request: pytest.FixtureRequest) -> Ranks:
+    return request.getfixturevalue(request.param)

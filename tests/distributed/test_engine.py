@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Ranks
 from sharding import WIDTH, layer
 from torch import Tensor, nn
 
@@ -21,7 +20,12 @@ from csat_ext.module import parameter_groups
 from csat_ext.parallel import engine as engine_module
 from csat_ext.parallel import shard_sequence, token_mean
 
+if TYPE_CHECKING:
+    from ranks import Ranks
+
 pytest.importorskip("deepspeed")
+pytest_plugins = ["ranks"]
+pytestmark = pytest.mark.distributed
 STAGES = [0, 1, 2, 3]
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Ranks
-from sharding import HEADS, WIDTH, chunks, errors, layer, shards
+from sharding import HEADS, WIDTH, chunks, errors, layer, shards, summed, worst
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -16,6 +15,11 @@ from csat_ext.measurements import ENSEMBLES, measurement
 from csat_ext.parallel.sequence import SequenceParallel, TokensOfRank, parallelise, process_group, token_mean
 from csat_ext.parallel.ulysses import UlyssesParallel
 
+if TYPE_CHECKING:
+    from ranks import Ranks
+
+pytest_plugins = ["ranks"]
+pytestmark = pytest.mark.distributed
 FORMS: dict[str, Any] = {"measurements": SequenceParallel, "ulysses": UlyssesParallel}
 CONFIGS: dict[str, dict[str, Any]] = {
     "pool": {},
@@ -101,6 +105,29 @@ def test_narrow_types_are_as_accurate_as_on_one_rank(two: Ranks, dtype: torch.dt
     for of_two, of_one in two.run(narrow, dtype):
         assert of_two < {torch.bfloat16: 1e-2, torch.float32: 1e-5}[dtype]
         assert of_two < 2 * of_one
+
+
+def compiled(form: str, length: int | None) -> float:
+    quiet_deepspeed()
+    torch._dynamo.reset()
+    attention = layer(decoder="linear")
+    whole = torch.randn(2, 11, WIDTH, dtype=torch.float64), torch.rand(2, 11) < 0.7
+    expected = attention(whole[0], key_mask=whole[1])
+    expected.square().sum().backward()
+    gradient = attention.gain.grad
+    attention.zero_grad()
+    attention.parallel = FORMS[form](world(), length)
+    x, keep = (shards(t, (6, 5)) for t in whole)
+    got = torch.compile(attention, backend="aot_eager")(x, key_mask=keep)
+    got.square().sum().backward()
+    assert gradient is not None
+    gradients = summed(attention.gain.grad, attention.gain)
+    return max(worst(got, shards(expected, (6, 5))), worst(gradients, gradient))
+
+
+@pytest.mark.parametrize(("form", "length"), [("measurements", None), ("ulysses", 11)])
+def test_compiled(two: Ranks, form: str, length: int | None) -> None:
+    assert max(two.run(compiled, form, length)) < 1e-12
 
 
 # ---- Phi -------------------------------------------------------------------------------------------------------------

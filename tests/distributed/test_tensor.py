@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Ranks
 from sharding import WIDTH, layer, shards, summed, worst
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -19,6 +18,11 @@ from csat_ext import CSATAttention
 from csat_ext.parallel import SequenceParallel, shard_sequence
 from csat_ext.parallel.tensor import HeadParallel, accept_dtensors, autotp_rules, tensor_parallel_plan
 
+if TYPE_CHECKING:
+    from ranks import Ranks
+
+pytest_plugins = ["ranks"]
+pytestmark = pytest.mark.distributed
 CONFIGS: list[dict[str, Any]] = [
     {},
     {"ensemble": "bucket", "feature_rank": 3, "decoder": "alista"},

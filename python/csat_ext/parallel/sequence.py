@@ -65,7 +65,12 @@ def shard_lengths(tokens: int, group: dist.ProcessGroup, length: int | None, dev
                 f"rank {rank} of {ranks} holds {tokens} tokens; length = {length} gives it {lengths[rank]}"
             )
         return lengths
-    return tuple(_gathered(torch.tensor(tokens, device=device), group).tolist())
+    return _asked_lengths(tokens, group, device)
+
+
+@torch.compiler.disable
+def _asked_lengths(tokens: int, group: dist.ProcessGroup, device: torch.device) -> tuple[int, ...]:
+    return tuple(_gathered(torch.tensor([tokens], device=device), group).flatten().tolist())
 
 
 def _gathered(own: Tensor, group: dist.ProcessGroup) -> Tensor:
