@@ -176,7 +176,8 @@ def initialize(
 
     Raises:
         ValueError: parameters of the replaced modules that `model_parameters` or `optimizer` lacks: they were
-            collected before the replacement; or as `read_section` and `apply`.
+            collected before the replacement; a setup of several ranks that would train wrongly (docs/parallel.md); or
+            as `read_section` and `apply`.
         TypeError, FileNotFoundError: as `read_section`.
     """
     import deepspeed
@@ -198,6 +199,8 @@ def initialize(
         engine.refuse_scalars(model)
     split = tensor.prepare_autotp(model, replaced, ds_config)
     if replaced and hasattr(mpu, "get_sequence_parallel_group"):
+        if split != ds_config:
+            raise ValueError("tensor_parallel and an mpu with sequence-parallel groups came: one of them is accepted")
         shard_sequence(model, mpu.get_sequence_parallel_group(), section.sequence_parallel)
     if optimizer is None and model_parameters is None:
         model_parameters = _groups(model, ds_config, section)

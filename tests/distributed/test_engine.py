@@ -152,6 +152,30 @@ def test_gradients_under_sequence_parallelism_are_those_of_one_rank(two: Ranks, 
         assert ratios == pytest.approx(dict.fromkeys(ratios, 1.0), rel=1e-4)
 
 
+def two_by_two(stage: int) -> tuple[float, float, dict[str, float]]:
+    """Four ranks: two shares of the batch, each with its tokens on two ranks."""
+    with deepspeed_state() as mpu:
+        x, target = torch.randn(4, 11, WIDTH), torch.randn(4, 11, WIDTH)
+        loss_of_one, expected = one_rank(x, target)
+        mpu.initialize_sequence_parallel(2)
+        torch.manual_seed(0)
+        engine, *_ = integration.initialize(model=Model(), config=config(stage), mpu=mpu)
+        batch, tokens = divmod(dist.get_rank(), 2)
+        own = [t.chunk(2)[batch].split([6, 5], dim=1)[tokens] for t in (x, target)]
+        loss = token_mean((engine(own[0]) - own[1]).square(), mpu.get_sequence_parallel_group())
+        engine.backward(loss)
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        return float(mean) / 4, loss_of_one, gradient_ratios(engine, expected)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_batch_and_tokens_over_four_ranks(four: Ranks, stage: int) -> None:
+    for loss, loss_of_one, ratios in four.run(two_by_two, stage):
+        assert loss == pytest.approx(loss_of_one, rel=1e-5)
+        assert ratios == pytest.approx(dict.fromkeys(ratios, 1.0), rel=1e-4)
+
+
 def uncorrected(stage: int) -> float:
     """The factor that `reconcile` makes up for, measured without it."""
     correct = engine_module.reconcile
@@ -185,6 +209,11 @@ def setups_that_are_refused() -> None:
         model.scale = nn.Parameter(torch.tensor(1.0))
         with pytest.raises(ValueError, match=r"no 0-dimensional parameters, scale came: give them shape \(1,\)"):
             integration.initialize(model=model, config=config(1))
+    with deepspeed_state() as mpu:
+        mpu.initialize_sequence_parallel(2)
+        keys = config(0, tensor_parallel={"autotp_size": 2, "partition_config": {}})
+        with pytest.raises(ValueError, match="tensor_parallel and an mpu with sequence-parallel groups came"):
+            integration.initialize(model=Model(), config=keys, mpu=mpu)
     with deepspeed_state():
         keys = config(0, csat_attention=SECTION | {"seed": dist.get_rank()})
         with pytest.raises(ValueError, match="ranks 0 and 1 of the group differ in the seed"):

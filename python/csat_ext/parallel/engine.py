@@ -48,12 +48,11 @@ def reconcile(engine: Any) -> float:
     if not layers:
         return 1.0
     check_same_measurements(engine.module, engine.seq_data_parallel_group)
-    groups = [
-        layer.parallel.group for layer in layers if isinstance(layer.parallel, SequenceParallel | UlyssesParallel)
-    ]
-    if not groups:
+    spread = [getattr(layer.parallel, "tokens", layer.parallel) for layer in layers]  # `HeadsOfRank` may have tokens
+    shared = [parallel for parallel in spread if isinstance(parallel, SequenceParallel | UlyssesParallel)]
+    if not shared:
         return 1.0
-    tokens = groups[0]
+    tokens = shared[0].group
     stage = engine.zero_optimization_stage()
     _refuse(engine, tokens, stage)
     if stage == 3:

@@ -118,7 +118,8 @@ class TokensOfRank(Part):
 class SequenceParallel:
     """`CSATAttention.parallel` of a layer whose tokens are spread over ranks in order, any number on each.
 
-    Queries (x) and context are the rank's own; the key mask is (B, own tokens). Everything that counts tokens
+    Queries (x) and context are the rank's own (queries that all ranks hold alike would give the context P times its
+    gradient); the key mask is (B, own tokens). Everything that counts tokens
     (segments of pools, masses, anchors, exact attention when n <= m) counts those of all ranks: under a key mask three
     or four all-reduces of B to B H m integers, without one once for every length.
 
