@@ -24,7 +24,7 @@ def attention(kv_dim: int | None = None, **config: object) -> CSATAttention:
 
 
 def exact(module: CSATAttention, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-    q, (k, v) = module.queries(x), module.keys_and_values(context)
+    q, k, v = (module._heads(p(t)) for p, t in ((module.q_proj, x), (module.k_proj, context), (module.v_proj, context)))
     return module.out_proj(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 

@@ -48,7 +48,7 @@ constexpr int64_t tile_elements(int64_t rows, int64_t columns) { return rows * (
 // Calls f(value, row, column) for every element that this lane holds; row and column count within the tile.
 template <int kRows, int kColumns, typename F>
 CSAT_DEVICE void for_each(Sums<kRows, kColumns>& x, F f) {
-  const int g = lane_id() / 4, t = lane_id() % 4 * 2;
+  const int lane = pinned(lane_id()), g = lane / 4, t = lane % 4 * 2;
 #pragma unroll
   for (int i = 0; i < kRows / 16; ++i)
 #pragma unroll
@@ -60,10 +60,11 @@ CSAT_DEVICE void for_each(Sums<kRows, kColumns>& x, F f) {
 // Calls f(value, row) for every row that this lane knows.
 template <int kRows, typename F>
 CSAT_DEVICE void for_each_row(Rows<kRows>& x, F f) {
+  const int g = pinned(lane_id()) / 4;
 #pragma unroll
   for (int i = 0; i < kRows / 16; ++i)
 #pragma unroll
-    for (int h = 0; h < 2; ++h) f(x.at[i][h], 16 * i + 8 * h + lane_id() / 4);
+    for (int h = 0; h < 2; ++h) f(x.at[i][h], 16 * i + 8 * h + g);
 }
 
 // ---- conversions
@@ -81,10 +82,9 @@ CSAT_DEVICE Operand<T, kRows, kColumns> to_operand(const Sums<kRows, kColumns>& 
   return y;
 }
 
-// Columns kFirst .. kFirst + kColumns - 1 of an operand as floats.
-template <int kFirst, int kColumns, typename T, int kRows, int kDepth>
-CSAT_DEVICE Sums<kRows, kColumns> to_sums(const Operand<T, kRows, kDepth>& x) {
-  static_assert(kFirst % 16 == 0 && kFirst + kColumns <= kDepth, "whole blocks of the operand");
+// Columns first .. first + kColumns - 1 of an operand as floats; `first` is a constant of an unrolled loop.
+template <int kColumns, typename T, int kRows, int kDepth>
+CSAT_DEVICE Sums<kRows, kColumns> to_sums(const Operand<T, kRows, kDepth>& x, int first) {
   Sums<kRows, kColumns> y;
 #pragma unroll
   for (int i = 0; i < kRows / 16; ++i)
@@ -92,27 +92,49 @@ CSAT_DEVICE Sums<kRows, kColumns> to_sums(const Operand<T, kRows, kDepth>& x) {
     for (int j = 0; j < kColumns / 8; ++j)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float2 pair = unpack2<T>(x.at[i][kFirst / 16 + j / 2][j % 2 * 2 + h]);
+        const float2 pair = unpack2<T>(x.at[i][first / 16 + j / 2][j % 2 * 2 + h]);
         y.at[i][j][2 * h] = pair.x;
         y.at[i][j][2 * h + 1] = pair.y;
       }
   return y;
 }
 
-// Columns kFirst .. of `x` = `part`, rounded to T.
-template <int kFirst, typename T, int kRows, int kDepth, int kColumns>
-CSAT_DEVICE void set_columns(Operand<T, kRows, kDepth>& x, const Sums<kRows, kColumns>& part) {
-  static_assert(kFirst % 16 == 0 && kFirst + kColumns <= kDepth, "whole blocks of the operand");
+// Columns first .. of `x` = `part`, rounded to T; `first` is a constant of an unrolled loop.
+template <typename T, int kRows, int kDepth, int kColumns>
+CSAT_DEVICE void set_columns(Operand<T, kRows, kDepth>& x, int first, const Sums<kRows, kColumns>& part) {
   const Operand<T, kRows, kColumns> rounded = to_operand<T>(part);
 #pragma unroll
   for (int i = 0; i < kRows / 16; ++i)
 #pragma unroll
     for (int k = 0; k < kColumns / 16; ++k)
 #pragma unroll
-      for (int r = 0; r < 4; ++r) x.at[i][kFirst / 16 + k][r] = rounded.at[i][k][r];
+      for (int r = 0; r < 4; ++r) x.at[i][first / 16 + k][r] = rounded.at[i][k][r];
 }
 
 // ---- shared memory
+
+namespace fragment {
+
+// This lane's address for ldmatrix of the 16 x 16 blocks of a tile as a left operand, or (transposed by the
+// instruction) as a right operand b whose rows are the depth. Block (i, k), rows 16 i and columns 16 k on, lies
+// block_offset bytes on.
+template <typename T, int kColumns>
+CSAT_DEVICE SharedAddress lane_of_blocks(Tile<T, kColumns> tile) {
+  return pinned_address(tile.row(lane_id() % 16) + lane_id() / 16 * 8);
+}
+// The same for a right operand b^T, the tile's rows being columns of the product; or (transposed by the instruction)
+// for a left operand that is the tile's transpose.
+template <typename T, int kColumns>
+CSAT_DEVICE SharedAddress lane_of_transposed(Tile<T, kColumns> tile) {
+  const int lane = lane_id();
+  return pinned_address(tile.row(lane % 8 + lane / 16 * 8) + lane / 8 % 2 * 8);
+}
+template <typename T, int kColumns>
+constexpr int block_offset(Tile<T, kColumns>, int i, int k) {
+  return 2 * 16 * (i * Tile<T, kColumns>::kPitch + k);
+}
+
+}  // namespace fragment
 
 // One block (16, 16) of the left operand from rows `row` .. of a tile, columns `column` ..
 template <typename T, int kColumns>
@@ -128,17 +150,18 @@ CSAT_DEVICE void load_block_transposed(uint32_t (&block)[4], Tile<T, kColumns> t
 template <int kRows, typename T, int kColumns>
 CSAT_DEVICE Operand<T, kRows, kColumns> load_operand(Tile<T, kColumns> tile) {
   Operand<T, kRows, kColumns> x;
+  const SharedAddress from = fragment::lane_of_blocks(tile);
 #pragma unroll
   for (int i = 0; i < kRows / 16; ++i)
 #pragma unroll
-    for (int k = 0; k < kColumns / 16; ++k) load_block(x.at[i][k], tile, 16 * i, 16 * k);
+    for (int k = 0; k < kColumns / 16; ++k) ldmatrix_x4(x.at[i][k], from + fragment::block_offset(tile, i, k));
   return x;
 }
 
 // Rows 0 .. of the tile, columns `column` .. = x rounded to T.
 template <typename T, int kTileColumns, int kRows, int kColumns>
 CSAT_DEVICE void store_tile(Tile<T, kTileColumns> tile, int column, const Sums<kRows, kColumns>& x) {
-  const int g = lane_id() / 4, t = lane_id() % 4 * 2;
+  const int lane = pinned(lane_id()), g = lane / 4, t = lane % 4 * 2;
 #pragma unroll
   for (int i = 0; i < kRows / 16; ++i)
 #pragma unroll
@@ -150,7 +173,7 @@ CSAT_DEVICE void store_tile(Tile<T, kTileColumns> tile, int column, const Sums<k
 }
 template <typename T, int kColumns, int kRows>
 CSAT_DEVICE void store_tile(Tile<T, kColumns> tile, const Operand<T, kRows, kColumns>& x) {
-  const int g = lane_id() / 4, t = lane_id() % 4 * 2;
+  const int lane = pinned(lane_id()), g = lane / 4, t = lane % 4 * 2;
 #pragma unroll
   for (int i = 0; i < kRows / 16; ++i)
 #pragma unroll
@@ -165,18 +188,7 @@ CSAT_DEVICE void store_tile(Tile<T, kColumns> tile, const Operand<T, kRows, kCol
 
 namespace fragment {
 
-// Right operand b^T, b's rows are columns of the product: block of columns `column` .., depth `depth` ..
-template <typename T, int kColumns>
-CSAT_DEVICE void load_right_transposed(uint32_t (&b)[4], Tile<T, kColumns> tile, int column, int depth) {
-  const int lane = lane_id();
-  ldmatrix_x4(b, tile.row(column + lane % 8 + lane / 16 * 8) + depth + lane / 8 % 2 * 8);
-}
-// Right operand b as it lies: its rows are the depth.
-template <typename T, int kColumns>
-CSAT_DEVICE void load_right(uint32_t (&b)[4], Tile<T, kColumns> tile, int column, int depth) {
-  ldmatrix_x4_transposed(b, tile.row(depth + lane_id() % 16) + column + lane_id() / 16 * 8);
-}
-
+// Columns 16 j .. of c += block k of a times b.
 template <typename T, int kRows, int kColumns, int kDepthBlocks>
 CSAT_DEVICE void multiply_block(Sums<kRows, kColumns>& c, int j, const uint32_t (&a)[kRows / 16][kDepthBlocks][4],
                                 int k, const uint32_t (&b)[4]) {
@@ -194,27 +206,29 @@ template <typename T, int kRows, int kColumns, int kDepth, int kTileColumns>
 CSAT_DEVICE void multiply_transposed(Sums<kRows, kColumns>& c, const Operand<T, kRows, kDepth>& a,
                                      Tile<T, kTileColumns> b) {
   static_assert(kDepth <= kTileColumns, "the depth runs along the rows of the tile");
+  const SharedAddress from = fragment::lane_of_transposed(b);
 #pragma unroll
   for (int k = 0; k < kDepth / 16; ++k)
 #pragma unroll
     for (int j = 0; j < kColumns / 16; ++j) {
       uint32_t right[4];
-      fragment::load_right_transposed(right, b, 16 * j, 16 * k);
+      ldmatrix_x4(right, from + fragment::block_offset(b, j, k));
       fragment::multiply_block<T>(c, j, a.at, k, right);
     }
 }
 // The same with the left operand in shared memory, read block by block.
 template <typename T, int kRows, int kColumns, int kTileColumns>
 CSAT_DEVICE void multiply_transposed(Sums<kRows, kColumns>& c, Tile<T, kTileColumns> a, Tile<T, kTileColumns> b) {
-#pragma unroll
+  const SharedAddress from = fragment::lane_of_transposed(b), left_from = fragment::lane_of_blocks(a);
+#pragma unroll 2
   for (int k = 0; k < kTileColumns / 16; ++k) {
     uint32_t left[kRows / 16][1][4];
 #pragma unroll
-    for (int i = 0; i < kRows / 16; ++i) load_block(left[i][0], a, 16 * i, 16 * k);
+    for (int i = 0; i < kRows / 16; ++i) ldmatrix_x4(left[i][0], left_from + fragment::block_offset(a, i, k));
 #pragma unroll
     for (int j = 0; j < kColumns / 16; ++j) {
       uint32_t right[4];
-      fragment::load_right_transposed(right, b, 16 * j, 16 * k);
+      ldmatrix_x4(right, from + fragment::block_offset(b, j, k));
       fragment::multiply_block<T>(c, j, left, 0, right);
     }
   }
@@ -224,12 +238,13 @@ template <typename T, int kRows, int kColumns, int kDepth, int kTileColumns>
 CSAT_DEVICE void multiply(Sums<kRows, kColumns>& c, const Operand<T, kRows, kDepth>& a, Tile<T, kTileColumns> b,
                           int column = 0) {
   static_assert(kColumns <= kTileColumns, "the columns run along the rows of the tile");
+  const SharedAddress from = fragment::lane_of_blocks(Tile<T, kTileColumns>{b.data + column});
 #pragma unroll
   for (int k = 0; k < kDepth / 16; ++k)
 #pragma unroll
     for (int j = 0; j < kColumns / 16; ++j) {
       uint32_t right[4];
-      fragment::load_right(right, b, column + 16 * j, 16 * k);
+      ldmatrix_x4_transposed(right, from + fragment::block_offset(b, k, j));
       fragment::multiply_block<T>(c, j, a.at, k, right);
     }
 }
@@ -252,7 +267,7 @@ template <typename T, int kColumns>
 CSAT_DEVICE void load_rows_async(Tile<T, kColumns> tile, GlobalRows<const T> source, int64_t first, int count,
                                  int thread, int threads) {
   constexpr int kUnits = kColumns / 8;  // of 16 bytes
-  for (int i = thread; i < count * kUnits; i += threads) {
+  for (int i = pinned(thread); i < count * kUnits; i += threads) {
     const int r = i / kUnits, c = i % kUnits * 8;
     const bool exists = first + r < source.rows && c < source.columns;
     const int elements = !exists ? 0 : (source.columns - c < 8 ? source.columns - c : 8);
@@ -266,7 +281,7 @@ CSAT_DEVICE void load_rows_async(Tile<T, kColumns> tile, GlobalRows<const T> sou
 template <typename T, int kColumns>
 CSAT_DEVICE void store_rows(GlobalRows<T> target, int64_t first, int count, Tile<T, kColumns> tile, bool vectors) {
   constexpr int kUnits = kColumns / 8;
-  for (int i = lane_id(); i < count * kUnits; i += 32) {
+  for (int i = pinned(lane_id()); i < count * kUnits; i += 32) {
     const int r = i / kUnits, c = i % kUnits * 8;
     if (first + r >= target.rows || c >= target.columns) continue;
     T* out = target.data + (first + r) * target.stride + c;

@@ -11,7 +11,7 @@ from pathlib import Path
 DTYPES = ("bf16", "f16")
 # Kernel -> the compile-time sizes it is made for (limits.h says which problem takes which). csrc/csat/<kernel>.cuh
 # defines CSAT_<KERNEL>_INSTANCE(T, size).
-KERNELS: dict[str, tuple[int, ...]] = {}
+KERNELS: dict[str, tuple[int, ...]] = {"forward_mma": (32, 64, 80, 96, 128)}
 
 TEMPLATE = """// Written by generate.py.
 #define CSAT_INSTANTIATE

@@ -12,16 +12,8 @@ from torch import Tensor, nn
 
 from csat_ext.config import CSATConfig
 from csat_ext.dictionaries import dictionary
-from csat_ext.functional import (
-    Decoder,
-    LinearDecoder,
-    SparseDecoder,
-    autocasts,
-    checked_mask,
-    measure,
-    recover,
-    renormalised,
-)
+from csat_ext.functional import Decoder, LinearDecoder, Phi, SparseDecoder, autocasts, checked_mask, measure, recover
+from csat_ext.implicit import IMPLICIT, ImplicitMeasurement, implicit_measurement
 from csat_ext.measurements import ENSEMBLES, Measurement, Part, measurement
 from csat_ext.philox import GENERATOR_VERSION
 from csat_ext.reference.attention import has_values
@@ -41,27 +33,30 @@ _FEATURE_SENSING = 2 << 32
 
 
 class Parallel(Protocol):
-    """How several ranks compute one layer together: `CSATAttention.parallel`, set by `csat_ext.parallel`."""
+    """How several ranks compute one layer together: `CSATCore.parallel`, set by `csat_ext.parallel`."""
 
     def heads(self, count: int) -> range:
-        """Which of ``count`` heads this rank computes."""
+        """Which of ``count`` heads, those of the queries or of the keys, this rank computes."""
 
     def own(self, weight: Tensor) -> Tensor:
         """The rows of a weight with a leading head axis that belong to this rank's heads."""
 
-    def attend(self, attention: CSATAttention, x: Tensor, context: Tensor, key_mask: Tensor | None) -> Tensor:
-        """What the output projection takes, (B, Nq, its input features), of this rank's x and context."""
+    def attend(
+        self, core: CSATCore, queries: Callable[[], Tensor], k: Tensor, v: Tensor, key_mask: Tensor | None
+    ) -> Tensor:
+        """What `CSATCore.attend` returns, of this rank's tokens and heads; the queries are projected when called."""
 
 
-class CSATAttention(nn.Module):
-    """Attention over m measurements of the keys and values (`csat_attention`) between input and output projections.
+class CSATCore(nn.Module):
+    """Attention over m measurements of the keys and values (`csat_attention`): what lies between the projections of an
+    attention module, of ours (`CSATAttention`) or of another framework (`csat_ext.convert`).
 
     A fixed Phi is never stored: the state dict holds ``measurement_key`` = (generator version, ensemble, seed, layer)
     as int64, which a cast to bfloat16 leaves alone, and Phi is made in float32 from it, for any length and on any
-    device. Parameters beside the four projections, each with a leading head axis H (no parameter is 0-dimensional):
+    device. Its parameters, each with a leading axis of H heads or Hk key heads (no parameter is 0-dimensional):
 
     - ``gain`` (H,): factor on the score scale;
-    - ``phi`` (H, M, N), ``score_bias`` (H, M): with ``config.learned``;
+    - ``phi`` (Hk, M, N), ``score_bias`` (Hk, M): with ``config.learned``;
     - ``feature_sensing`` (H, R, Dv): with ``config.feature_rank``; random orthonormal rows until `calibrate`, to be
       called once before training, puts the principal components in their place;
     - ``threshold`` (H, T, P), ``step`` (H, T) and the weights of the decoder: ``decoder_w`` (H, R, P) of the coupled
@@ -71,11 +66,10 @@ class CSATAttention(nn.Module):
     ``parallel``, None by default, spreads the layer over ranks: by tokens or by heads (`csat_ext.parallel`).
 
     Args:
-        embed_dim: width of the queries and the output; a multiple of ``num_heads``.
         num_heads: H.
+        head_dim: width of a head.
         config: what is computed.
-        kv_dim: width of the context of cross-attention; ``embed_dim`` when absent.
-        bias: the projections have biases.
+        kv_heads: Hk, heads of the keys and values, a divisor of H (grouped queries); H when absent.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is accepted.
@@ -83,26 +77,15 @@ class CSATAttention(nn.Module):
 
     measurement_key: Tensor
 
-    def __init__(
-        self, embed_dim: int, num_heads: int, config: CSATConfig, kv_dim: int | None = None, *, bias: bool = True
-    ) -> None:
+    def __init__(self, num_heads: int, head_dim: int, config: CSATConfig, kv_heads: int | None = None) -> None:
         super().__init__()
         if not isinstance(config, CSATConfig):
             raise TypeError(f"config must be a CSATConfig (CSATConfig.from_dict makes one), got {config!r}")
-        for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads), ("kv_dim", kv_dim)):
-            if (size is not None or name != "kv_dim") and (isinstance(size, bool) or not isinstance(size, int)):
-                raise TypeError(f"{name} must be an int, got {size!r}")
-        if kv_dim is not None and kv_dim < 1:
-            raise ValueError(f"kv_dim must be at least 1, got {kv_dim}")
-        if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
-            raise ValueError(f"embed_dim = {embed_dim} must be a positive multiple of num_heads = {num_heads}")
-        self.embed_dim, self.num_heads, self.config = embed_dim, num_heads, config
-        self.head_dim = embed_dim // num_heads
-        self.kv_dim = embed_dim if kv_dim is None else kv_dim
-        self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
-        self.k_proj = nn.Linear(self.kv_dim, embed_dim, bias=bias)
-        self.v_proj = nn.Linear(self.kv_dim, embed_dim, bias=bias)
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+        kv_heads = num_heads if kv_heads is None else kv_heads
+        _check_counts(num_heads=num_heads, head_dim=head_dim, kv_heads=kv_heads)
+        if num_heads % kv_heads:
+            raise ValueError(f"kv_heads = {kv_heads} must divide num_heads = {num_heads}")
+        self.num_heads, self.head_dim, self.kv_heads, self.config = num_heads, head_dim, kv_heads, config
         key = (GENERATOR_VERSION, _ensemble_code(config.ensemble), config.seed, config.layer)
         self.register_buffer("measurement_key", torch.tensor(key, dtype=torch.int64))
         self._fixed: dict[tuple[Any, ...], Any] = {}
@@ -122,8 +105,13 @@ class CSATAttention(nn.Module):
 
     @property
     def heads(self) -> range:
-        """The heads that are computed here."""
+        """The heads of the queries that are computed here."""
         return range(self.num_heads) if self._parallel is None else self._parallel.heads(self.num_heads)
+
+    @property
+    def key_heads(self) -> range:
+        """The heads of the keys, those of Phi, that are computed here."""
+        return range(self.kv_heads) if self._parallel is None else self._parallel.heads(self.kv_heads)
 
     def _own(self, weight: Tensor) -> Tensor:
         return weight if self._parallel is None else self._parallel.own(weight)
@@ -137,9 +125,9 @@ class CSATAttention(nn.Module):
         if config.learned:
             assert config.length is not None
             start = self._draw(config.length, torch.device("cpu"), None)
-            self.phi = nn.Parameter(start.phi.expand(heads, -1, -1).clone())
+            self.phi = nn.Parameter(start.phi.expand(self.kv_heads, -1, -1).clone())
             bias = torch.zeros(1, config.measurements) if start.score_bias is None else start.score_bias
-            self.score_bias = nn.Parameter(bias.expand(heads, -1).clone())
+            self.score_bias = nn.Parameter(bias.expand(self.kv_heads, -1).clone())
         if config.feature_rank is not None:
             if config.feature_rank > self.head_dim:
                 raise ValueError(f"feature_rank = {config.feature_rank} exceeds the head width {self.head_dim}")
@@ -178,7 +166,7 @@ class CSATAttention(nn.Module):
 
     def _psi(self) -> Tensor:
         """The dictionary, (1 or H, Dv, P)."""
-        config, dtype, device = self.config, self._decoder_dtype, self.q_proj.weight.device
+        config, dtype, device = self.config, self._decoder_dtype, self.measurement_key.device
         if config.dictionary == "learned":
             return self._wide(self._own(self.psi))
 
@@ -190,7 +178,8 @@ class CSATAttention(nn.Module):
 
     @property
     def _decoder_dtype(self) -> torch.dtype:
-        return torch.float64 if self.q_proj.weight.dtype == torch.float64 else torch.float32
+        own = next(self.parameters(recurse=False), None)
+        return torch.float64 if own is not None and own.dtype == torch.float64 else torch.float32
 
     def _wide(self, weight: Tensor) -> Tensor:
         return weight.to(self._decoder_dtype)
@@ -203,7 +192,7 @@ class CSATAttention(nn.Module):
     def decoder(self) -> Decoder | None:
         """The decoder at the parameters' present values, or None; its weights are in float32 (float64 for float64),
         under autocast too."""
-        with _no_autocast(self.q_proj.weight.device.type):
+        with _no_autocast(self.measurement_key.device.type):
             return self._decoder()
 
     def _decoder(self) -> Decoder | None:
@@ -248,7 +237,7 @@ class CSATAttention(nn.Module):
     def _remember(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """A fixed tensor, made once for every key; made anew while a compiler traces: its graph must not depend on a
         length."""
-        if not has_values(self.q_proj.weight):
+        if not has_values(self.measurement_key):
             return make()
         if key not in self._fixed:
             if len(self._fixed) >= 16:  # many lengths in one run: keep memory bounded
@@ -258,24 +247,35 @@ class CSATAttention(nn.Module):
         return self._fixed[key]
 
     def _draw(
-        self, n: int, device: torch.device, key_mask: Tensor | None, part: Part | None = None, seed_offset: int = 0
+        self,
+        n: int,
+        device: torch.device,
+        key_mask: Tensor | None,
+        part: Part | None = None,
+        seed_offset: int = 0,
+        dtype: torch.dtype = torch.float32,
     ) -> Measurement:
-        config = self.config
-        shifts = "head_shift" in ENSEMBLES[config.ensemble].options and config.head_shift
         return measurement(
-            config.ensemble,
-            config.measurements,
+            self.config.ensemble,
+            self.config.measurements,
             n,
-            seed=config.seed + seed_offset,
-            layer=config.layer,
-            heads=self.num_heads,
+            dtype=dtype,
             device=device,
-            anchors=config.anchors,
-            grid=config.grid,
-            head_shift=shifts,
+            grid=self.config.grid,
             key_mask=key_mask,
             part=part,
+            **self._draw_options(seed_offset),
         )
+
+    def _draw_options(self, seed_offset: int) -> dict[str, Any]:
+        config = self.config
+        return {
+            "seed": config.seed + seed_offset,
+            "layer": config.layer,
+            "heads": self.kv_heads,
+            "anchors": config.anchors,
+            "head_shift": "head_shift" in ENSEMBLES[config.ensemble].options and config.head_shift,
+        }
 
     def measurement(
         self, n: int, device: torch.device, key_mask: Tensor | None = None, part: Part | None = None
@@ -286,24 +286,61 @@ class CSATAttention(nn.Module):
             phi = self._own(self.phi)
             columns = phi if part is None else phi[..., part.start : part.stop].contiguous()
             return Measurement(columns, self._own(self.score_bias))
-        return self._fixed_measurement("phi", n, device, key_mask, part)
+        return self._drawn(n, device, key_mask, part, 0, torch.float32)
 
-    def _fixed_measurement(
-        self, kind: str, n: int, device: torch.device, key_mask: Tensor | None, part: Part | None, seed_offset: int = 0
+    def _drawn(
+        self,
+        n: int,
+        device: torch.device,
+        key_mask: Tensor | None,
+        part: Part | None,
+        seed_offset: int,
+        dtype: torch.dtype,
     ) -> Measurement:
         if key_mask is not None:
-            return self._draw(n, device, key_mask, part, seed_offset)
-        return self._remember((kind, n, device, part), lambda: self._draw(n, device, None, part, seed_offset))
+            return self._draw(n, device, key_mask, part, seed_offset, dtype)
+        key = ("phi", seed_offset, n, device, part, dtype)
+        return self._remember(key, lambda: self._draw(n, device, None, part, seed_offset, dtype))
 
-    def _phi_v(self, n: int, device: torch.device, key_mask: Tensor | None, part: Part | None) -> Tensor | None:
-        if self.config.share_kv:
-            return None
-        return self._fixed_measurement("phi_v", n, device, key_mask, part, _INDEPENDENT_PHI_V).phi
+    @property
+    def _has_matrix(self) -> bool:
+        """Whether the forward pass multiplies by a Phi in memory."""
+        config = self.config
+        return config.learned or config.grid is not None or config.ensemble not in IMPLICIT
+
+    def _implicit(
+        self, n: int, device: torch.device, key_mask: Tensor | None, seed_offset: int = 0
+    ) -> ImplicitMeasurement:
+        def make() -> ImplicitMeasurement:
+            options = self._draw_options(seed_offset)
+            config = self.config
+            return implicit_measurement(
+                config.ensemble, config.measurements, n, device=device, key_mask=key_mask, **options
+            )
+
+        return make() if key_mask is not None else self._remember(("implicit", seed_offset, n, device), make)
+
+    def _phis(
+        self, n: int, k: Tensor, key_mask: Tensor | None, part: Part | None
+    ) -> tuple[Phi, Phi | None, Tensor | None]:
+        """Phi_K, Phi_V (None: Phi_K) and the score bias. A part of an implicit one has a matrix, as exact as that."""
+        shared, device = self.config.share_kv, k.device
+        if part is None and not self._has_matrix:
+            implicit = self._implicit(n, device, key_mask)
+            of_v = None if shared else self._implicit(n, device, key_mask, _INDEPENDENT_PHI_V)
+            return implicit, of_v, implicit.score_bias
+        if self.config.learned:
+            drawn = self.measurement(n, device, key_mask, part)
+            return drawn.phi, None, drawn.score_bias
+        dtype = torch.float64 if k.dtype == torch.float64 and not self._has_matrix else torch.float32
+        drawn = self._drawn(n, device, key_mask, part, 0, dtype)
+        phi_v = None if shared else self._drawn(n, device, key_mask, part, _INDEPENDENT_PHI_V, dtype).phi
+        return drawn.phi, phi_v, drawn.score_bias
 
     def measured(
         self, k: Tensor, v: Tensor, key_mask: Tensor | None, n: int, part: Part | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Kc, Vc and the score bias of `functional.measure` from the keys and values (B, heads, tokens, D).
+        """Kc, Vc and the score bias of `functional.measure` from the keys and values (B, Hk, N, D).
 
         With a part they are those of its heads and tokens out of n; measurements of the parts of one sequence add up to
         those of the whole, and the bias is that of the whole already.
@@ -322,17 +359,19 @@ class CSATAttention(nn.Module):
                     "and exact_when_short is False"
                 )
             return self._exact(k, v, key_mask, n, part)
-        drawn = self.measurement(n, k.device, key_mask, part)
-        bias = drawn.score_bias if config.log_mass or config.learned or key_mask is not None else None
+        phi_k, phi_v, bias = self._phis(n, k, key_mask, part)
+        if not (config.log_mass or config.learned or key_mask is not None):
+            bias = None
         if bias is not None and not (config.log_mass or config.learned):
             bias = torch.zeros_like(bias).masked_fill(bias == -torch.inf, -torch.inf)
-        phi_v, heads = self._phi_v(n, k.device, key_mask, part), len(self.heads)
-        kc, vc, bias = measure(k, v, drawn.phi, phi_v, self._f(), bias, key_mask, heads=heads, renormalise=False)
-        if key_mask is not None and config.learned:
-            phi = self._own(self.phi).unsqueeze(0)
-            mask = key_mask if part is None else part.all_columns(key_mask)
-            return renormalised(kc, vc, bias, phi, phi, mask, heads=heads)
-        return kc, vc, bias
+        heads, whole = len(self.heads), None
+        if bias is not None and bias.shape[-2] not in (1, heads):
+            bias = self._per_query_head(bias, axis=-2)
+        if part is not None and config.learned and key_mask is not None:
+            whole = self._own(self.phi).unsqueeze(0), part.all_columns(key_mask)
+        return measure(
+            k, v, phi_k, phi_v, self._f(), bias, key_mask, heads=heads, renormalise=config.learned, whole=whole
+        )
 
     def _exact(
         self, k: Tensor, v: Tensor, key_mask: Tensor | None, n: int, part: Part | None
@@ -347,73 +386,55 @@ class CSATAttention(nn.Module):
         if part is not None:
             k, v = (nn.functional.pad(t, (0, 0, part.start, n - part.stop)) for t in (k, v))
         f = self._f()
-        return k, v if f is None else v @ f.to(v.dtype).mT, bias
+        if f is None:
+            return k, v, bias
+        k, v = self._per_query_head(k), self._per_query_head(v)
+        return k, v @ f.to(v.dtype).mT, bias
+
+    def _per_query_head(self, x: Tensor, axis: int = 1) -> Tensor:
+        """One entry for every query head along an axis that has one for every key head."""
+        groups = self.num_heads // self.kv_heads
+        return x if groups == 1 else x.repeat_interleave(groups, dim=axis)
 
     def _f(self) -> Tensor | None:
         return None if self.config.feature_rank is None else self._own(self.feature_sensing)
 
     # ---- forward ----------------------------------------------------------------------------------------------------
 
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (x.shape[-1] // self.head_dim, self.head_dim)).transpose(1, 2)
-
-    def queries(self, x: Tensor) -> Tensor:
-        """(B, heads, Nq, D) from x (B, Nq, embed_dim): the heads of `q_proj`, here or on this rank."""
-        return self._split(self.q_proj(x))
-
-    def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Both (B, heads, N, D) from the context (B, N, kv_dim)."""
-        return self._split(self.k_proj(context)), self._split(self.v_proj(context))
-
-    def rows(self, q: Tensor, kc: Tensor, vc: Tensor, bias: Tensor | None) -> Tensor:
-        """The decoded rows (B, heads, Nq, D) of the queries over what `measured` returned."""
-        if self.config.gain:
-            kc = kc * self._own(self.gain).to(kc.dtype)[:, None, None]
-        return recover(q, kc, vc, decoder=self.decoder(), score_bias=bias)
-
-    def attend(self, x: Tensor, context: Tensor, key_mask: Tensor | None, part: Part | None = None) -> Tensor:
-        """Everything but the output projection, where every token is here: (B, Nq, heads D)."""
-        k, v = self.keys_and_values(context)
-        rows = self.rows(self.queries(x), *self.measured(k, v, key_mask, k.shape[2], part))
-        return rows.transpose(1, 2).flatten(2)
-
-    def forward(self, x: Tensor, context: Tensor | None = None, *, key_mask: Tensor | None = None) -> Tensor:
-        """Attend from x to ``context`` (to x itself when absent).
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """Attend with the heads of q over the measurements of k and v.
 
         Args:
-            x: (B, Nq, embed_dim).
-            context: (B, N, kv_dim).
+            q: (B, H, Nq, D).
+            k, v: (B, Hk, N, D).
             key_mask: (B, N) bool, True = keep.
 
         Returns:
-            (B, Nq, embed_dim).
+            (B, Nq, H D): the rows of all heads side by side.
 
         Raises:
             TypeError, ValueError: naming the argument, what came and what is accepted.
         """
-        context = x if context is None else context
-        self._check_inputs(x, context)
-        if self._parallel is None:
-            return self.out_proj(self.attend(x, context, key_mask))
-        return self.out_proj(self._parallel.attend(self, x, context, key_mask))
+        return self._attend(lambda: q, k, v, key_mask)
 
-    def _check_inputs(self, x: Tensor, context: Tensor) -> None:
-        weight = self.q_proj.weight
-        casts = autocasts(weight.device.type) or not weight.is_floating_point()
-        for name, tensor, width in (("x", x, self.embed_dim), ("context", context, self.kv_dim)):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-            if not tensor.is_floating_point() or not (casts or tensor.dtype == weight.dtype):
-                raise TypeError(f"{name} has dtype {tensor.dtype}; accepted: {weight.dtype}, that of the projections")
-            if tensor.dim() != 3 or tensor.shape[-1] != width:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; accepted: (batch, tokens, {width})")
-        if context.shape[0] != x.shape[0]:
-            raise ValueError(f"context has batch size {context.shape[0]}, x has {x.shape[0]}: they must agree")
+    def _attend(self, queries: Callable[[], Tensor], k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        if self._parallel is not None:
+            return self._parallel.attend(self, queries, k, v, key_mask)
+        return self.rows(queries(), *self.measured(k, v, key_mask, k.shape[2]))
+
+    def rows(self, q: Tensor, kc: Tensor, vc: Tensor, bias: Tensor | None) -> Tensor:
+        """What `attend` returns, from what `measured` returned."""
+        gain = self._own(self.gain)[:, None, None] if self.config.gain else None
+        if gain is not None and kc.shape[1] == q.shape[1]:
+            kc = kc * gain.to(kc.dtype)
+        elif gain is not None:
+            q = q * gain.to(q.dtype)
+        rows = recover(q, kc, vc, decoder=self.decoder(), score_bias=bias)
+        return rows.transpose(1, 2).flatten(2)
 
     @torch.no_grad()
-    def calibrate(self, context: Tensor) -> None:
-        """Start F at the principal directions of the values that ``context`` (B, N, kv_dim) gives (random F always
-        lost).
+    def calibrate_values(self, values: Tensor) -> None:
+        """Start F at the principal directions of ``values`` (B, Hk, N, D) (random F always lost).
 
         The decoder that inverts F Psi starts anew at its analytic weights.
 
@@ -424,7 +445,7 @@ class CSATAttention(nn.Module):
             raise ValueError("calibrate sets the feature sensing F: the config has feature_rank = None")
         if self._parallel is not None:
             raise ValueError("calibrate needs all tokens and heads: call it before the layer is spread over ranks")
-        values = self._split(self.v_proj(context)).float().transpose(0, 1).flatten(1, 2)
+        values = self._per_query_head(values).float().transpose(0, 1).flatten(1, 2)
         _, directions = torch.linalg.eigh(values.mT @ values)
         principal = directions[..., -self.config.feature_rank :].flip(-1).mT
         self.feature_sensing.copy_(principal)
@@ -465,10 +486,140 @@ class CSATAttention(nn.Module):
         return {**self.__dict__, "_fixed": {}}
 
     def extra_repr(self) -> str:
-        c = self.config
-        return (
-            f"{self.embed_dim}, heads={self.num_heads}, m={c.measurements}, ensemble={c.ensemble}, decoder={c.decoder}"
+        c, width = self.config, self.num_heads * self.head_dim
+        return f"{width}, heads={self.num_heads}, m={c.measurements}, ensemble={c.ensemble}, decoder={c.decoder}"
+
+
+class CSATAttention(CSATCore):
+    """Multi-head self- and cross-attention: a `CSATCore` between the projections q_proj, k_proj, v_proj and out_proj.
+
+    Args:
+        embed_dim: width of the queries and the output; a multiple of ``num_heads``.
+        num_heads: H.
+        config: what is computed.
+        kv_dim: width of the context of cross-attention; ``embed_dim`` when absent.
+        bias: the projections have biases.
+        kv_heads: Hk, heads of the keys and values, a divisor of H (grouped queries); H when absent.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is accepted.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        config: CSATConfig,
+        kv_dim: int | None = None,
+        *,
+        bias: bool = True,
+        kv_heads: int | None = None,
+    ) -> None:
+        kv_dim = embed_dim if kv_dim is None else kv_dim
+        _check_counts(embed_dim=embed_dim, num_heads=num_heads, kv_dim=kv_dim)
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim = {embed_dim} must be a positive multiple of num_heads = {num_heads}")
+        super().__init__(num_heads, embed_dim // num_heads, config, kv_heads)
+        kv_width = self.kv_heads * self.head_dim
+        self._between(
+            nn.Linear(embed_dim, embed_dim, bias=bias),
+            nn.Linear(kv_dim, kv_width, bias=bias),
+            nn.Linear(kv_dim, kv_width, bias=bias),
+            nn.Linear(embed_dim, embed_dim, bias=bias),
         )
+
+    def _between(self, q_proj: nn.Linear, k_proj: nn.Linear, v_proj: nn.Linear, out_proj: nn.Linear) -> None:
+        self.embed_dim, self.kv_dim = q_proj.in_features, k_proj.in_features
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = q_proj, k_proj, v_proj, out_proj
+
+    @classmethod
+    def from_projections(
+        cls,
+        q_proj: nn.Linear,
+        k_proj: nn.Linear,
+        v_proj: nn.Linear,
+        out_proj: nn.Linear,
+        *,
+        num_heads: int,
+        config: CSATConfig,
+    ) -> CSATAttention:
+        """An attention around projections that exist: the very modules, so that their Parameter objects keep what an
+        optimizer or ZeRO-3 knows of them. The head width is q_proj's output over ``num_heads``, Hk is k_proj's over it.
+
+        Raises:
+            ValueError: widths that do not fit together.
+        """
+        width, kv_width = q_proj.out_features, k_proj.out_features
+        if width % num_heads or kv_width % (width // num_heads):
+            raise ValueError(
+                f"q_proj gives {width} features and k_proj {kv_width}; accepted: whole heads of one width, "
+                f"num_heads = {num_heads}"
+            )
+        expected = {
+            "v_proj": (v_proj, k_proj.in_features, kv_width),
+            "out_proj": (out_proj, width, out_proj.out_features),
+        }
+        for name, (linear, inputs, outputs) in expected.items():
+            if (linear.in_features, linear.out_features) != (inputs, outputs):
+                raise ValueError(
+                    f"{name} maps {linear.in_features} features to {linear.out_features}; "
+                    f"accepted: {inputs} to {outputs}"
+                )
+        head_dim = width // num_heads
+        new = cls.__new__(cls)
+        CSATCore.__init__(new, num_heads, head_dim, config, kv_width // head_dim)
+        new.to(device=q_proj.weight.device, dtype=q_proj.weight.dtype)
+        new._between(q_proj, k_proj, v_proj, out_proj)
+        return new
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (x.shape[-1] // self.head_dim, self.head_dim)).transpose(1, 2)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, *, key_mask: Tensor | None = None) -> Tensor:
+        """Attend from x to ``context`` (to x itself when absent).
+
+        Args:
+            x: (B, Nq, embed_dim).
+            context: (B, N, kv_dim).
+            key_mask: (B, N) bool, True = keep.
+
+        Returns:
+            (B, Nq, embed_dim).
+
+        Raises:
+            TypeError, ValueError: naming the argument, what came and what is accepted.
+        """
+        context = x if context is None else context
+        self._check_inputs(x, context)
+        k, v = self._heads(self.k_proj(context)), self._heads(self.v_proj(context))
+        # Queries are projected while measurements of other ranks are on their way.
+        return self.out_proj(self._attend(lambda: self._heads(self.q_proj(x)), k, v, key_mask))
+
+    def _check_inputs(self, x: Tensor, context: Tensor) -> None:
+        weight = self.q_proj.weight
+        casts = autocasts(weight.device.type) or not weight.is_floating_point()
+        for name, tensor, width in (("x", x, self.embed_dim), ("context", context, self.kv_dim)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+            if not tensor.is_floating_point() or not (casts or tensor.dtype == weight.dtype):
+                raise TypeError(f"{name} has dtype {tensor.dtype}; accepted: {weight.dtype}, that of the projections")
+            if tensor.dim() != 3 or tensor.shape[-1] != width:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; accepted: (batch, tokens, {width})")
+        if context.shape[0] != x.shape[0]:
+            raise ValueError(f"context has batch size {context.shape[0]}, x has {x.shape[0]}: they must agree")
+
+    @torch.no_grad()
+    def calibrate(self, context: Tensor) -> None:
+        """`calibrate_values` on the values that ``context`` (B, N, kv_dim) gives."""
+        self.calibrate_values(self._heads(self.v_proj(context)))
+
+
+def _check_counts(**counts: Any) -> None:
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise TypeError(f"{name} must be an int, got {count!r}")
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
@@ -494,7 +645,7 @@ def parameter_groups(
     """
     thresholds, undecayed = set(), set()
     for module in model.modules():
-        if isinstance(module, CSATAttention):
+        if isinstance(module, CSATCore):
             thresholds |= {id(p) for p in _named(module, ("threshold",))}
             undecayed |= {id(p) for p in _named(module, ("gain", "step", "phi", "score_bias"))}
     groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "threshold": []}

@@ -14,11 +14,13 @@ from csat_ext import CSATAttention, CSATConfig
 WIDTH, HEADS = 16, 4
 
 
-def layer(dtype: torch.dtype = torch.float64, kv_dim: int | None = None, **config: Any) -> CSATAttention:
+def layer(
+    dtype: torch.dtype = torch.float64, kv_dim: int | None = None, kv_heads: int | None = None, **config: Any
+) -> CSATAttention:
     """The same one on every rank."""
     torch.manual_seed(0)
     config = {"measurements": 5, "threshold": 0.01} | config
-    attention = CSATAttention(WIDTH, HEADS, CSATConfig(**config), kv_dim=kv_dim)
+    attention = CSATAttention(WIDTH, HEADS, CSATConfig(**config), kv_dim=kv_dim, kv_heads=kv_heads)
     with torch.no_grad():
         for name, p in attention.named_parameters():
             if "proj" not in name:

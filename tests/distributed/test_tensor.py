@@ -125,7 +125,7 @@ def refusals_of_heads() -> None:
     with pytest.raises(TypeError, match="HeadParallel: Linear came, a CSATAttention is accepted"):
         parallelize_module(nn.Linear(2, 2), mesh, HeadParallel())
     attention = layer()
-    attention.num_heads = 3
+    attention.kv_heads = 3
     with pytest.raises(ValueError, match="3 heads over 2 ranks came"):
         parallelize_module(attention, mesh, HeadParallel())
 
@@ -253,14 +253,14 @@ def test_misplaced_dtensors_are_refused(two: Ranks) -> None:
 
 def autotp(stage: int) -> tuple[list[float], list[float], float]:
     """Losses of three steps with heads over two ranks, and on one rank; how far weights with a head axis end apart."""
-    import test_engine
+    import test_zero
     from deepspeed.utils import safe_get_full_fp32_param
 
     from csat_ext import deepspeed as integration
     from csat_ext.module import parameter_groups
 
     batches = [(torch.randn(2, 11, WIDTH), torch.randn(2, 11, WIDTH)) for _ in range(3)]
-    plain = test_engine.converted()
+    plain = test_zero.converted()
     optimizer = torch.optim.AdamW(parameter_groups(plain, lr=1e-2))
     of_one, of_two = [], []
     for x, target in batches:
@@ -269,12 +269,10 @@ def autotp(stage: int) -> tuple[list[float], list[float], float]:
         loss.backward()
         optimizer.step()
         of_one.append(float(loss))
-    keys = test_engine.config(
-        stage, tensor_parallel={"autotp_size": 2, "partition_config": {"use_default_specs": False}}
-    )
-    with test_engine.deepspeed_state():
+    keys = test_zero.config(stage, tensor_parallel={"autotp_size": 2, "partition_config": {"use_default_specs": False}})
+    with test_zero.deepspeed_state():
         torch.manual_seed(0)
-        engine, *_ = integration.initialize(model=test_engine.Model(), config=keys)
+        engine, *_ = integration.initialize(model=test_zero.Model(), config=keys)
         first = engine.module.first
         assert first.num_heads == 4 and len(first.heads) == 2
         if stage < 3:
@@ -300,17 +298,17 @@ def test_autotp_trains_as_one_rank(two: Ranks, stage: int) -> None:
 
 
 def autotp_refusals() -> None:
-    import test_engine
+    import test_zero
 
     from csat_ext import deepspeed as integration
 
-    with test_engine.deepspeed_state():
-        keys = test_engine.config(0, tensor_parallel={"autotp_size": 2})
+    with test_zero.deepspeed_state():
+        keys = test_zero.config(0, tensor_parallel={"autotp_size": 2})
         with pytest.raises(ValueError, match="autotp_size came without partition_config: AutoTP would guess"):
-            integration.initialize(model=test_engine.Model(), config=keys)
-        keys = test_engine.config(0, tensor_parallel={"autotp_size": 3, "partition_config": {}})
-        with pytest.raises(ValueError, match="first has 4 heads, autotp_size is 3"):
-            integration.initialize(model=test_engine.Model(), config=keys)
+            integration.initialize(model=test_zero.Model(), config=keys)
+        keys = test_zero.config(0, tensor_parallel={"autotp_size": 3, "partition_config": {}})
+        with pytest.raises(ValueError, match="first has 4 key heads, autotp_size is 3"):
+            integration.initialize(model=test_zero.Model(), config=keys)
 
 
 def test_autotp_refusals(two: Ranks) -> None:

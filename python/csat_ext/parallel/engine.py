@@ -1,7 +1,7 @@
 """What a DeepSpeed engine does to layers that several ranks compute together: checked, corrected or refused.
 
 Sequence parallelism needs the gradients of parameters *summed* over the sequence ranks and averaged over the others.
-Found by running DeepSpeed 0.19 (tests/distributed/test_engine.py runs it again):
+Found by running DeepSpeed 0.19 (tests/distributed/test_zero.py runs it again):
 
 - ``mpu=parallel_state_sp``: right at ZeRO stages 0 to 2; at stage 3 the reduce-scatter averages over all ranks.
   Gradients are corrected where they enter the model.
@@ -21,7 +21,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from csat_ext.module import CSATAttention
+from csat_ext.module import CSATCore
 from csat_ext.parallel.sequence import SequenceParallel, check_same_measurements
 from csat_ext.parallel.ulysses import UlyssesParallel
 
@@ -44,7 +44,7 @@ def reconcile(engine: Any) -> float:
         ValueError: an engine that cannot give right gradients, or ranks whose seeds differ (buffers are not
             broadcast).
     """
-    layers = [module for module in engine.module.modules() if isinstance(module, CSATAttention)]
+    layers = [module for module in engine.module.modules() if isinstance(module, CSATCore)]
     if not layers:
         return 1.0
     check_same_measurements(engine.module, engine.seq_data_parallel_group)

@@ -10,6 +10,7 @@ computes for a parameter is its share: gradients of parameters are to be *summed
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from csat_ext.measurements import Part
-from csat_ext.module import CSATAttention, Parallel
+from csat_ext.module import CSATCore, Parallel
 
 Group = dist.ProcessGroup | DeviceMesh
 
@@ -52,25 +53,27 @@ def token_range(n: int, rank: int, ranks: int) -> range:
     return range(min(rank * each, n), min((rank + 1) * each, n))
 
 
-def shard_lengths(tokens: int, group: dist.ProcessGroup, length: int | None, device: torch.device) -> tuple[int, ...]:
-    """How many tokens each rank of the group holds: as `token_range` has it where the length is known, else asked for.
+def shard_lengths(
+    tokens: tuple[int, ...], group: dist.ProcessGroup, length: int | None, device: torch.device
+) -> list[tuple[int, ...]]:
+    """How many tokens each rank of the group holds of each of several sequences, from how many this rank holds: as
+    `token_range` has it where the length, that of all of them, is known, else asked for.
 
     Raises ValueError where this rank has another number of tokens than the length gives it.
     """
     ranks, rank = group.size(), group.rank()
-    if length is not None:
-        lengths = tuple(len(token_range(length, r, ranks)) for r in range(ranks))
-        if lengths[rank] != tokens:
-            raise ValueError(
-                f"rank {rank} of {ranks} holds {tokens} tokens; length = {length} gives it {lengths[rank]}"
-            )
-        return lengths
-    return _asked_lengths(tokens, group, device)
+    if length is None:
+        return _asked_lengths(tokens, group, device)
+    lengths = tuple(len(token_range(length, r, ranks)) for r in range(ranks))
+    for own in tokens:
+        if lengths[rank] != own:
+            raise ValueError(f"rank {rank} of {ranks} holds {own} tokens; length = {length} gives it {lengths[rank]}")
+    return [lengths] * len(tokens)
 
 
 @torch.compiler.disable
-def _asked_lengths(tokens: int, group: dist.ProcessGroup, device: torch.device) -> tuple[int, ...]:
-    return tuple(_gathered(torch.tensor([tokens], device=device), group).flatten().tolist())
+def _asked_lengths(tokens: tuple[int, ...], group: dist.ProcessGroup, device: torch.device) -> list[tuple[int, ...]]:
+    return [tuple(lengths) for lengths in _gathered(torch.tensor(tokens, device=device), group).T.tolist()]
 
 
 def _gathered(own: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -116,7 +119,7 @@ class TokensOfRank(Part):
 
 
 class SequenceParallel:
-    """`CSATAttention.parallel` of a layer whose tokens are spread over ranks in order, any number on each.
+    """`CSATCore.parallel` of a layer whose tokens are spread over ranks in order, any number on each.
 
     Queries (x) and context are the rank's own (queries that all ranks hold alike would give the context P times its
     gradient); the key mask is (B, own tokens). Everything that counts tokens
@@ -146,20 +149,21 @@ class SequenceParallel:
     def own(self, weight: Tensor) -> Tensor:
         return weight
 
-    def part(self, attention: CSATAttention, tokens: int, device: torch.device) -> TokensOfRank:
+    def part(self, core: CSATCore, tokens: int, device: torch.device) -> TokensOfRank:
         """This rank's columns of Phi."""
-        lengths, heads = shard_lengths(tokens, self.group, self.length, device), attention.heads
+        (lengths,), heads = shard_lengths((tokens,), self.group, self.length, device), core.key_heads
         start = sum(lengths[: self.group.rank()])
         return TokensOfRank(start, start + tokens, heads.start, heads.stop, lengths, self.group)
 
-    def attend(self, attention: CSATAttention, x: Tensor, context: Tensor, key_mask: Tensor | None) -> Tensor:
-        k, v = attention.keys_and_values(context)
-        part = self.part(attention, k.shape[2], k.device)
-        kc, vc, bias = attention.measured(k, v, key_mask, part.n, part)
+    def attend(
+        self, core: CSATCore, queries: Callable[[], Tensor], k: Tensor, v: Tensor, key_mask: Tensor | None
+    ) -> Tensor:
+        part = self.part(core, k.shape[2], k.device)
+        kc, vc, bias = core.measured(k, v, key_mask, part.n, part)
         under_way = SumOverRanks(torch.cat([kc, vc], dim=-1), self.group)
-        q = attention.queries(x)
+        q = queries()
         kc, vc = under_way.result().split([kc.shape[-1], vc.shape[-1]], dim=-1)
-        return attention.rows(q, kc.contiguous(), vc.contiguous(), bias).transpose(1, 2).flatten(2)
+        return core.rows(q, kc.contiguous(), vc.contiguous(), bias)
 
 
 class SumOverRanks:
@@ -242,7 +246,7 @@ def check_same_measurements(model: nn.Module, group: dist.ProcessGroup) -> None:
     own = {
         name: (module.measurement_key.tolist(), module.config.to_dict())
         for name, module in model.named_modules()
-        if isinstance(module, CSATAttention)
+        if isinstance(module, CSATCore)
     }
     everyone: list[Any] = [None] * group.size()
     dist.all_gather_object(everyone, own, group=group)
@@ -256,12 +260,12 @@ def check_same_measurements(model: nn.Module, group: dist.ProcessGroup) -> None:
 
 
 def parallelise(model: nn.Module, parallel: Parallel, group: dist.ProcessGroup) -> list[str]:
-    """Sets ``parallel`` of every `CSATAttention` of the model; the names of the layers.
+    """Sets ``parallel`` of every CSAT layer of the model; the names of the layers.
 
     Raises ValueError, on every rank, where the model has none or `check_same_measurements` does.
     """
     check_same_measurements(model, group)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, CSATAttention)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, CSATCore)}
     if not layers:
         raise ValueError("the model has no CSATAttention; convert it first")
     for layer in layers.values():

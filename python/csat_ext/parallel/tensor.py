@@ -10,7 +10,7 @@ needs nothing of the others': its rows of Phi, gains, decoders. One all-reduce f
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -20,12 +20,12 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from csat_ext.measurements import Part
-from csat_ext.module import CSATAttention
+from csat_ext.module import CSATAttention, CSATCore
 from csat_ext.parallel.sequence import Group, SequenceParallel, process_group
 
 
 class HeadsOfRank:
-    """`CSATAttention.parallel` of a layer whose heads are spread over ranks, in order, the same number on each.
+    """`CSATCore.parallel` of a layer whose heads are spread over ranks, in order, the same number on each.
 
     Args:
         group: a ProcessGroup or a one-dimensional DeviceMesh; its size divides the number of heads.
@@ -50,11 +50,13 @@ class HeadsOfRank:
         heads = self.heads(weight.shape[0])
         return weight[heads.start : heads.stop]
 
-    def attend(self, attention: CSATAttention, x: Tensor, context: Tensor, key_mask: Tensor | None) -> Tensor:
+    def attend(
+        self, core: CSATCore, queries: Callable[[], Tensor], k: Tensor, v: Tensor, key_mask: Tensor | None
+    ) -> Tensor:
         if self.tokens is not None:
-            return self.tokens.attend(attention, x, context, key_mask)
-        heads = attention.heads
-        return attention.attend(x, context, key_mask, Part(0, context.shape[1], heads.start, heads.stop))
+            return self.tokens.attend(core, queries, k, v, key_mask)
+        n, heads = k.shape[2], core.key_heads
+        return core.rows(queries(), *core.measured(k, v, key_mask, n, Part(0, n, heads.start, heads.stop)))
 
 
 # ---- torch: parallelize_module ---------------------------------------------------------------------------------------
@@ -78,7 +80,7 @@ class HeadParallel(ParallelStyle):
         if not isinstance(module, CSATAttention):
             raise TypeError(f"HeadParallel: {type(module).__name__} came, a CSATAttention is accepted")
         parallel = HeadsOfRank(device_mesh, self.tokens)
-        parallel.heads(module.num_heads)
+        parallel.heads(module.kv_heads)
         plan: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in ("q_proj", "k_proj", "v_proj")}
         parallelize_module(module, device_mesh, plan | {"out_proj": RowwiseParallel()})
         for name, weight in list(module.named_parameters(recurse=False)):
@@ -192,9 +194,10 @@ def prepare_autotp(model: nn.Module, names: Sequence[str], ds_config: Mapping[st
         )
     for name in names:
         layer = model.get_submodule(name)
-        assert isinstance(layer, CSATAttention)
-        if layer.num_heads % ranks:
-            raise ValueError(f"tensor_parallel: {name} has {layer.num_heads} heads, autotp_size is {ranks}")
+        if not isinstance(layer, CSATAttention):
+            raise ValueError(f"tensor_parallel: {name} became a {type(layer).__name__}; accepted: a CSATAttention")
+        if layer.kv_heads % ranks:
+            raise ValueError(f"tensor_parallel: {name} has {layer.kv_heads} key heads, autotp_size is {ranks}")
         layer.replaced = True  # type: ignore[assignment]  # AutoTP then leaves num_heads and embed_dim alone
     partition = dict(section["partition_config"])
     partition["layer_specs"] = autotp_rules(names) + list(partition.get("layer_specs", []))

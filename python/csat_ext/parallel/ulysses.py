@@ -7,18 +7,19 @@ baseline of `csat_ext.parallel.sequence`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from csat_ext.measurements import Part
-from csat_ext.module import CSATAttention
+from csat_ext.module import CSATCore
 from csat_ext.parallel.sequence import Group, gather_tokens, process_group, shard_lengths
 
 
 class UlyssesParallel:
-    """`CSATAttention.parallel` of a layer whose tokens are spread over ranks and whose heads are scattered meanwhile.
+    """`CSATCore.parallel` of a layer whose tokens are spread over ranks and whose heads are scattered meanwhile.
 
     Same call as under `SequenceParallel`: each rank's own x, context and key mask, any number of tokens on each;
     gradients of parameters are to be summed over the group.
@@ -49,25 +50,25 @@ class UlyssesParallel:
         heads = self.heads(weight.shape[0])
         return weight[heads.start : heads.stop]
 
-    def attend(self, attention: CSATAttention, x: Tensor, context: Tensor, key_mask: Tensor | None) -> Tensor:
+    def attend(
+        self, core: CSATCore, queries: Callable[[], Tensor], k: Tensor, v: Tensor, key_mask: Tensor | None
+    ) -> Tensor:
         from deepspeed.sequence.layer import DistributedAttention
 
-        queries = shard_lengths(x.shape[1], self.group, self.length, x.device)
-        keys = queries if context is x else shard_lengths(context.shape[1], self.group, self.length, x.device)
-        mask = None if key_mask is None else gather_tokens(key_mask, keys, self.group)
-        part = Part(0, sum(keys), attention.heads.start, attention.heads.stop)
+        q = queries()
+        of_q, of_k = shard_lengths((q.shape[2], k.shape[2]), self.group, self.length, k.device)
+        mask = None if key_mask is None else gather_tokens(key_mask, of_k, self.group)
+        part = Part(0, sum(of_k), core.key_heads.start, core.key_heads.stop)
 
-        def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (B, ranks * longest shard, own heads, D)
-            q, k, v = (_packed(t, own).transpose(1, 2) for t, own in ((q, queries), (k, keys), (v, keys)))
-            rows = attention.rows(q, *attention.measured(k, v, mask, part.stop, part))
-            return _padded(rows.transpose(1, 2), queries)
+        def local(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (B, ranks * longest shard, own heads, D)
+            q, k, v = (_packed(t, own).transpose(1, 2) for t, own in ((q, of_q), (k, of_k), (v, of_k)))
+            rows = core.rows(q, *core.measured(k, v, mask, part.stop, part))
+            return _padded(rows.unflatten(-1, (len(core.heads), -1)), of_q)
 
-        k, v = attention.keys_and_values(context)
-        q = attention.queries(x)
-        parts = ((q, queries), (k, keys), (v, keys))
+        parts = ((q, of_q), (k, of_k), (v, of_k))
         sent = [nn.functional.pad(t.transpose(1, 2), (0, 0, 0, 0, 0, max(own) - t.shape[2])) for t, own in parts]
-        rows = DistributedAttention(core, self.group, scatter_idx=2, gather_idx=1)(*sent, 0)
-        return rows[:, : x.shape[1]].flatten(2)
+        rows = DistributedAttention(local, self.group, scatter_idx=2, gather_idx=1)(*sent, 0)
+        return rows[:, : q.shape[2]].flatten(2)
 
 
 def _packed(x: Tensor, lengths: tuple[int, ...]) -> Tensor:
