@@ -294,3 +294,22 @@ def heads_that_do_not_divide() -> None:
 
 def test_ulysses_refuses_heads_that_do_not_divide(two: Ranks) -> None:
     two.run(heads_that_do_not_divide)
+
+
+def of_another_framework() -> float:
+    """torch.nn.MultiheadAttention, converted: its own code calls what lies between the projections."""
+    from csat_ext import deepspeed as integration
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)).double()
+    integration.apply(model, {"csat_attention": {"measurements": 5, "threshold": 0.01}})
+    x = torch.randn(2, 11, WIDTH, dtype=torch.float64)
+    padding = torch.rand(2, 11) < 0.3
+    expected = model[0](x, x, x, key_padding_mask=padding, need_weights=False)[0]
+    parallelise(model, SequenceParallel(world()), world())
+    own, pad = (shards(t, (6, 5)) for t in (x, padding))
+    return worst(model[0](own, own, own, key_padding_mask=pad, need_weights=False)[0], shards(expected, (6, 5)))
+
+
+def test_converted_attention_takes_shards(two: Ranks) -> None:
+    assert max(two.run(of_another_framework)) < 1e-12

@@ -1,4 +1,4 @@
-"""One `CSATAttention` on several ranks: by tokens (`shard_sequence`), by heads (`tensor`), under DeepSpeed (`engine`).
+"""One CSAT layer on several ranks: by tokens (`shard_sequence`), by heads (`tensor`), under DeepSpeed (`engine`).
 
 - `sequence`: every rank measures its tokens, one all-reduce of (M, D + R) per head. `ulysses`: DeepSpeed's all-to-alls.
 - `tensor`: heads over ranks, as a `parallelize_module` plan or rules of DeepSpeed's AutoTP; DTensor inputs.
@@ -25,7 +25,7 @@ __all__ = ["FORMS", "SequenceParallel", "UlyssesParallel", "shard_sequence", "to
 
 
 def shard_sequence(model: nn.Module, group: Group, form: str = "measurements", length: int | None = None) -> list[str]:
-    """Spreads the tokens of every `CSATAttention` of the model over the ranks of a group; the names of the layers.
+    """Spreads the tokens of every CSAT layer of the model over the ranks of a group; the names of the layers.
 
     Every rank then calls the model with its own consecutive tokens (``x[:, token_range(n, rank, ranks)]``, or any other
     number of them) and their key mask. Losses: `token_mean`, or the sum of the rank's own over the tokens of all ranks.
