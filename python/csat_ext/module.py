@@ -53,7 +53,8 @@ class CSATCore(nn.Module):
 
     A fixed Phi is never stored: the state dict holds ``measurement_key`` = (generator version, ensemble, seed, layer)
     as int64, which a cast to bfloat16 leaves alone, and Phi is made in float32 from it, for any length and on any
-    device. Its parameters, each with a leading axis of H heads or Hk key heads (no parameter is 0-dimensional):
+    device; a fixed Phi of `csat_ext.implicit.IMPLICIT` without a grid is not made at all (`ImplicitMeasurement`). Its
+    parameters, each with a leading axis of H heads or Hk key heads (no parameter is 0-dimensional):
 
     - ``gain`` (H,): factor on the score scale;
     - ``phi`` (Hk, M, N), ``score_bias`` (Hk, M): with ``config.learned``;
