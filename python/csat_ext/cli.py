@@ -77,9 +77,9 @@ def ds_report() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.env_report import main as report
 
-    import csat_ext.deepspeed
+    from csat_ext import op_builder
 
-    csat_ext.deepspeed.register()
+    op_builder.register()
     report()
 
 

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import csat_ext.deepspeed as csat_deepspeed
 from csat_ext.pretrain.config import PretrainConfig, from_dict, to_dict
 from csat_ext.pretrain.data import CaptionTokenizer, batches_per_epoch, expand_shards, train_batches
 from csat_ext.pretrain.model import VisionLanguageModel
+from csat_ext.section import SECTION, load_json, read_section
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
@@ -58,10 +58,10 @@ def read_run(config: PretrainConfig) -> Run:
 
     Raises:
         FileNotFoundError: the JSON, a shard or the tokenizer does not exist.
-        ValueError, TypeError: as `csat_ext.deepspeed.read_section`.
+        ValueError, TypeError: as `csat_ext.section.read_section`.
     """
-    ds_config = csat_deepspeed.load_json(config.deepspeed)
-    csat_deepspeed.read_section(ds_config)
+    ds_config = load_json(config.deepspeed)
+    read_section(ds_config)
     expand_shards(config.data.train_shards, "data.train_shards")
     expand_shards(config.data.val_shards, "data.val_shards")
     CaptionTokenizer(config.data.tokenizer, config.data.text_length)
@@ -162,7 +162,7 @@ def _check_output(run: Run, output: Path, resume: bool) -> None:
     pairs = {
         "model": (before.config.model, run.config.model),
         "data": (before.config.data, run.config.data),
-        csat_deepspeed.SECTION: tuple(csat_deepspeed.read_section(r.deepspeed) for r in (before, run)),
+        SECTION: tuple(read_section(r.deepspeed) for r in (before, run)),
     }
     for name, (old, new) in pairs.items():
         if old != new:
@@ -170,9 +170,11 @@ def _check_output(run: Run, output: Path, resume: bool) -> None:
 
 
 def _engine(run: Run) -> Any:
+    from csat_ext import deepspeed  # imports DeepSpeed, whose accelerator `set_up_process_group` chose
+
     model = build_model(run)
     model.train()
-    engine, *_ = csat_deepspeed.initialize(model=model, config=fill_auto(run, dist.get_world_size()))
+    engine, *_ = deepspeed.initialize(model=model, config=fill_auto(run, dist.get_world_size()))
     return engine
 
 
@@ -350,7 +352,7 @@ def _describe(run: Run, engine: Any) -> str:
     sites = {kind: sum(isinstance(m, cls) for m in engine.module.modules()) for kind, cls in kinds.items()}
     weights = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     words = ", ".join(f"{count} {kind}" for kind, count in sites.items() if count)
-    section = csat_deepspeed.read_section(run.deepspeed)
+    section = read_section(run.deepspeed)
     if section.enabled:
         attention = section.attention
         words += f" (m = {attention.measurements}, {attention.ensemble}, decoder {attention.decoder})"
