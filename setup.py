@@ -165,7 +165,7 @@ def extensions(environment: Mapping[str, str]) -> list:
         archs = parse_archs(environment.get("CSAT_CUDA_ARCHS", DEFAULT_ARCHS))
         cublas_include, cublas_dirs, cublas_link = cublas_of_wheel(torch.__file__, torch.version.cuda)
         nvcc_flags = ["-O3", "-std=c++20", "-DNDEBUG", *STABLE_ABI, "-Xcompiler=-fvisibility=hidden"]
-        nvcc_flags += gencode_flags(archs)
+        nvcc_flags += ["--expt-relaxed-constexpr", *gencode_flags(archs)]  # limits.h is constexpr on both sides
         built.append(
             CUDAExtension(
                 "csat_ext._cuda",

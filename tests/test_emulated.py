@@ -109,6 +109,78 @@ def test_attend(ops: EmulatedOps, generator: torch.Generator, sizes: tuple[int, 
     check(ops, "attend_backward", _tokens(generator, dtype, *z.shape), *inputs[:4], z, lse, inputs[4])
 
 
+SIXTEEN_BITS = [torch.bfloat16, torch.float16]
+# Every compiled size with its padding, measurements resident, resident without a second stage, and streamed; runs of
+# units that end inside a block.
+MMA_ATTEND = [
+    (1, 2, 1, 70, 130, 64, 64),
+    (1, 1, 1, 300, 70, 32, 30),
+    (1, 2, 2, 33, 40, 80, 72),
+    (1, 1, 1, 40, 257, 96, 90),
+    (2, 1, 1, 50, 33, 128, 128),
+    (1, 1, 1, 20, 600, 128, 100),
+]
+
+
+def _on_tensor_cores(ops: EmulatedOps) -> bool:
+    return ops.counters.mma > 0
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
+@pytest.mark.parametrize("sizes", MMA_ATTEND, ids=str)
+def test_attend_on_tensor_cores(library: Any, generator: torch.Generator, sizes: tuple[int, ...], dtype: Any) -> None:
+    ops = EmulatedOps(library, seed=5)
+    check(ops, "attend", *_attend_inputs(generator, dtype, sizes, "masked"))
+    assert _on_tensor_cores(ops)
+
+
+def test_sizes_beyond_the_tensor_cores_run_on_the_others(library: Any, generator: torch.Generator) -> None:
+    ops = EmulatedOps(library)
+    z, _ = check(ops, "attend", *_attend_inputs(generator, torch.bfloat16, (1, 2, 1, 9, 13, 132, 24), "finite"))
+    check(ops, "decode", z, *_decoder(generator, (1, 2, 1, 1, 260, 24, 18)))
+    assert not _on_tensor_cores(ops)
+
+
+# heads, layers, layers of S, layers of B, coefficients, features, outputs
+MMA_DECODERS = [
+    (1, 3, 1, 1, 64, 64, 64),
+    (2, 3, 1, 1, 128, 64, 60),
+    (1, 2, 2, 2, 100, 80, 70),
+    (1, 2, 1, 1, 256, 64, 33),
+]
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
+@pytest.mark.parametrize("sizes", MMA_DECODERS, ids=str)
+def test_decode_on_tensor_cores(library: Any, generator: torch.Generator, sizes: tuple[int, ...], dtype: Any) -> None:
+    ops = EmulatedOps(library, seed=5)
+    check(ops, "decode", _tokens(generator, dtype, 1, 2, 41, sizes[5]), *_decoder(generator, sizes))
+    assert _on_tensor_cores(ops)
+
+
+# sizes of attend, of the decoder: one kernel; a pair, because z leaves no registers; a pair whose decoder is too large
+FUSED = [
+    ((1, 2, 1, 75, 70, 64, 64), (2, 3, 1, 1, 128, 64, 50)),
+    ((1, 2, 2, 33, 40, 128, 100), (1, 2, 2, 1, 64, 100, 128)),
+    ((1, 2, 1, 20, 13, 32, 24), (1, 2, 1, 1, 260, 24, 18)),
+]
+
+
+@pytest.mark.parametrize("attend,decoder", FUSED, ids=str)
+def test_fused_on_tensor_cores_equals_the_pair(
+    library: Any, generator: torch.Generator, attend: tuple[int, ...], decoder: tuple[int, ...]
+) -> None:
+    ops = EmulatedOps(library, seed=5)
+    inputs, weights = _attend_inputs(generator, torch.bfloat16, attend, "finite"), _decoder(generator, decoder)
+    for need_z in (True, False):
+        out, z, lse = ops.attend_decode(*inputs, *weights, need_z)
+        assert _on_tensor_cores(ops) or decoder[4] > 256
+        pair_z, pair_lse = ops.attend(*inputs)
+        assert torch.equal(out, ops.decode(pair_z, *weights))
+        assert torch.equal(lse, pair_lse)
+        assert torch.equal(z, pair_z) if need_z else z.shape == (0,)
+
+
 def test_attend_takes_strided_tensors_and_no_bias(ops: EmulatedOps, generator: torch.Generator) -> None:
     q, kc, vc, _, scale = _attend_inputs(generator, torch.bfloat16, (2, 2, 2, 11, 9, 12, 10), "none")
     strided = _strided(q), _strided(kc), _strided(vc), None, scale

@@ -6,6 +6,9 @@
 //   B, H, Nq, N, M               any              streamed; int64 offsets
 //   D, R                         1 .. 1024        one row tile lives in shared memory
 //   P, Dv                        1 .. 1024        three rows of P and one of max(R, Dv) in shared memory
+//   tensor cores (mma)           bf16, f16        D, R, Dv <= 128, P <= 256 (fused <= 128), what is resident fits in
+//                                                 shared memory (see plan_mma); anything else runs on the SIMT kernels
+//   N, M of an implicit Phi      1 .. 2^31 - 2    int32 running counts, 32-bit Philox counters
 //   blocks of one launch         < 2^31           one linear grid
 //   shared memory of a block     of the device    163 KiB (sm_80) and 227 KiB (sm_90) hold every size above; 99 KiB
 //                                                 (sm_86, sm_89): 3 P + max(R, Dv) <= 3164 and 2 D + R <= 3033,
@@ -30,6 +33,9 @@ constexpr int kMaxFeature = 1024;      // D, R, P, Dv
 constexpr int64_t kSharedPreferred = 72 * 1024;        // two blocks on an SM of 163 KiB, three on one of 227 KiB
 constexpr int64_t kWorkspaceCap = int64_t(256) << 20;  // bytes of saved iterates before decode_backward goes in chunks
 constexpr int64_t kTargetBlocks = 512;                 // sums over rows are split until this many blocks run
+constexpr int kSignRows = 64;                          // rows of a block that multiplies by signs, 16 a warp
+constexpr int kSignDepth = 32;                         // of its stages
+constexpr int kSignColumns = 256;                      // its columns with tensor cores; half without
 constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -68,6 +74,48 @@ constexpr int64_t measurement_backward_row(int64_t D, int64_t R) {
 constexpr int64_t decode_backward_row(int64_t P, int64_t R, int64_t Dv) {
   return (column_pad(R) > column_pad(Dv) ? column_pad(R) : column_pad(Dv)) + 3 * int64_t(column_pad(P)) + 4;
 }
+
+// ---- the tensor-core family: bf16 and fp16, D, R, Dv up to 128, P up to 256; compile-time sizes, padded with zeros
+
+constexpr int kMmaWarps = 8, kMmaThreads = 32 * kMmaWarps;
+constexpr int kMmaRows = 32;  // queries a warp: two row blocks share every right operand
+
+// The compile-time size that holds n features or coefficients; 0: none does.
+constexpr int smallest_of(std::initializer_list<int> sizes, int64_t n) {
+  for (int size : sizes)
+    if (n <= size) return size;
+  return 0;
+}
+constexpr int mma_feature(int64_t n) { return smallest_of({32, 64, 80, 96, 128}, n); }
+constexpr int mma_atoms(int64_t n) { return smallest_of({64, 128, 256}, n); }
+
+// Measurements a warp scores at a time: with z (32 x D) they are its accumulators.
+constexpr int mma_chunk(int feature) { return feature <= 32 ? 64 : 32; }
+// A chunk in shared memory: keys, values, bias. A row is padded by 16 bytes (fragments.cuh).
+constexpr int64_t mma_tile_bytes(int64_t rows, int64_t columns) { return rows * (columns + 8) * 2; }
+constexpr int64_t mma_slot_bytes(int feature) {
+  return 2 * mma_tile_bytes(mma_chunk(feature), feature) + mma_chunk(feature) * 4;
+}
+// Rows that go through the decoder's layers together: two iterates, z and a group of accumulators in registers.
+constexpr int recover_rows(int feature, int atoms) { return atoms > 64 || feature > 96 ? 16 : 32; }
+// Rows of a warp's tile in decode alone; of 256 coefficients only decode alone has the weights resident.
+constexpr int decode_mma_rows(int atoms) { return atoms > 128 ? 16 : kMmaRows; }
+constexpr int kFusedMmaAtoms = 128, kFusedMmaFeature = 96;  // z of 32 rows x 128 leaves no registers for more
+constexpr int64_t decoder_mma_bytes(const Decoder& d, int feature, int atoms) {
+  return d.s_layers * mma_tile_bytes(atoms, atoms) + d.b_layers * mma_tile_bytes(atoms, feature) +
+         mma_tile_bytes(feature, atoms) + round_up((d.layers * atoms + d.layers) * 4, 16);
+}
+
+// How a forward launch uses the tensor cores: sizes, and what shared memory holds.
+struct ForwardMmaPlan {
+  int feature = 0, atoms = 0;  // compile-time sizes; atoms 0: no decoder
+  int chunks = 0, slots = 0;   // of measurements; as many slots as chunks: resident
+  int stages = 0;              // tiles of query rows a warp
+  int64_t shared_bytes = 0;
+};
+// nullptr and a plan, or the reason why there is none. With both, attend and decode run as one kernel.
+const char* plan_mma(ForwardMmaPlan& plan, const AttendParams* attend, const DecodeParams* decode,
+                     int64_t shared_limit);
 
 // nullptr if the op runs within `shared_limit` bytes a block, else the reason.
 const char* why_not(const AttendParams& p, int64_t shared_limit);

@@ -13,9 +13,6 @@
 
 namespace csat {
 
-CSAT_DEVICE int lane_id() { return threadIdx.x % 32; }
-CSAT_DEVICE int warp_id() { return threadIdx.x / 32; }
-
 // A stack of equal padded matrices in the workspace.
 struct Panel {
   float* data;

@@ -1,5 +1,6 @@
 // Host side of attend, decode and the fused forward, and of attend's backward: panels, workspace, launches.
 #include "csat/dispatch.h"
+#include "csat/forward_mma.h"
 #include "csat/instances.h"
 #include "csat/workspace.h"
 
@@ -124,9 +125,44 @@ struct BackwardPlan {
   }
 };
 
+// How the fused op runs: as one tensor-core kernel, as a pair of kernels of which one at least is on tensor cores, or
+// as one SIMT kernel.
+struct Fused {
+  limits::ForwardMmaPlan plan;
+  bool on_tensor_cores, as_pair;
+
+  Fused(const AttendParams& attend, const DecodeParams& decode) {
+    const int64_t limit = shared_memory_limit();
+    limits::ForwardMmaPlan alone;
+    DecodeParams second = decode;
+    second.z.dtype = attend.q.dtype;
+    on_tensor_cores = !limits::plan_mma(plan, &attend, &decode, limit);
+    as_pair = !on_tensor_cores &&
+              (!limits::plan_mma(alone, &attend, nullptr, limit) || !limits::plan_mma(alone, nullptr, &second, limit));
+  }
+};
+
+// The pair, with z in the workspace where the caller does not want it.
+struct AttendDecodePair {
+  AttendParams attend;
+  DecodeParams decode;
+
+  AttendDecodePair(const AttendParams& a, const DecodeParams& d, Carver& carver) : attend(a), decode(d) {
+    if (!attend.z.data) {
+      const int64_t pitch = limits::round_up(a.features, 8), head = a.queries * pitch;
+      attend.z = {carver.take<char>(a.batch * a.heads * head * size_of(a.q.dtype)),
+                  a.q.dtype,
+                  {a.heads * head, head, pitch, 1}};
+    }
+    decode.z = attend.z;
+  }
+};
+
 }  // namespace
 
 int64_t attend_workspace(const AttendParams& p) {
+  limits::ForwardMmaPlan plan;
+  if (!limits::plan_mma(plan, &p, nullptr, shared_memory_limit())) return forward_mma_workspace(plan, &p, nullptr);
   Carver carver(nullptr);
   ForwardArgs args{};
   take_attend(args, p, carver, nullptr);
@@ -134,6 +170,9 @@ int64_t attend_workspace(const AttendParams& p) {
 }
 
 int attend_forward(const AttendParams& p, void* workspace, void* stream) {
+  limits::ForwardMmaPlan plan;
+  if (!limits::plan_mma(plan, &p, nullptr, shared_memory_limit()))
+    return forward_mma(plan, &p, nullptr, workspace, stream);
   Carver carver(workspace);
   ForwardArgs args{};
   CSAT_TRY(take_attend(args, p, carver, stream));
@@ -142,6 +181,8 @@ int attend_forward(const AttendParams& p, void* workspace, void* stream) {
 }
 
 int64_t decode_workspace(const DecodeParams& p) {
+  limits::ForwardMmaPlan plan;
+  if (!limits::plan_mma(plan, nullptr, &p, shared_memory_limit())) return forward_mma_workspace(plan, nullptr, &p);
   Carver carver(nullptr);
   ForwardArgs args{};
   take_decoder(args, p, carver, nullptr);
@@ -149,6 +190,9 @@ int64_t decode_workspace(const DecodeParams& p) {
 }
 
 int decode_forward(const DecodeParams& p, void* workspace, void* stream) {
+  limits::ForwardMmaPlan plan;
+  if (!limits::plan_mma(plan, nullptr, &p, shared_memory_limit()))
+    return forward_mma(plan, nullptr, &p, workspace, stream);
   Carver carver(workspace);
   ForwardArgs args{};
   CSAT_TRY(take_decoder(args, p, carver, stream));
@@ -162,6 +206,14 @@ int decode_forward(const DecodeParams& p, void* workspace, void* stream) {
 }
 
 int64_t attend_decode_workspace(const AttendParams& attend, const DecodeParams& decode) {
+  const Fused fused(attend, decode);
+  if (fused.on_tensor_cores) return forward_mma_workspace(fused.plan, &attend, &decode);
+  if (fused.as_pair) {
+    Carver carver(nullptr);
+    AttendDecodePair pair(attend, decode, carver);
+    const int64_t first = attend_workspace(pair.attend), second = decode_workspace(pair.decode);
+    return carver.used() + (first > second ? first : second);
+  }
   Carver carver(nullptr);
   ForwardArgs args{};
   take_attend(args, attend, carver, nullptr);
@@ -170,7 +222,15 @@ int64_t attend_decode_workspace(const AttendParams& attend, const DecodeParams& 
 }
 
 int attend_decode_forward(const AttendParams& attend, const DecodeParams& decode, void* workspace, void* stream) {
+  const Fused fused(attend, decode);
+  if (fused.on_tensor_cores) return forward_mma(fused.plan, &attend, &decode, workspace, stream);
   Carver carver(workspace);
+  if (fused.as_pair) {
+    const AttendDecodePair pair(attend, decode, carver);
+    void* rest = static_cast<char*>(workspace) + carver.used();
+    CSAT_TRY(attend_forward(pair.attend, rest, stream));
+    return decode_forward(pair.decode, rest, stream);
+  }
   ForwardArgs args{};
   CSAT_TRY(take_attend(args, attend, carver, stream));
   CSAT_TRY(take_decoder(args, decode, carver, stream));

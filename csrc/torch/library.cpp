@@ -26,6 +26,12 @@ STABLE_TORCH_LIBRARY(csat, library) {
   library.def(
       "project_backward(Tensor dy, Tensor x, Tensor phi, Tensor? key_mask, bool need_dx, bool need_dphi) -> "
       "(Tensor, Tensor)");
+  library.def(
+      "project_implicit(Tensor x, Tensor? counts, Tensor? anchors, str ensemble, int rows, int heads, int seed, "
+      "int layer) -> Tensor");
+  library.def(
+      "project_implicit_backward(Tensor dy, Tensor? counts, Tensor? anchors, str ensemble, int heads, int seed, "
+      "int layer, int x_heads, SymInt tokens) -> Tensor");
   library.def("attend(Tensor q, Tensor kc, Tensor vc, Tensor? score_bias, float scale) -> (Tensor, Tensor)");
   library.def(
       "attend_backward(Tensor dz, Tensor q, Tensor kc, Tensor vc, Tensor? score_bias, Tensor z, Tensor lse, "
@@ -42,6 +48,8 @@ STABLE_TORCH_LIBRARY(csat, library) {
 STABLE_TORCH_LIBRARY_IMPL(csat, CPU, library) {
   library.impl("project", TORCH_BOX(&cpu::project));
   library.impl("project_backward", TORCH_BOX(&cpu::project_backward));
+  library.impl("project_implicit", TORCH_BOX(&cpu::project_implicit));
+  library.impl("project_implicit_backward", TORCH_BOX(&cpu::project_implicit_backward));
   library.impl("attend", TORCH_BOX(&cpu::attend));
   library.impl("attend_backward", TORCH_BOX(&cpu::attend_backward));
   library.impl("decode", TORCH_BOX(&cpu::decode));
@@ -78,8 +86,8 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CSAT operators on the CPU; every function is torch.ops.csat.* of the same name.";
-  for (const char* name :
-       {"project", "project_backward", "attend", "attend_backward", "decode", "decode_backward", "attend_decode"})
+  for (const char* name : {"project", "project_backward", "project_implicit", "project_implicit_backward", "attend",
+                           "attend_backward", "decode", "decode_backward", "attend_decode"})
     expose(m, name);
   m.def("build_info", &build_info, "What this library was built from and for.");
 }

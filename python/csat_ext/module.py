@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from csat_ext.config import CSATConfig
 from csat_ext.dictionaries import dictionary
-from csat_ext.functional import Decoder, LinearDecoder, SparseDecoder, autocasts, checked_mask, measure, recover
+from csat_ext.functional import Decoder, LinearDecoder, Phi, SparseDecoder, autocasts, checked_mask, measure, recover
+from csat_ext.implicit import IMPLICIT, ImplicitMeasurement, implicit_measurement
 from csat_ext.measurements import ENSEMBLES, Measurement, measurement
 from csat_ext.philox import GENERATOR_VERSION
 from csat_ext.reference.attention import has_values
@@ -204,21 +205,25 @@ class CSATCore(nn.Module):
         return self._fixed[key]
 
     def _draw(self, n: int, device: torch.device, key_mask: Tensor | None, seed_offset: int = 0) -> Measurement:
-        config = self.config
-        shifts = "head_shift" in ENSEMBLES[config.ensemble].options and config.head_shift
         return measurement(
-            config.ensemble,
-            config.measurements,
+            self.config.ensemble,
+            self.config.measurements,
             n,
-            seed=config.seed + seed_offset,
-            layer=config.layer,
-            heads=self.kv_heads,
             device=device,
-            anchors=config.anchors,
-            grid=config.grid,
-            head_shift=shifts,
+            grid=self.config.grid,
             key_mask=key_mask,
+            **self._draw_options(seed_offset),
         )
+
+    def _draw_options(self, seed_offset: int) -> dict[str, Any]:
+        config = self.config
+        return {
+            "seed": config.seed + seed_offset,
+            "layer": config.layer,
+            "heads": self.kv_heads,
+            "anchors": config.anchors,
+            "head_shift": "head_shift" in ENSEMBLES[config.ensemble].options and config.head_shift,
+        }
 
     def measurement(self, n: int, device: torch.device, key_mask: Tensor | None = None) -> Measurement:
         """Phi (and the score bias) that keys of length n meet, in float32; with a key mask one for each batch
@@ -229,9 +234,35 @@ class CSATCore(nn.Module):
             return self._draw(n, device, key_mask)
         return self._remember(("phi", n, device), lambda: self._draw(n, device, None))
 
-    def _phi_v(self, n: int, device: torch.device, key_mask: Tensor | None) -> Tensor | None:
-        if self.config.share_kv:
-            return None
+    @property
+    def _has_matrix(self) -> bool:
+        """Whether the forward pass multiplies by a Phi in memory."""
+        config = self.config
+        return config.learned or config.grid is not None or config.ensemble not in IMPLICIT
+
+    def _implicit(
+        self, n: int, device: torch.device, key_mask: Tensor | None, seed_offset: int = 0
+    ) -> ImplicitMeasurement:
+        def make() -> ImplicitMeasurement:
+            options = self._draw_options(seed_offset)
+            config = self.config
+            return implicit_measurement(
+                config.ensemble, config.measurements, n, device=device, key_mask=key_mask, **options
+            )
+
+        return make() if key_mask is not None else self._remember(("implicit", seed_offset, n, device), make)
+
+    def _phis(self, n: int, device: torch.device, key_mask: Tensor | None) -> tuple[Phi, Phi | None, Tensor | None]:
+        """Phi_K, Phi_V (None: Phi_K) and the score bias."""
+        shared = self.config.share_kv
+        if not self._has_matrix:
+            phi_k = self._implicit(n, device, key_mask)
+            phi_v = None if shared else self._implicit(n, device, key_mask, _INDEPENDENT_PHI_V)
+            return phi_k, phi_v, phi_k.score_bias
+        drawn = self.measurement(n, device, key_mask)
+        return drawn.phi, None if shared else self._phi_v(n, device, key_mask), drawn.score_bias
+
+    def _phi_v(self, n: int, device: torch.device, key_mask: Tensor | None) -> Tensor:
         if key_mask is not None:
             return self._draw(n, device, key_mask, _INDEPENDENT_PHI_V).phi
         return self._remember(("phi_v", n, device), lambda: self._draw(n, device, None, _INDEPENDENT_PHI_V)).phi
@@ -251,16 +282,14 @@ class CSATCore(nn.Module):
                     "and exact_when_short is False"
                 )
             return self._exact(k, v, key_mask)
-        drawn = self.measurement(n, k.device, key_mask)
-        bias = drawn.score_bias if config.log_mass or config.learned or key_mask is not None else None
+        phi_k, phi_v, bias = self._phis(n, k.device, key_mask)
+        if not (config.log_mass or config.learned or key_mask is not None):
+            bias = None
         if bias is not None and not (config.log_mass or config.learned):
             bias = torch.zeros_like(bias).masked_fill(bias == -torch.inf, -torch.inf)
-        phi_v = self._phi_v(n, k.device, key_mask)
         if bias is not None and bias.shape[-2] not in (1, self.num_heads):
             bias = self._per_query_head(bias, axis=-2)
-        return measure(
-            k, v, drawn.phi, phi_v, self._f(), bias, key_mask, heads=self.num_heads, renormalise=config.learned
-        )
+        return measure(k, v, phi_k, phi_v, self._f(), bias, key_mask, heads=self.num_heads, renormalise=config.learned)
 
     def _exact(self, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Phi = I: the tokens are their own measurements, masked ones zeroed and silenced."""

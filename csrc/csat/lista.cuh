@@ -1,0 +1,147 @@
+// The decoder at warp level: a warp takes its rows of z through all layers in registers.
+//
+//   u = S_t a + B_t z,  a = soft(a + step_t (u - a), theta_t), T times from a = 0;  c = psi a
+//
+// Data flow: z is a left operand in registers; S, B, psi stand in shared memory as they are in global memory, one row
+// an output coefficient, so that ldmatrix reads them as b^T. A layer goes by groups of columns: u (fp32) -> soft
+// threshold
+// -> the next a, packed to T: an iterate is a left operand and is defined as rounded to T, for the backward pass too.
+// Budget of a row: 2 T P (P + R) + 2 P Dv FLOP; registers: 2 (P / 16) + (R / 16) + 8 a row block of 16, times 4.
+#pragma once
+#include "csat/fragments.cuh"
+#include "csat/limits.h"
+#include "csat/tile.cuh"
+
+namespace csat {
+
+// Where the weights of all heads lie: 16-bit matrices with vector rows, float32 vectors.
+struct DecoderWeights {
+  View S, B, psi;     // (Hd, Ts, P, P), (Hd, Tb, P, R), (Hd, 1, Dv, P)
+  Panel theta, step;  // (Hd)(T, P), (Hd)(1, T)
+  int64_t heads;      // Hd
+  int layers, s_layers, b_layers, coefficients, features, outputs;
+};
+
+// Weights of one head in shared memory, padded with zeros to kP coefficients and kD features: S, B, psi as tiles, then
+// theta and step. Where each lies is computed, not kept: registers are what this file is short of.
+template <typename T, int kD, int kP>
+struct DecoderTiles {
+  T* base;
+  const DecoderWeights& w;
+
+  CSAT_DEVICE Tile<T, kP> S(int t) const { return {base + (w.s_layers == 1 ? 0 : t) * int(tile_elements(kP, kP))}; }
+  CSAT_DEVICE Tile<T, kD> B(int t) const {
+    return {after_S() + (w.b_layers == 1 ? 0 : t) * int(tile_elements(kP, kD))};
+  }
+  CSAT_DEVICE Tile<T, kP> psi() const { return {after_S() + w.b_layers * int(tile_elements(kP, kD))}; }
+  CSAT_DEVICE float* theta() const { return reinterpret_cast<float*>(psi().data + tile_elements(kD, kP)); }
+  CSAT_DEVICE float* step() const { return theta() + w.layers * kP; }
+  // Behind the weights, 16-byte aligned (limits::decoder_mma_bytes).
+  CSAT_DEVICE T* end() const { return psi().data + tile_elements(kD, kP) + (w.layers * (kP + 1) + 3) / 4 * 8; }
+
+ private:
+  CSAT_DEVICE T* after_S() const { return base + w.s_layers * int(tile_elements(kP, kP)); }
+};
+
+// Columns that a layer or the output computes at a time: few accumulators beside the operands that must stay.
+constexpr int kColumnGroup = 16;
+
+// a = soft(old + step (u - old), theta) for the columns of u, which start at column 0 of `theta`.
+template <int kRows, int kColumns>
+CSAT_DEVICE void shrink(Sums<kRows, kColumns>& u, const Sums<kRows, kColumns>& old, const float* theta, float step) {
+  const int t = pinned(lane_id()) % 4 * 2;
+#pragma unroll
+  for (int j = 0; j < kColumns / 8; ++j)
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const float threshold = theta[8 * j + t + c];
+#pragma unroll
+      for (int i = 0; i < kRows / 16; ++i)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float before = old.at[i][j][2 * h + c];
+          float& value = u.at[i][j][2 * h + c];
+          value = soft_threshold(before + step * (value - before), threshold);
+        }
+    }
+}
+
+// a_{t+1} from a_t; the first layer starts from a = 0.
+template <bool kFirst, typename T, int kRows, int kD, int kP, typename Measured>
+CSAT_DEVICE void lista_layer(Operand<T, kRows, kP>& a, const Measured& z, const DecoderTiles<T, kD, kP>& w, int t) {
+  Operand<T, kRows, kP> next;
+#pragma unroll
+  for (int first = 0; first < kP; first += kColumnGroup) {
+    Sums<kRows, kColumnGroup> u = {}, old = {};
+    multiply_transposed(u, z, w.B(t).from_row(first));
+    if constexpr (!kFirst) {
+      multiply_transposed(u, a, w.S(t).from_row(first));
+      old = to_sums<kColumnGroup>(a, first);
+    }
+    shrink(u, old, w.theta() + t * kP + first, w.step()[t]);
+    set_columns(next, first, u);
+  }
+  a = next;
+}
+
+// a_T of the rows of z.
+template <int kRows, typename T, int kD, int kP, typename Measured>
+CSAT_DEVICE Operand<T, kRows, kP> recover(const Measured& z, const DecoderTiles<T, kD, kP>& w) {
+  Operand<T, kRows, kP> a = {};
+  if (w.w.layers > 0) lista_layer<true>(a, z, w, 0);
+#pragma unroll 1
+  for (int t = 1; t < w.w.layers; ++t) lista_layer<false>(a, z, w, t);
+  return a;
+}
+
+// out = psi a, rounded to T.
+template <typename T, int kRows, int kD, int kP>
+CSAT_DEVICE void synthesise(Tile<T, kD> out, const Operand<T, kRows, kP>& a, const DecoderTiles<T, kD, kP>& w) {
+#pragma unroll
+  for (int first = 0; first < kD; first += kColumnGroup) {
+    Sums<kRows, kColumnGroup> c = {};
+    multiply_transposed(c, a, w.psi().from_row(first));
+    store_tile(out, first, c);
+  }
+}
+
+// Rows of z -> rows of c, in place in the warp's own tile; as many at a time as registers hold.
+template <int kRows, typename T, int kD, int kP>
+CSAT_DEVICE void decode_tile(Tile<T, kD> tile, const DecoderTiles<T, kD, kP>& w) {
+  constexpr int kTogether = limits::recover_rows(kD, kP) < kRows ? limits::recover_rows(kD, kP) : kRows;
+#pragma unroll 1
+  for (int row = 0; row < kRows; row += kTogether) {
+    const Tile<T, kD> part = tile.from_row(row);
+    if constexpr (kP > 128) {
+      const auto a = recover<kTogether>(part, w);
+      sync_warp();  // every lane has read its z
+      synthesise(part, a, w);
+    } else {
+      const auto z = load_operand<kTogether>(part);
+      sync_warp();
+      synthesise(part, recover<kTogether>(z, w), w);
+    }
+  }
+}
+
+// The weights of one head -> shared memory, by a whole block of `threads`. Asynchronous, but for theta and step.
+template <typename T, int kD, int kP>
+CSAT_DEVICE void load_decoder(const DecoderTiles<T, kD, kP>& tiles, int64_t head, int threads) {
+  const DecoderWeights& w = tiles.w;
+  const int64_t own = w.heads == 1 ? 0 : head;
+  const int thread = threadIdx.x;
+  const auto rows = [own](const View& v, int layer, int count, int columns) {
+    return GlobalRows<const T>{at<const T>(v, own, layer, 0), v.stride[2], count, columns};
+  };
+  for (int t = 0; t < w.s_layers; ++t)
+    load_rows_async(tiles.S(t), rows(w.S, t, w.coefficients, w.coefficients), 0, kP, thread, threads);
+  for (int t = 0; t < w.b_layers; ++t)
+    load_rows_async(tiles.B(t), rows(w.B, t, w.coefficients, w.features), 0, kP, thread, threads);
+  load_rows_async(tiles.psi(), rows(w.psi, 0, w.outputs, w.coefficients), 0, kD, thread, threads);
+  const float* theta = w.theta.data + own * w.theta.matrix;
+  for (int i = thread; i < w.layers * kP; i += threads)
+    tiles.theta()[i] = i % kP < w.coefficients ? theta[i / kP * w.theta.pitch + i % kP] : 0.f;
+  for (int i = thread; i < w.layers; i += threads) tiles.step()[i] = w.step.data[own * w.step.matrix + i];
+}
+
+}  // namespace csat

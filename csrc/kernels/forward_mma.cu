@@ -1,0 +1,154 @@
+// Host side of the tensor-core forward: operands with vector rows, grid, choice of the compiled instance.
+#include "csat/forward_mma.cuh"
+#include "csat/forward_mma.h"
+#include "csat/workspace.h"
+
+namespace csat {
+namespace {
+
+using limits::ceil_div;
+
+bool vector_stores(const View& v, int64_t columns) { return has_vector_rows(v) && columns % 8 == 0; }
+
+int take_attend(ForwardMmaArgs& args, const limits::ForwardMmaPlan& plan, const AttendParams& p, Carver& carver,
+                void* stream) {
+  const DType dtype = p.q.dtype;
+  args.heads = static_cast<int>(p.heads);
+  args.pairs = static_cast<int>(p.batch * p.heads);
+  args.queries = p.queries;
+  args.features = static_cast<int>(p.features);
+  args.q = p.q;
+  args.kc = p.kc;
+  args.vc = p.vc;
+  args.bias = p.bias;
+  args.z = p.z;
+  args.lse = p.lse;
+  args.group = static_cast<int>(p.heads / p.key_heads);
+  args.measurements = p.measurements;
+  args.head_dim = static_cast<int>(p.head_dim);
+  args.chunks = plan.chunks;
+  args.slots = plan.slots;
+  args.stages = plan.stages;
+  args.scale = p.scale;
+  args.z_vectors = vector_stores(p.z, p.features);
+  const int64_t B = p.batch, H = p.heads, Hk = p.key_heads;
+  CSAT_TRY(take_vector_rows(args.q, carver, dtype, B, H, p.queries, p.head_dim, stream));
+  CSAT_TRY(take_vector_rows(args.kc, carver, dtype, B, Hk, p.measurements, p.head_dim, stream));
+  CSAT_TRY(take_vector_rows(args.vc, carver, dtype, B, Hk, p.measurements, p.features, stream));
+  if (!p.bias.data || p.bias.dtype == DType::f32) return 0;
+  Panel bias;
+  const PackArgs source{p.bias.data,
+                        p.bias.dtype,
+                        B,
+                        H,
+                        p.bias.stride[0],
+                        p.bias.stride[1],
+                        1,
+                        p.measurements,
+                        0,
+                        p.bias.stride[3],
+                        nullptr,
+                        0,
+                        0,
+                        0.f};
+  CSAT_TRY(take_panel(bias, carver, source, 1, p.measurements, stream));
+  args.bias = {bias.data, DType::f32, {H * bias.matrix, bias.matrix, 0, 1}};
+  return 0;
+}
+
+int take_decoder(ForwardMmaArgs& args, const DecodeParams& p, DType dtype, Carver& carver, void* stream) {
+  const Decoder& d = p.decoder;
+  DecoderWeights& w = args.decoder;
+  w.heads = d.heads;
+  w.layers = static_cast<int>(d.layers);
+  w.s_layers = static_cast<int>(d.s_layers);
+  w.b_layers = static_cast<int>(d.b_layers);
+  w.coefficients = static_cast<int>(d.coefficients);
+  w.features = static_cast<int>(d.features);
+  w.outputs = static_cast<int>(d.outputs);
+  w.S = d.S;
+  w.B = d.B;
+  w.psi = d.psi;
+  const int64_t P = d.coefficients;
+  CSAT_TRY(take_vector_rows(w.S, carver, dtype, d.heads, d.s_layers, P, P, stream));
+  CSAT_TRY(take_vector_rows(w.B, carver, dtype, d.heads, d.b_layers, P, d.features, stream));
+  CSAT_TRY(take_vector_rows(w.psi, carver, dtype, d.heads, 1, d.outputs, P, stream));
+  PackArgs theta = operand(d.theta, d.heads, 1, d.layers, P);
+  theta.row_stride = d.theta.stride[1];
+  CSAT_TRY(take_panel(w.theta, carver, theta, d.layers, P, stream));
+  args.out = p.out;
+  args.out_vectors = vector_stores(p.out, d.outputs);
+  return take_panel(w.step, carver, operand(d.step, d.heads, 1, 1, d.layers), 1, d.layers, stream);
+}
+
+int take_rows(ForwardMmaArgs& args, const DecodeParams& p, Carver& carver, void* stream) {
+  args.heads = static_cast<int>(p.heads);
+  args.pairs = static_cast<int>(p.batch * p.heads);
+  args.queries = p.queries;
+  args.features = static_cast<int>(p.decoder.features);
+  args.z = p.z;
+  return take_vector_rows(args.z, carver, p.z.dtype, p.batch, p.heads, p.queries, p.decoder.features, stream);
+}
+
+int take(ForwardMmaArgs& args, const limits::ForwardMmaPlan& plan, const AttendParams* attend,
+         const DecodeParams* decode, Carver& carver, void* stream) {
+  CSAT_TRY(attend ? take_attend(args, plan, *attend, carver, stream) : take_rows(args, *decode, carver, stream));
+  const int rows = attend ? limits::kMmaRows : limits::decode_mma_rows(plan.atoms);
+  args.units = static_cast<int>(ceil_div(args.queries, rows));
+  return decode ? take_decoder(args, *decode, attend ? attend->q.dtype : decode->z.dtype, carver, stream) : 0;
+}
+
+using Launch = int (*)(const ForwardMmaArgs&, int64_t, int64_t, void*);
+
+template <typename T, int kD>
+Launch attend_instance(int atoms) {
+  if (atoms == 0) return launch_forward_mma<T, kD, 0>;
+  if constexpr (kD <= limits::kFusedMmaFeature)
+    return atoms == 64 ? launch_forward_mma<T, kD, 64> : launch_forward_mma<T, kD, 128>;
+  return nullptr;
+}
+template <typename T, int kD>
+Launch decode_instance(int atoms) {
+  if (atoms == 64) return launch_decode_mma<T, kD, 64>;
+  return atoms == 128 ? launch_decode_mma<T, kD, 128> : launch_decode_mma<T, kD, 256>;
+}
+template <typename T>
+Launch instance(const limits::ForwardMmaPlan& plan, bool attend) {
+  switch (plan.feature) {
+    case 32:
+      return attend ? attend_instance<T, 32>(plan.atoms) : decode_instance<T, 32>(plan.atoms);
+    case 64:
+      return attend ? attend_instance<T, 64>(plan.atoms) : decode_instance<T, 64>(plan.atoms);
+    case 80:
+      return attend ? attend_instance<T, 80>(plan.atoms) : decode_instance<T, 80>(plan.atoms);
+    case 96:
+      return attend ? attend_instance<T, 96>(plan.atoms) : decode_instance<T, 96>(plan.atoms);
+    default:
+      return attend ? attend_instance<T, 128>(plan.atoms) : decode_instance<T, 128>(plan.atoms);
+  }
+}
+
+}  // namespace
+
+int64_t forward_mma_workspace(const limits::ForwardMmaPlan& plan, const AttendParams* attend,
+                              const DecodeParams* decode) {
+  Carver carver(nullptr);
+  ForwardMmaArgs args{};
+  take(args, plan, attend, decode, carver, nullptr);
+  return carver.used();
+}
+
+int forward_mma(const limits::ForwardMmaPlan& plan, const AttendParams* attend, const DecodeParams* decode,
+                void* workspace, void* stream) {
+  Carver carver(workspace);
+  ForwardMmaArgs args{};
+  CSAT_TRY(take(args, plan, attend, decode, carver, stream));
+  const int64_t units = int64_t(args.pairs) * args.units;
+  if (units == 0) return 0;
+  const DType dtype = attend ? attend->q.dtype : decode->z.dtype;
+  const Launch launch = dtype == DType::bf16 ? instance<bf16>(plan, attend) : instance<f16>(plan, attend);
+  const int64_t blocks = units < multiprocessors() ? units : multiprocessors();
+  return launch(args, blocks, plan.shared_bytes, stream);
+}
+
+}  // namespace csat

@@ -1,0 +1,7 @@
+// Written by generate.py.
+#define CSAT_INSTANTIATE
+#include "csat/forward_mma.cuh"
+
+namespace csat {
+CSAT_FORWARD_MMA_INSTANCE(f16, 80)
+}

@@ -1,0 +1,42 @@
+"""Writes the files that instantiate the tensor-core kernels, one a (kernel, dtype, head dimension), so that a build
+compiles them side by side. Run it after a change of the table; tests/test_build.py fails while a file differs.
+
+    python csrc/kernels/generate.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+DTYPES = ("bf16", "f16")
+# Kernel -> the compile-time sizes it is made for (limits.h says which problem takes which). csrc/csat/<kernel>.cuh
+# defines CSAT_<KERNEL>_INSTANCE(T, size).
+KERNELS: dict[str, tuple[int, ...]] = {"forward_mma": (32, 64, 80, 96, 128)}
+
+TEMPLATE = """// Written by generate.py.
+#define CSAT_INSTANTIATE
+#include "csat/{kernel}.cuh"
+
+namespace csat {{
+CSAT_{macro}_INSTANCE({dtype}, {size})
+}}
+"""
+
+
+def files() -> dict[str, str]:
+    """Name and text of every file."""
+    return {
+        f"{kernel}_{dtype}_{size}.cu": TEMPLATE.format(kernel=kernel, macro=kernel.upper(), dtype=dtype, size=size)
+        for kernel, sizes in KERNELS.items()
+        for dtype in DTYPES
+        for size in sizes
+    }
+
+
+if __name__ == "__main__":
+    folder = Path(__file__).parent
+    for name, text in files().items():
+        (folder / name).write_text(text)
+    for old in folder.glob("*.cu"):
+        if old.read_text().startswith(TEMPLATE.split("\n")[0]) and old.name not in files():
+            old.unlink()
