@@ -19,7 +19,7 @@ app = typer.Typer(
     help="Compressed Sensing Attention: pretraining, evaluation, reports.",
 )
 
-USER_ERRORS = (FileNotFoundError, FileExistsError, FloatingPointError, ValueError, TypeError)
+USER_ERRORS = (OSError, FloatingPointError, ValueError, TypeError)
 
 
 @app.callback()

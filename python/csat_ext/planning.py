@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from csat_ext.config import CSATConfig
+from csat_ext.implicit import IMPLICIT
 from csat_ext.measurements import ENSEMBLES, measurement
 from csat_ext.section import load_json, read_section
 
@@ -222,12 +223,17 @@ def state_bytes(count: int, stage: int, ranks: int, precision: str) -> dict[str,
 def phi_bytes(run: Run) -> int:
     """Bytes of one layer's fixed Phi, float32, kept from step to step (a rank keeps its own columns of it)."""
     config = run.compressed
-    if config is None or config.learned:
+    if config is None or config.learned or _implicit(config):
         return 0
     shifts = config.head_shift and config.grid is None and "head_shift" in ENSEMBLES[config.ensemble].options
     sample = measurement(config.ensemble, 2, 8, heads=2, head_shift=shifts)  # deterministic ensembles make one for all
     heads = 1 if sample.phi.shape[0] == 1 else run.model.key_heads
     return 4 * heads * config.measurements * run.local_tokens * (1 if config.share_kv else 2)
+
+
+def _implicit(config: CSATConfig) -> bool:
+    """The kernels make Phi as they go: nothing of it, nor of what it measures, is kept."""
+    return config.ensemble in IMPLICIT and config.grid is None and not config.learned
 
 
 def block_activations(run: Run) -> int:
@@ -244,6 +250,8 @@ def block_activations(run: Run) -> int:
     if config is None:
         return kept
     measured = run.batch * config.measurements * kv * (3 if config.gain else 2)
+    if _implicit(config):
+        kept -= rows * 2 * kv * size
     return kept + (rows * model.width + measured) * size + _decoder_bytes(model, config)
 
 
