@@ -124,6 +124,22 @@ def under_zero_init(inside: bool, **more: Any) -> list[float]:
     return train(engine)
 
 
+def held_bytes(stage: int, precision: str) -> list[float]:
+    """Parameters of the model, and bytes of parameters and of Adam's state that this rank holds after a step."""
+    half = {"bf16": {"enabled": True}} if precision == "bf16" else {}
+    engine = build(configuration(stage, **half))
+    train(engine, steps=1)
+    parameters = list(engine.module.parameters())
+    count = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+    own = [p.ds_tensor if stage == 3 else p for p in parameters]
+    adam = engine.optimizer.optimizer
+    masters = [p for group in adam.param_groups for p in group["params"]]
+    if stage == 3:
+        masters = engine.optimizer.fp32_partitioned_groups_flat
+    moments = [t for state in adam.state.values() for t in state.values() if t.dim()]
+    return [count, *(float(sum(t.numel() * t.element_size() for t in held)) for held in (own, [*masters, *moments]))]
+
+
 def checkpointed(around: Callable[..., Tensor], stage: int) -> list[float]:
     return train(build(configuration(stage), lambda: Model(around)))
 
@@ -163,6 +179,7 @@ CASES: dict[str, Callable[[], list[float]]] = {
     "torch checkpointing": lambda: checkpointed(partial(checkpoint, use_reentrant=False), 2),
     "selective checkpointing": lambda: checkpointed(SELECTIVE, 3),
     "deepspeed checkpointing": lambda: checkpointed(deepspeed_checkpoint, 1),
+    **{f"bytes {s} {p}": partial(held_bytes, s, p) for s in (1, 2, 3) for p in ("fp32", "bf16")},
     "compile": compiled,
     "offload": lambda: train(build(configuration(**OFFLOAD))),
     "bf16": lambda: train(build(configuration(1, bf16={"enabled": True}))),

@@ -1,4 +1,4 @@
-"""The `csat_attention` section of a DeepSpeed JSON: its schema, its defaults, and what it chooses of a model."""
+"""The `csat_attention` section of a DeepSpeed JSON: its schema, its defaults, and what it does to a model."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import nn
 
 from csat_ext import convert
 from csat_ext.config import CSATConfig, refuse_unknown
+from csat_ext.module import CSATCore
 from csat_ext.parallel import FORMS
 
 SECTION = "csat_attention"
@@ -101,6 +102,45 @@ def load_json(config: str | Path | dict[str, Any]) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise TypeError(f"DeepSpeed config: {type(config).__name__} came, a mapping is accepted")
     return config
+
+
+def apply(model: nn.Module, section: CSATSection | str | Path | dict[str, Any]) -> list[str]:
+    """Replaces, in place, the attention modules that the section chooses; their Parameter objects are reused.
+
+    Runs before `deepspeed.initialize`, so that the optimizer sees the new parameters; before, inside or after
+    `deepspeed.zero.Init`.
+
+    Args:
+        model: any module that holds attention modules of the families of `csat_ext.convert`.
+        section: a section that was read, or a DeepSpeed config or its path (`read_section`).
+
+    Returns:
+        The names of the replaced modules, in the model's order.
+
+    Raises:
+        ValueError: what `choose` or a converter refuses; the model is then as it was.
+        TypeError, FileNotFoundError: as `read_section`.
+    """
+    section = section if isinstance(section, CSATSection) else read_section(section)
+    new = {name: _converted(model, name, config) for name, config in choose(model, section).items()}
+    for name, replacement in new.items():
+        parent, _, child = name.rpartition(".")
+        replacement.train(model.get_submodule(name).training)
+        setattr(model.get_submodule(parent), child, replacement)
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and any(isinstance(m, CSATCore) for m in encoder.modules()):
+            encoder.use_nested_tensor = False  # of its inference path, which a measurement of padded keys does not take
+    return list(new)
+
+
+def _converted(model: nn.Module, name: str, config: CSATConfig) -> nn.Module:
+    old = model.get_submodule(name)
+    form = convert.family(old)
+    assert form is not None
+    try:
+        return form.convert(old, config)
+    except ValueError as error:
+        raise ValueError(f"{SECTION}.layers: {name} ({type(old).__name__}): {error}") from error
 
 
 # ---- choice ----------------------------------------------------------------------------------------------------------
