@@ -151,7 +151,7 @@ def extensions(environment: Mapping[str, str]) -> list:
     built = [
         CppExtension(
             "csat_ext._C",
-            sources("csrc/torch/library.cpp", "csrc/torch/cpu/*.cpp"),
+            sources("csrc/torch/library.cpp", "csrc/torch/cpu/*.cpp", "csrc/kernels/limits.cpp"),
             include_dirs=include,
             define_macros=facts,
             extra_compile_args={"cxx": CXX_FLAGS},
@@ -164,14 +164,7 @@ def extensions(environment: Mapping[str, str]) -> list:
     if with_cuda:
         archs = parse_archs(environment.get("CSAT_CUDA_ARCHS", DEFAULT_ARCHS))
         cublas_include, cublas_dirs, cublas_link = cublas_of_wheel(torch.__file__, torch.version.cuda)
-        nvcc_flags = [
-            "-O3",
-            "-std=c++20",
-            "-DNDEBUG",
-            "--expt-relaxed-constexpr",
-            *STABLE_ABI,
-            "-Xcompiler=-fvisibility=hidden",
-        ]
+        nvcc_flags = ["-O3", "-std=c++20", "-DNDEBUG", *STABLE_ABI, "-Xcompiler=-fvisibility=hidden"]
         nvcc_flags += ["--expt-relaxed-constexpr", *gencode_flags(archs)]  # limits.h is constexpr on both sides
         built.append(
             CUDAExtension(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from csat_ext import convert
 from csat_ext import deepspeed as integration
 from csat_ext.config import CSATConfig
 from csat_ext.deepspeed import CSATSection, apply, read_section
@@ -60,7 +61,8 @@ def section(**keys: Any) -> CSATSection:
 
 def test_every_key_arrives() -> None:
     read = section(layers="vision.*", threshold_lr_scale=3, measurements=8, anchors=["first"], decoder="linear")
-    assert read == CSATSection(True, "vision.*", 3, CSATConfig(measurements=8, anchors=("first",), decoder="linear"))
+    attention = CSATConfig(measurements=8, anchors=("first",), decoder="linear")
+    assert read == CSATSection(True, "vision.*", threshold_lr_scale=3, attention=attention)
 
 
 @pytest.mark.parametrize("config", [{}, {"csat_attention": {"enabled": False, "measurements": 8}}, {"bf16": {}}])
@@ -98,6 +100,16 @@ def test_sections_of_deepspeed_are_not_taken_for_ours(key: str) -> None:
         ({"layer_names": "*"}, ValueError, "unknown key 'layer_names'"),
         ({"enabled": "yes"}, TypeError, "csat_attention.enabled: 'yes' came, true or false is accepted"),
         ({"layers": ["*"]}, TypeError, "csat_attention.layers"),
+        ({"types": "Attention"}, TypeError, "csat_attention.types: 'Attention' came, a list of class names"),
+        ({"indices": 3}, TypeError, "csat_attention.indices: 3 came"),
+        ({"indices": [True]}, TypeError, "csat_attention.indices"),
+        ({"indices": "::0"}, TypeError, "csat_attention.indices"),
+        ({"attention_dropout": "keep"}, TypeError, "csat_attention.attention_dropout: 'keep' came"),
+        ({"hybrid": {}}, TypeError, "csat_attention.hybrid"),
+        ({"hybrid": [{"layerz": "*"}]}, ValueError, r"hybrid\[0\]: unknown key 'layerz'"),
+        ({"hybrid": [{"threshold_lr_scale": 2}]}, ValueError, r"hybrid\[0\]: unknown key 'threshold_lr_scale'"),
+        ({"hybrid": [{"measurements": 0}]}, ValueError, "measurements must be at least 1"),
+        ({"decoder": "auto"}, ValueError, "decoder: unknown value 'auto'"),
         ({"layers": "vision.*|"}, ValueError, "empty alternative"),
         ({"threshold_lr_scale": 0}, ValueError, "threshold_lr_scale: 0 came, a positive number is accepted"),
         ({"measurements": 0}, ValueError, "measurements"),
@@ -159,6 +171,65 @@ def test_a_pattern_that_matches_nothing_is_an_error(layers: str) -> None:
         apply(Model(), section(layers=layers, measurements=4))
 
 
+def layers_of(model: nn.Module) -> dict[str, int]:
+    return {name: m.config.measurements for name, m in model.named_modules() if isinstance(m, CSATAttention)}
+
+
+@pytest.mark.parametrize(
+    ("keys", "names"),
+    [
+        ({"layers": "auto"}, ["vision.0", "vision.1", "cross_attn"]),
+        ({"layers": "auto", "indices": [0, -1]}, ["vision.0", "cross_attn"]),
+        ({"layers": "vision.*", "indices": "1:"}, ["vision.1"]),
+        ({"layers": "auto", "indices": "::2"}, ["vision.0", "cross_attn"]),
+        ({"layers": "auto", "types": ["Attention"]}, ["vision.0", "vision.1", "cross_attn"]),
+        ({"layers": "auto", "types": ["csat_ext"], "indices": [1]}, ["vision.1"]),
+    ],
+)
+def test_layers_are_chosen_by_name_type_and_index(keys: dict[str, Any], names: list[str]) -> None:
+    model = Model()
+    assert apply(model, section(measurements=4, **keys)) == names
+    assert list(layers_of(model)) == names
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"types": ["CLIPAttention"]}, "types: no chosen attention module is a 'CLIPAttention'; there are: Attention"),
+        ({"indices": [3]}, "indices: 3 came; there are 3 modules: vision.0, vision.1, cross_attn"),
+        ({"indices": "5:"}, "indices: '5:' takes none of the 3 modules"),
+        ({"hybrid": [{"layers": "text.*"}]}, r"hybrid\[0\].layers: 'text.\*' matches no attention module"),
+        ({"hybrid": [{"enabled": False}]}, "hybrid: it leaves full attention in every chosen layer"),
+    ],
+)
+def test_a_choice_of_nothing_is_refused_by_name(keys: dict[str, Any], message: str) -> None:
+    model = Model()
+    with pytest.raises(ValueError, match=message):
+        apply(model, section(layers="auto", measurements=4, **keys))
+    assert not layers_of(model)
+
+
+def test_hybrid_layers_have_settings_of_their_own() -> None:
+    """The first entry that names a layer decides; what it does not say is inherited; the others follow the section."""
+    hybrid = [
+        {"indices": [0], "enabled": False},
+        {"layers": "vision.*", "measurements": 6},
+        {"layers": "*", "indices": [0], "measurements": 7},
+    ]
+    model = Model()
+    keys = {"layers": "auto", "measurements": 4, "ensemble": "bucket", "seed": 3}
+    assert apply(model, section(**keys, hybrid=hybrid)) == ["vision.1", "cross_attn"]
+    assert layers_of(model) == {"vision.1": 6, "cross_attn": 4}
+    config = model.get_submodule("vision.1").config
+    assert (config.ensemble, config.seed, config.layer) == ("bucket", 3, 0)
+
+
+def test_apply_takes_a_config_or_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"csat_attention": {"layers": "vision.1", "measurements": 4}}))
+    assert apply(Model(), path) == apply(Model(), json.loads(path.read_text())) == ["vision.1"]
+
+
 def test_causal_attention_is_refused_with_the_reason() -> None:
     with pytest.raises(ValueError, match="chooses the causal self_attn; measurements mix the future into the past"):
         apply(Model(), section(layers="*_attn", measurements=4))
@@ -184,7 +255,7 @@ def test_a_registered_converter_is_used(monkeypatch: pytest.MonkeyPatch) -> None
             super().__init__()
             self.qkv = nn.Linear(16, 48)
 
-    monkeypatch.setattr(integration, "_CONVERTERS", {})
+    monkeypatch.setattr(convert, "_REGISTERED", {})
     integration.register_converter(Foreign, lambda module, config: CSATAttention(16, 2, config))
     model = nn.Sequential(Foreign())
     assert apply(model, section(measurements=4)) == ["0"]

@@ -279,8 +279,12 @@ def samples(dtype: torch.dtype = torch.float64, grad: bool = True) -> dict[str, 
     bias = leaf(randn(1, 2, 4, seed=7))
     weights = [leaf(w) for w in decoder(3, 4, 3, 2, 2, 2, 1)]
     mask = torch.tensor([[True, True, False, True, True, False]])
+    counts = torch.tensor([[0, 0, 1, 1, 2, 3, 4], [0, 1, 2, 3, 3, 3, 3]], dtype=torch.int32)
+    anchors = torch.tensor([[0], [-1]], dtype=torch.int32)
+    implicit = (leaf(randn(2, 2, 6, 3, seed=6)), counts, anchors, "rademacher", 3, 4, -7, 2)
     return {
         "project": (csat.project.default, (leaf(randn(1, 2, 6, 3, seed=3)), leaf(randn(1, 4, 4, 6, seed=4)), mask)),
+        "project_implicit": (csat.project_implicit.default, implicit),
         "attend": (csat.attend.default, (q, kc, vc, bias, 0.5)),
         "decode": (csat.decode.default, (leaf(randn(1, 2, 5, 3, seed=5)), *weights)),
         "attend_decode": (csat.attend_decode.default, (q, kc, vc, bias, 0.5, *weights, True)),
@@ -315,6 +319,9 @@ def test_opcheck_of_backward_ops() -> None:
     all_samples = samples(torch.float32)
     x, phi, mask = plain(all_samples["project"][1])
     torch.library.opcheck(csat.project_backward.default, (torch.randn(1, 4, 4, 3), x, phi, mask, True, False))
+    _, counts, anchors, ensemble, _, *draw = plain(all_samples["project_implicit"][1])
+    backward = (torch.randn(2, 4, 4, 3), counts, anchors, ensemble, *draw, 2, 6)
+    torch.library.opcheck(csat.project_implicit_backward.default, backward)
     q, kc, vc, bias, scale = plain(all_samples["attend"][1])
     z, lse = csat.attend(q, kc, vc, bias, scale)
     torch.library.opcheck(csat.attend_backward.default, (z, q, kc, vc, bias, z, lse, scale))
@@ -369,6 +376,9 @@ def test_plain_torch_backward_agrees_with_the_kernels() -> None:
     _, (x, phi, mask) = samples(grad=False)["project"]
     calls: list[tuple[str, tuple[Any, ...]]] = []
     calls.append(("project_backward", (randn(1, 4, 4, 3, seed=8), x, phi, mask, True, True)))
+    _, counts, anchors, ensemble, _, *draw = samples(grad=False)["project_implicit"][1]
+    backward = (randn(2, 4, 4, 3, seed=8), counts, anchors, ensemble, *draw, 2, 6)
+    calls.append(("project_implicit_backward", backward))
     _, (q, kc, vc, bias, scale) = samples(grad=False)["attend"]
     z, lse = csat.attend(q, kc, vc, bias, scale)
     calls.append(("attend_backward", (torch.ones_like(z), q, kc, vc, bias, z, lse, scale)))
@@ -438,12 +448,19 @@ def full_calls() -> dict[str, dict[str, Any]]:
     s = samples(torch.float32, grad=False)
     project = dict(zip(("x", "phi", "key_mask"), s["project"][1], strict=True))
     attend = dict(zip(("q", "kc", "vc", "score_bias", "scale"), s["attend"][1], strict=True))
+    implicit_names = ("x", "counts", "anchors", "ensemble", "rows", "heads", "seed", "layer")
+    implicit = dict(zip(implicit_names, s["project_implicit"][1], strict=True))
+    places = {name: implicit[name] for name in ("counts", "anchors")}
+    draw = {name: implicit[name] for name in ("ensemble", "heads", "seed", "layer")}
+    dy = randn(2, 4, 4, 3, seed=8).float()
     names = ("S", "B", "theta", "psi", "step")
     decode = dict(zip(("z", *names), s["decode"][1], strict=True))
     z, lse = csat.attend(*attend.values())
     return {
         "project": project,
         "project_backward": {"dy": randn(1, 4, 4, 3, seed=8).float(), **project, "need_dx": True, "need_dphi": True},
+        "project_implicit": implicit,
+        "project_implicit_backward": {"dy": dy, **places, **draw, "x_heads": 2, "tokens": 6},
         "attend": attend,
         "attend_backward": {"dz": z, **dict(list(attend.items())[:4]), "z": z, "lse": lse, "scale": 0.5},
         "decode": decode,
@@ -466,6 +483,10 @@ def refused(op: str, name: str, value: Any) -> str:
 FREE_AXES = {
     ("project", "x", 3),
     ("project", "phi", 2),
+    ("project_implicit", "x", 3),
+    ("project_implicit", "anchors", 1),
+    ("project_implicit_backward", "dy", 2),
+    ("project_implicit_backward", "dy", 3),
     ("attend", "q", 2),
     ("attend", "vc", 3),
     ("decode", "z", 0),
@@ -475,7 +496,10 @@ FREE_AXES = {
     ("attend_decode", "psi", 1),
 }
 # The first tensor of an op sets the dtype, so that another argument is named when it differs.
-SETS_DTYPE = {("project", "x"), ("attend", "q"), ("decode", "z"), ("attend_decode", "q")}
+SETS_DTYPE = {
+    *(("project", "x"), ("project_implicit", "x"), ("project_implicit_backward", "dy")),
+    *(("attend", "q"), ("decode", "z"), ("attend_decode", "q")),
+}
 
 
 @pytest.mark.parametrize(("op", "name"), TENSOR_ARGUMENTS)
@@ -511,6 +535,21 @@ def test_other_device_is_refused(op: str, name: str) -> None:
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
 def test_scale_must_be_finite(scale: float) -> None:
     assert "scale must be finite" in refused("attend", "scale", scale)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("ensemble", "gaussian", "ensemble must be"),
+        ("rows", 0, "rows must be in"),
+        ("heads", 3, "heads must be 1 or a multiple of the 2 heads of x; got 3"),
+        ("layer", 2**32, "layer must be in"),
+    ],
+)
+def test_wrong_draws_are_named(name: str, value: Any, message: str) -> None:
+    assert message in refused("project_implicit", name, value)
+    if name != "rows":
+        assert message in refused("project_implicit_backward", name, value)
 
 
 def test_head_counts_and_layers() -> None:

@@ -5,6 +5,8 @@
 #pragma once
 #include <cstdint>
 
+#include "csat/ensembles.h"
+
 namespace csat {
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
@@ -81,6 +83,20 @@ struct ProjectBackwardParams {
   View dphi;              // (1 or B, Hp, M, N) contiguous, dtype of phi; data null: not wanted
 };
 
+// project_implicit: y = Phi x, Phi never in memory (ensembles.h); its first rows are one-hot at the anchors, -1 for an
+// empty row. Token s is measured by the others where counts[s + 1] > counts[s], and is then number counts[s] of them.
+struct ImplicitParams {
+  View x;                               // (B, Hx, N, D), T; backward: dx, contiguous
+  View y;                               // (B, H, A + M, D), T, contiguous; backward: dy
+  const int32_t* counts;                // (1 or B, N + 1) contiguous, or null: every token is measured
+  const int32_t* anchors;               // (1 or B, A) contiguous, or null where A = 0
+  int64_t counts_batch, anchors_batch;  // strides over the batch, 0 where shared
+  Ensemble ensemble;
+  uint64_t seed;
+  int64_t layer;
+  int64_t batch, x_heads, phi_heads, tokens, anchor_rows, measurements, head_dim;  // B, Hx, Hp, N, A, M, D
+};
+
 int64_t attend_workspace(const AttendParams& p);
 int attend_forward(const AttendParams& p, void* workspace, void* stream);
 
@@ -103,6 +119,12 @@ int project_forward(const ProjectParams& p, void* workspace, void* blas, void* s
 
 int64_t project_backward_workspace(const ProjectBackwardParams& p);
 int project_backward(const ProjectBackwardParams& p, void* workspace, void* blas, void* stream);
+
+int64_t project_implicit_workspace(const ImplicitParams& p);
+int project_implicit_forward(const ImplicitParams& p, void* workspace, void* stream);
+
+int64_t project_implicit_backward_workspace(const ImplicitParams& p);
+int project_implicit_backward(const ImplicitParams& p, void* workspace, void* stream);
 
 // Return codes beside 0 and those of the CUDA runtime.
 constexpr int kUnsupported = -1;   // outside limits.h; limits::why_not says what

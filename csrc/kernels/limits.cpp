@@ -32,8 +32,11 @@ const char* check_decoder(const DecodeParams& p) {
 
 }  // namespace
 
-const char* plan_mma(ForwardMmaPlan& plan, const AttendParams* attend, const DecodeParams* decode,
-                     int64_t shared_limit) {
+namespace {
+
+// The compile-time sizes of both tensor-core families; `feature_of` picks that of D, R and Dv.
+const char* plan_sizes(ForwardMmaPlan& plan, const AttendParams* attend, const DecodeParams* decode,
+                       int (*feature_of)(int64_t), const char* feature_reason) {
   const DType dtype = attend ? attend->q.dtype : decode->z.dtype;
   if (dtype == DType::f32) return "float32: the tensor cores take bf16 and fp16";
   int64_t feature = 0;
@@ -47,17 +50,24 @@ const char* plan_mma(ForwardMmaPlan& plan, const AttendParams* attend, const Dec
     if (!plan.atoms) return "coefficient count P above 256";
     if (attend && plan.atoms > kFusedMmaAtoms) return "coefficient count P above 128 in the fused kernel";
   }
-  plan.feature = mma_feature(feature);
-  if (!plan.feature) return "D, R or Dv above 128";
-  if (attend && decode && plan.feature > kFusedMmaFeature) return "D, R or Dv above 96 in the fused kernel";
+  plan.feature = feature_of(feature);
+  if (!plan.feature) return feature_reason;
+  return attend && attend->measurements == 0 ? "no measurements" : nullptr;
+}
 
+}  // namespace
+
+const char* plan_mma(ForwardMmaPlan& plan, const AttendParams* attend, const DecodeParams* decode,
+                     int64_t shared_limit) {
+  plan = {};
+  if (const char* reason = plan_sizes(plan, attend, decode, mma_feature, "D, R or Dv above 128")) return reason;
+  if (attend && decode && plan.feature > kFusedMmaFeature) return "D, R or Dv above 96 in the fused kernel";
   const int64_t weights = decode ? decoder_mma_bytes(decode->decoder, plan.feature, plan.atoms) : 0;
   if (!attend) {
     plan.stages = 1;
     plan.shared_bytes = weights + kMmaWarps * mma_tile_bytes(decode_mma_rows(plan.atoms), plan.feature);
     return plan.shared_bytes <= shared_limit ? nullptr : "the decoder's weights exceed the shared memory of a block";
   }
-  if (attend->measurements == 0) return "no measurements";
   const int64_t chunks = ceil_div(attend->measurements, mma_chunk(plan.feature));
   const int64_t rows = kMmaWarps * mma_tile_bytes(kMmaRows, plan.feature);
   // Resident with the next rows on their way, resident, streamed: the first that fits.
@@ -86,6 +96,30 @@ const char* why_not_mma(const DecodeBackwardParams& p, int64_t shared_limit) {
              : "a layer's weights exceed the shared memory of a block";
 }
 
+const char* plan_wgmma(ForwardMmaPlan& plan, const AttendParams& attend, const DecodeParams* decode,
+                       const Device& device) {
+  plan = {};
+  if (device.capability != kWgmmaCapability) return "wgmma belongs to compute capability 9.0";
+  if (const char* reason =
+          plan_sizes(plan, &attend, decode, wgmma_feature, "D, R and Dv neither up to 64 nor 97 to 128"))
+    return reason;
+  if (decode && plan.atoms > wgmma_atoms_limit(plan.feature)) return "coefficient count P above 64 with D = 128";
+  plan.wgmma = true;
+  plan.chunks = plan.slots = static_cast<int>(ceil_div(attend.measurements, kWgmmaChunk));
+  plan.stages = 2;
+  const int64_t rows = int64_t(plan.chunks) * kWgmmaChunk;
+  plan.shared_bytes = rows * (4 * plan.feature + 4) + kMmaWarps * 2 * mma_tile_bytes(16, plan.feature);
+  if (decode) plan.shared_bytes += wgmma_decoder_bytes(decode->decoder, plan.feature, plan.atoms);
+  return plan.shared_bytes <= device.shared_bytes ? nullptr
+                                                  : "measurements and decoder exceed the shared memory of a block";
+}
+
+const char* plan_forward(ForwardMmaPlan& plan, const AttendParams* attend, const DecodeParams* decode,
+                         const Device& device) {
+  if (attend && !plan_wgmma(plan, *attend, decode, device)) return nullptr;
+  return plan_mma(plan, attend, decode, device.shared_bytes);
+}
+
 const char* why_not(const AttendParams& p, int64_t shared_limit) {
   return first_of({check_attend(p), check_row(attend_row(p.measurements, p.head_dim, p.features), shared_limit)});
 }
@@ -94,6 +128,23 @@ const char* why_not(const AttendBackwardParams& p, int64_t shared_limit) {
   const AttendParams& f = p.forward;
   return first_of({check_attend(f), check_row(query_backward_row(f.measurements, f.head_dim, f.features), shared_limit),
                    check_row(measurement_backward_row(f.head_dim, f.features), shared_limit)});
+}
+
+const char* why_not_mma(const AttendBackwardParams& p, int64_t shared_limit) {
+  const AttendParams& f = p.forward;
+  const int feature = mma_feature(f.head_dim > f.features ? f.head_dim : f.features);
+  if (f.q.dtype == DType::f32) return "float32 would lose accuracy on tensor cores";
+  if (!feature) return "head dimension D or feature count R above 128";
+  if (f.measurements == 0) return "no measurements";
+  if (p.dq.stride[3] != 1) return "the rows of dq are not contiguous";
+  const BackwardSlabs slabs(f.measurements, feature, shared_limit);
+  if (slabs.count == 0 || (slabs.count > 1 && backward_shift_mma_bytes(feature) > shared_limit))
+    return "the tiles of this size exceed the shared memory of a block";
+  const int64_t pairs = f.batch * f.heads, rows = pairs * f.queries;
+  if (pairs * ceil_div(f.queries, kBackwardQueries) * slabs.count > kMaxBlocks || f.queries > kMaxBlocks ||
+      (slabs.count > 1 && rows * ceil_div(f.head_dim, 32) > kMaxBlocks))
+    return "more than 2^31 tiles";
+  return nullptr;
 }
 
 const char* why_not(const DecodeParams& p, int64_t shared_limit) {
@@ -109,6 +160,60 @@ const char* why_not(const DecodeBackwardParams& p, int64_t shared_limit) {
 const char* why_not(const AttendParams& attend, const DecodeParams& decode, int64_t shared_limit) {
   return first_of(
       {check_attend(attend), check_decoder(decode), check_row(attend_decode_row(attend, decode), shared_limit)});
+}
+
+namespace {
+
+constexpr const char* kNoWgmma = "no wgmma version of this kernel";
+constexpr const char* kNoPair = "not a fused kernel";
+
+const char* can_pair(const Problem& p, const Device& device) {
+  ForwardMmaPlan plan;
+  DecodeParams decode = p.decode;
+  decode.z.dtype = p.attend.q.dtype;
+  const bool either = !plan_forward(plan, &p.attend, nullptr, device) || !plan_forward(plan, nullptr, &decode, device);
+  return either ? nullptr : "neither attend nor decode alone runs on tensor cores";
+}
+
+const char* can_run_forward(Kernel kernel, Family family, const Problem& p, const Device& device) {
+  const AttendParams* attend = kernel == Kernel::decode ? nullptr : &p.attend;
+  const DecodeParams* decode = kernel == Kernel::attend ? nullptr : &p.decode;
+  ForwardMmaPlan plan;
+  switch (family) {
+    case Family::wgmma:
+      return attend ? plan_wgmma(plan, *attend, decode, device) : kNoWgmma;
+    case Family::mma:
+      return plan_mma(plan, attend, decode, device.shared_bytes);
+    case Family::pair:
+      return kernel == Kernel::attend_decode ? can_pair(p, device) : kNoPair;
+    default:
+      if (kernel == Kernel::attend_decode) return why_not(p.attend, p.decode, device.shared_bytes);
+      return attend ? why_not(p.attend, device.shared_bytes) : why_not(p.decode, device.shared_bytes);
+  }
+}
+
+template <typename Params>
+const char* can_run_backward(Family family, const Params& p, const Device& device) {
+  if (family == Family::wgmma) return kNoWgmma;
+  if (family == Family::pair) return kNoPair;
+  return family == Family::mma ? why_not_mma(p, device.shared_bytes) : why_not(p, device.shared_bytes);
+}
+
+}  // namespace
+
+const char* can_run(Kernel kernel, Family family, const Problem& p, const Device& device) {
+  if (kernel == Kernel::attend_backward) {
+    AttendBackwardParams backward{};
+    backward.forward = p.attend;
+    backward.dq.stride[3] = 1;
+    return can_run_backward(family, backward, device);
+  }
+  if (kernel == Kernel::decode_backward) {
+    DecodeBackwardParams backward{};
+    backward.forward = p.decode;
+    return can_run_backward(family, backward, device);
+  }
+  return can_run_forward(kernel, family, p, device);
 }
 
 }  // namespace csat::limits

@@ -18,6 +18,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "csat/ensembles.h"
+
 namespace csat {
 
 using torch::headeronly::ScalarType;
@@ -26,6 +28,9 @@ using torch::stable::Tensor;
 // Sizes, in the letters of docs/architecture.md.
 struct ProjectSizes {
   int64_t B, Hx, Hp, Hout, Bp, M, N, D;
+};
+struct ImplicitSizes {
+  int64_t B, Hx, Hp, Hout, N, A, M, D;  // A anchors, then M rows of the ensemble
 };
 struct AttendSizes {
   int64_t B, H, Hk, Nq, M, D, R;
@@ -230,6 +235,61 @@ inline ProjectSizes check_project_backward(const char* op, const Tensor& dy, con
   dy_arg.shape({n.B, n.Hout, n.M, n.D}, "(B, max(Hx, Hp), M, D)");
   dy_arg.same_kind({op, "x", x});
   return n;
+}
+
+// What names the rows of an implicit Phi, and the head counts Hx of x and Hp of Phi that meet in Hout.
+inline void check_ensemble(const char* op, const std::string& ensemble, int64_t rows, int64_t heads, int64_t x_heads,
+                           int64_t tokens, int64_t layer) {
+  if (!ensemble_named(ensemble)) detail::fail(op, "ensemble must be rademacher, srht or pool; got ", ensemble);
+  if (rows < 1 || rows > kMaxTokens) detail::fail(op, "rows must be in [1, 2^31 - 2]; got ", rows);
+  if (x_heads < 1) detail::fail(op, "x_heads must be at least 1; got ", x_heads);
+  if (heads != 1 && (heads < 1 || heads % x_heads != 0))
+    detail::fail(op, "heads must be 1 or a multiple of the ", x_heads, " heads of x; got ", heads);
+  if (tokens < 0 || tokens > kMaxTokens) detail::fail(op, "x must have at most 2^31 - 2 tokens; got ", tokens);
+  if (layer < 0 || layer >> 32) detail::fail(op, "layer must be in [0, 2^32); got ", layer);
+}
+
+inline void check_places(const detail::Argument& like, int64_t batch, int64_t tokens,
+                         const std::optional<Tensor>& counts, const std::optional<Tensor>& anchors) {
+  const auto check = [&](const char* name, const Tensor& t, const char* letters) {
+    const detail::Argument argument{like.op, name, t};
+    argument.dims(2, letters);
+    argument.axis(0, {1, batch}, letters);
+    argument.dtype(ScalarType::Int, "(token numbers)");
+    argument.same_device(like);
+    return argument;
+  };
+  if (counts) check("counts", *counts, "(1 or B, N + 1)").axis(1, {tokens + 1}, "(1 or B, N + 1)");
+  if (anchors) check("anchors", *anchors, "(1 or B, A)");
+}
+
+inline ImplicitSizes check_project_implicit(const char* op, const Tensor& x, const std::optional<Tensor>& counts,
+                                            const std::optional<Tensor>& anchors, const std::string& ensemble,
+                                            int64_t rows, int64_t heads, int64_t layer) {
+  const detail::Argument x_arg{op, "x", x};
+  constexpr const char* x_shape = "(B, Hx, N, D)";
+  x_arg.dims(4, x_shape);
+  x_arg.at_least_one(1, x_shape);
+  x_arg.data_dtype();
+  check_ensemble(op, ensemble, rows, heads, x.size(1), x.size(2), layer);
+  check_places(x_arg, x.size(0), x.size(2), counts, anchors);
+  return {x.size(0), x.size(1), heads, heads > x.size(1) ? heads : x.size(1), x.size(2), anchors ? anchors->size(1) : 0,
+          rows,      x.size(3)};
+}
+
+inline ImplicitSizes check_project_implicit_backward(const char* op, const Tensor& dy,
+                                                     const std::optional<Tensor>& counts,
+                                                     const std::optional<Tensor>& anchors, const std::string& ensemble,
+                                                     int64_t heads, int64_t layer, int64_t x_heads, int64_t tokens) {
+  const detail::Argument dy_arg{op, "dy", dy};
+  constexpr const char* dy_shape = "(B, max(Hx, heads), A + rows, D)";
+  dy_arg.dims(4, dy_shape);
+  dy_arg.data_dtype();
+  check_places(dy_arg, dy.size(0), tokens, counts, anchors);
+  const int64_t anchor_rows = anchors ? anchors->size(1) : 0;
+  check_ensemble(op, ensemble, dy.size(2) - anchor_rows, heads, x_heads, tokens, layer);
+  dy_arg.axis(1, {heads > x_heads ? heads : x_heads}, dy_shape);
+  return {dy.size(0), x_heads, heads, dy.size(1), tokens, anchor_rows, dy.size(2) - anchor_rows, dy.size(3)};
 }
 
 inline AttendSizes check_attend(const char* op, const Tensor& q, const Tensor& kc, const Tensor& vc,

@@ -3,11 +3,13 @@
 // Only LibTorch's stable ABI is used. pybind11 never sees a tensor type: tensors pass through as Python objects to
 // torch.ops.csat.*, which is what keeps one binary valid for every torch release.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/version.h>
 
 #include "torch/cpu/gemm.h"
 #include "torch/cpu/kernels.h"
+#include "torch/explain.h"
 
 #ifndef CSAT_VERSION
 #error "CSAT_VERSION is set by setup.py"
@@ -26,6 +28,12 @@ STABLE_TORCH_LIBRARY(csat, library) {
   library.def(
       "project_backward(Tensor dy, Tensor x, Tensor phi, Tensor? key_mask, bool need_dx, bool need_dphi) -> "
       "(Tensor, Tensor)");
+  library.def(
+      "project_implicit(Tensor x, Tensor? counts, Tensor? anchors, str ensemble, int rows, int heads, int seed, "
+      "int layer) -> Tensor");
+  library.def(
+      "project_implicit_backward(Tensor dy, Tensor? counts, Tensor? anchors, str ensemble, int heads, int seed, "
+      "int layer, int x_heads, SymInt tokens) -> Tensor");
   library.def("attend(Tensor q, Tensor kc, Tensor vc, Tensor? score_bias, float scale) -> (Tensor, Tensor)");
   library.def(
       "attend_backward(Tensor dz, Tensor q, Tensor kc, Tensor vc, Tensor? score_bias, Tensor z, Tensor lse, "
@@ -42,6 +50,8 @@ STABLE_TORCH_LIBRARY(csat, library) {
 STABLE_TORCH_LIBRARY_IMPL(csat, CPU, library) {
   library.impl("project", TORCH_BOX(&cpu::project));
   library.impl("project_backward", TORCH_BOX(&cpu::project_backward));
+  library.impl("project_implicit", TORCH_BOX(&cpu::project_implicit));
+  library.impl("project_implicit_backward", TORCH_BOX(&cpu::project_implicit_backward));
   library.impl("attend", TORCH_BOX(&cpu::attend));
   library.impl("attend_backward", TORCH_BOX(&cpu::attend_backward));
   library.impl("decode", TORCH_BOX(&cpu::decode));
@@ -78,8 +88,11 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CSAT operators on the CPU; every function is torch.ops.csat.* of the same name.";
-  for (const char* name :
-       {"project", "project_backward", "attend", "attend_backward", "decode", "decode_backward", "attend_decode"})
+  for (const char* name : {"project", "project_backward", "project_implicit", "project_implicit_backward", "attend",
+                           "attend_backward", "decode", "decode_backward", "attend_decode"})
     expose(m, name);
+  m.def("can_run", &csat::can_run, py::arg("kernel"), py::arg("family"), py::arg("sizes"), py::arg("dtype"),
+        py::arg("weights"), py::arg("capability"), py::arg("shared_bytes"),
+        "Why a CUDA kernel does not take a problem in a family, or None if it does (csrc/csat/limits.h).");
   m.def("build_info", &build_info, "What this library was built from and for.");
 }

@@ -133,14 +133,12 @@ ProjectParams project_params(const ProjectSizes& n, const Tensor& x, const Tenso
   return p;
 }
 
-MaybeTensor contiguous_mask(const MaybeTensor& key_mask) {
-  return key_mask ? MaybeTensor(torch::stable::contiguous(*key_mask)) : MaybeTensor();
-}
+MaybeTensor contiguous(const MaybeTensor& t) { return t ? MaybeTensor(torch::stable::contiguous(*t)) : MaybeTensor(); }
 
 Tensor project(const Tensor& x, const Tensor& phi, const MaybeTensor& key_mask) {
   const ProjectSizes n = check_project("project", x, phi, key_mask);
   const Device device("project", x);
-  const MaybeTensor keep = contiguous_mask(key_mask);
+  const MaybeTensor keep = contiguous(key_mask);
   Tensor y = torch::stable::new_empty(x, {n.B, n.Hout, n.M, n.D});
   ProjectParams p = project_params(n, x, phi, keep);
   p.y = view_of(y);
@@ -153,7 +151,7 @@ std::tuple<Tensor, Tensor> project_backward(const Tensor& dy, const Tensor& x, c
                                             const MaybeTensor& key_mask, bool need_dx, bool need_dphi) {
   const ProjectSizes n = check_project_backward("project_backward", dy, x, phi, key_mask);
   const Device device("project_backward", x);
-  const MaybeTensor keep = contiguous_mask(key_mask);
+  const MaybeTensor keep = contiguous(key_mask);
   Tensor dx = need_dx ? torch::stable::new_empty(x, {n.B, n.Hx, n.N, n.D}) : nothing(x, x.scalar_type());
   Tensor dphi = need_dphi ? torch::stable::new_empty(phi, {n.Bp, n.Hp, n.M, n.N}) : nothing(x, phi.scalar_type());
   ProjectBackwardParams p{};
@@ -164,6 +162,60 @@ std::tuple<Tensor, Tensor> project_backward(const Tensor& dy, const Tensor& x, c
   Tensor space = workspace(x, project_backward_workspace(p));
   device.done(project_backward(p, space.data_ptr(), device.blas(), device.stream()));
   return {dx, dphi};
+}
+
+ImplicitParams implicit_params(const ImplicitSizes& n, const MaybeTensor& counts, const MaybeTensor& anchors,
+                               const std::string& ensemble, int64_t seed, int64_t layer) {
+  ImplicitParams p{};
+  if (counts) {
+    p.counts = static_cast<const int32_t*>(counts->data_ptr());
+    p.counts_batch = counts->size(0) == 1 ? 0 : n.N + 1;
+  }
+  if (n.A > 0) {
+    p.anchors = static_cast<const int32_t*>(anchors->data_ptr());
+    p.anchors_batch = anchors->size(0) == 1 ? 0 : n.A;
+  }
+  p.ensemble = *ensemble_named(ensemble);
+  p.seed = static_cast<uint64_t>(seed);
+  p.layer = layer;
+  p.batch = n.B;
+  p.x_heads = n.Hx;
+  p.phi_heads = n.Hp;
+  p.tokens = n.N;
+  p.anchor_rows = n.A;
+  p.measurements = n.M;
+  p.head_dim = n.D;
+  return p;
+}
+
+Tensor project_implicit(const Tensor& x, const MaybeTensor& counts, const MaybeTensor& anchors, std::string ensemble,
+                        int64_t rows, int64_t heads, int64_t seed, int64_t layer) {
+  const ImplicitSizes n = check_project_implicit("project_implicit", x, counts, anchors, ensemble, rows, heads, layer);
+  const Device device("project_implicit", x);
+  const MaybeTensor places = contiguous(counts), rows_of_anchors = contiguous(anchors);
+  Tensor y = torch::stable::new_empty(x, {n.B, n.Hout, n.A + n.M, n.D});
+  ImplicitParams p = implicit_params(n, places, rows_of_anchors, ensemble, seed, layer);
+  p.x = view_of(x);
+  p.y = view_of(y);
+  Tensor space = workspace(x, project_implicit_workspace(p));
+  device.done(project_implicit_forward(p, space.data_ptr(), device.stream()));
+  return y;
+}
+
+Tensor project_implicit_backward(const Tensor& dy, const MaybeTensor& counts, const MaybeTensor& anchors,
+                                 std::string ensemble, int64_t heads, int64_t seed, int64_t layer, int64_t x_heads,
+                                 int64_t tokens) {
+  const ImplicitSizes n = check_project_implicit_backward("project_implicit_backward", dy, counts, anchors, ensemble,
+                                                          heads, layer, x_heads, tokens);
+  const Device device("project_implicit_backward", dy);
+  const MaybeTensor places = contiguous(counts), rows_of_anchors = contiguous(anchors);
+  Tensor dx = torch::stable::new_empty(dy, {n.B, n.Hx, n.N, n.D});
+  ImplicitParams p = implicit_params(n, places, rows_of_anchors, ensemble, seed, layer);
+  p.x = view_of(dx);
+  p.y = view_of(dy);
+  Tensor space = workspace(dy, project_implicit_backward_workspace(p));
+  device.done(csat::project_implicit_backward(p, space.data_ptr(), device.stream()));
+  return dx;
 }
 
 std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& kc, const Tensor& vc, const MaybeTensor& score_bias,
@@ -287,6 +339,8 @@ STABLE_TORCH_LIBRARY_IMPL(csat, CompositeExplicitAutograd, library) {
 STABLE_TORCH_LIBRARY_IMPL(csat, CUDA, library) {
   library.impl("project", TORCH_BOX(&project));
   library.impl("project_backward", TORCH_BOX(&project_backward));
+  library.impl("project_implicit", TORCH_BOX(&project_implicit));
+  library.impl("project_implicit_backward", TORCH_BOX(&project_implicit_backward));
   library.impl("attend", TORCH_BOX(&attend));
   library.impl("attend_backward", TORCH_BOX(&attend_backward));
   library.impl("decode", TORCH_BOX(&decode));

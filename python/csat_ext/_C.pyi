@@ -8,6 +8,27 @@ def project(x: Tensor, phi: Tensor, key_mask: Tensor | None) -> Tensor: ...
 def project_backward(
     dy: Tensor, x: Tensor, phi: Tensor, key_mask: Tensor | None, need_dx: bool, need_dphi: bool
 ) -> tuple[Tensor, Tensor]: ...
+def project_implicit(
+    x: Tensor,
+    counts: Tensor | None,
+    anchors: Tensor | None,
+    ensemble: str,
+    rows: int,
+    heads: int,
+    seed: int,
+    layer: int,
+) -> Tensor: ...
+def project_implicit_backward(
+    dy: Tensor,
+    counts: Tensor | None,
+    anchors: Tensor | None,
+    ensemble: str,
+    heads: int,
+    seed: int,
+    layer: int,
+    x_heads: int,
+    tokens: int,
+) -> Tensor: ...
 def attend(q: Tensor, kc: Tensor, vc: Tensor, score_bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]: ...
 def attend_backward(
     dz: Tensor, q: Tensor, kc: Tensor, vc: Tensor, score_bias: Tensor | None, z: Tensor, lse: Tensor, scale: float
@@ -29,4 +50,7 @@ def attend_decode(
     step: Tensor,
     need_z: bool,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
+def can_run(
+    kernel: str, family: str, sizes: dict[str, int], dtype: str, weights: str, capability: int, shared_bytes: int
+) -> str | None: ...
 def build_info() -> dict[str, Any]: ...

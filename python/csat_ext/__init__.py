@@ -21,6 +21,8 @@ _HOME = {
     "measurement": "measurements",
     "measurement_matrix": "measurements",
     "Measurement": "measurements",
+    "ImplicitMeasurement": "implicit",
+    "implicit_measurement": "implicit",
     "dictionary": "dictionaries",
 }
 _MODULES = (
@@ -29,6 +31,7 @@ _MODULES = (
     "diagnostics",
     "dictionaries",
     "functional",
+    "implicit",
     "measurements",
     "module",
     "ops",
@@ -43,6 +46,8 @@ if TYPE_CHECKING:
     from csat_ext.functional import LinearDecoder as LinearDecoder
     from csat_ext.functional import SparseDecoder as SparseDecoder
     from csat_ext.functional import csat_attention as csat_attention
+    from csat_ext.implicit import ImplicitMeasurement as ImplicitMeasurement
+    from csat_ext.implicit import implicit_measurement as implicit_measurement
     from csat_ext.measurements import Measurement as Measurement
     from csat_ext.measurements import measurement as measurement
     from csat_ext.measurements import measurement_matrix as measurement_matrix

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from csat_ext._library import backend_of
+from csat_ext.measurements import rows_over_places
 
 _warned: set[str] = set()
 
@@ -70,6 +71,49 @@ def project_backward(
     if need_dphi:
         dphi = (grad @ tokens.mT).sum_to_size(phi.shape).to(phi.dtype)
     return dx, dphi
+
+
+def _implicit_phi(
+    x: Tensor, tokens: int, counts: Tensor | None, anchors: Tensor | None, settings: tuple[Any, ...]
+) -> tuple[Tensor, Tensor]:
+    """The matrix (B or 1, heads, A + rows, N) that is implicit in the kernels, and the tokens that it reads (B, N)."""
+    if counts is None:
+        counts = torch.arange(tokens + 1, device=x.device)[None]
+    if anchors is None:
+        anchors = counts.new_empty((1, 0))
+    ensemble, rows, heads, seed, layer = settings
+    phi = rows_over_places(ensemble, rows, heads, seed, layer, counts, anchors)
+    return phi.to(accumulate_dtype(x.dtype)), (phi != 0).any(2).any(1).expand(x.shape[0], -1)
+
+
+def project_implicit(
+    x: Tensor,
+    counts: Tensor | None,
+    anchors: Tensor | None,
+    ensemble: str,
+    rows: int,
+    heads: int,
+    seed: int,
+    layer: int,
+) -> Tensor:
+    return project(x, *_implicit_phi(x, x.shape[2], counts, anchors, (ensemble, rows, heads, seed, layer)))
+
+
+def project_implicit_backward(
+    dy: Tensor,
+    counts: Tensor | None,
+    anchors: Tensor | None,
+    ensemble: str,
+    heads: int,
+    seed: int,
+    layer: int,
+    x_heads: int,
+    tokens: int,
+) -> Tensor:
+    rows = dy.shape[2] - (0 if anchors is None else anchors.shape[1])
+    phi, keep = _implicit_phi(dy, tokens, counts, anchors, (ensemble, rows, heads, seed, layer))
+    x = dy.new_zeros((dy.shape[0], x_heads, tokens, dy.shape[3]))
+    return project_backward(dy, x, phi, keep, True, False)[0]
 
 
 def _scores(q: Tensor, kc: Tensor, score_bias: Tensor | None, scale: float) -> Tensor:
@@ -174,5 +218,8 @@ def attend_decode(
 
 
 _IMPLEMENTATIONS = torch.library.Library("csat", "IMPL")
-for _function in (project, project_backward, attend, attend_backward, decode, decode_backward, attend_decode):
+for _function in (
+    *(project, project_backward, project_implicit, project_implicit_backward),
+    *(attend, attend_backward, decode, decode_backward, attend_decode),
+):
     _IMPLEMENTATIONS.impl(_function.__name__, _announced(_function), "CompositeExplicitAutograd")

@@ -12,138 +12,63 @@ imports neither DeepSpeed nor a compiled library.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import importlib
 import importlib.util
-import inspect
-import json
-import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from csat_ext.config import CSATConfig, refuse_unknown
-from csat_ext.module import CSATAttention, parameter_groups
+from csat_ext.config import CSATConfig
+from csat_ext.convert import family
+from csat_ext.convert import register_converter as register_converter
+from csat_ext.module import CSATCore, parameter_groups
+from csat_ext.section import SECTION, CSATSection, choose, load_json, read_section
 
-SECTION = "csat_attention"
 BUILDER = "CSATAttentionBuilder"
 
-Converter = Callable[[nn.Module, CSATConfig], nn.Module]
 
-
-@dataclass(frozen=True)
-class CSATSection:
-    """The `csat_attention` section; every other key of it is a field of `CSATConfig`.
-
-    Attributes:
-        enabled: False leaves the model as it is. A section without the key is enabled.
-        layers: shell patterns of module names, alternatives joined by `|`; each of them must match something.
-        threshold_lr_scale: learning rate of the decoder's thresholds over that of the other parameters.
-        attention: what each chosen module becomes.
-    """
-
-    enabled: bool = False
-    layers: str = "*"
-    threshold_lr_scale: float = 10.0
-    attention: CSATConfig = field(default_factory=CSATConfig)
-
-    @property
-    def patterns(self) -> list[str]:
-        """The alternatives of `layers`."""
-        return [pattern.strip() for pattern in self.layers.split("|")]
-
-
-def read_section(ds_config: str | Path | dict[str, Any]) -> CSATSection:
-    """The `csat_attention` section of a DeepSpeed config; disabled where there is none.
-
-    DeepSpeed accepts unknown top-level keys without a word, so that a misspelt section would train full attention:
-    a key that comes near the section's name is refused.
-
-    Args:
-        ds_config: the config as a dict, or the path of its JSON file.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: malformed JSON, a near miss of the section's name, an unknown key or a wrong value in it.
-        TypeError: the config or its section is not a mapping.
-    """
-    ds_config = load_json(ds_config)
-    for key in ds_config:
-        if key != SECTION and _near_miss(key):
-            raise ValueError(f"DeepSpeed config: unknown section {key!r}; did you mean {SECTION!r}?")
-    if SECTION not in ds_config:
-        return CSATSection()
-    section = ds_config[SECTION]
-    if not isinstance(section, dict):
-        raise TypeError(f"{SECTION}: {section!r} came, a mapping is accepted")
-    own = tuple(f.name for f in dataclasses.fields(CSATSection) if f.name != "attention")
-    chosen: dict[str, Any] = {"enabled": True} | {key: section[key] for key in section if key in own}
-    rest = {key: value for key, value in section.items() if key not in own}
-    refuse_unknown(rest, (*own, *(f.name for f in dataclasses.fields(CSATConfig))), SECTION)
-    _check_own(chosen)
-    return CSATSection(**chosen, attention=CSATConfig.from_dict(rest, SECTION))
-
-
-def load_json(config: str | Path | dict[str, Any]) -> dict[str, Any]:
-    """A DeepSpeed config as a dict. Raises FileNotFoundError, ValueError (malformed) or TypeError (not a mapping)."""
-    if isinstance(config, (str, Path)):
-        path = Path(config)
-        if not path.is_file():
-            raise FileNotFoundError(f"DeepSpeed config: no file {path}")
-        try:
-            config = json.loads(path.read_text(), object_pairs_hook=_unique_keys)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"DeepSpeed config: {path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise TypeError(f"DeepSpeed config: {type(config).__name__} came, a mapping is accepted")
-    return config
-
-
-def apply(model: nn.Module, section: CSATSection) -> list[str]:
+def apply(model: nn.Module, section: CSATSection | str | Path | dict[str, Any]) -> list[str]:
     """Replaces, in place, the attention modules that the section chooses; their Parameter objects are reused.
 
-    Runs before `deepspeed.initialize`, so that the optimizer sees the new parameters. The i-th replaced module gets
-    `attention.layer + i`, so that random measurements differ between layers.
+    Runs before `deepspeed.initialize`, so that the optimizer sees the new parameters; before, inside or after
+    `deepspeed.zero.Init`.
+
+    Args:
+        model: any module that holds attention modules of the families of `csat_ext.convert`.
+        section: a section that was read, or a DeepSpeed config or its path (`read_section`).
 
     Returns:
         The names of the replaced modules, in the model's order.
 
     Raises:
-        ValueError: a pattern that matches no attention module, or one that matches a causal one (measurements mix
-            tokens along the sequence, so that the future would reach the past).
+        ValueError: what `csat_ext.section.choose` or a converter refuses; the model is then as it was.
+        TypeError, FileNotFoundError: as `read_section`.
     """
-    if not section.enabled:
-        return []
-    convertible = {name: module for name, module in model.named_modules() if name and _converter(module) is not None}
-    for pattern in section.patterns:
-        if not any(fnmatchcase(name, pattern) for name in convertible):
-            found = ", ".join(convertible) or "none"
-            raise ValueError(f"{SECTION}.layers: {pattern!r} matches no attention module; this model has: {found}")
-    chosen = [name for name in convertible if any(fnmatchcase(name, pattern) for pattern in section.patterns)]
-    causal = [name for name in chosen if getattr(convertible[name], "causal", False)]
-    if causal:
-        raise ValueError(
-            f"{SECTION}.layers: {section.layers!r} chooses the causal {', '.join(causal)}; measurements mix the future "
-            "into the past, so name the other modules only"
-        )
-    for index, name in enumerate(chosen):
-        old = convertible[name]
-        converter = _converter(old)
-        assert converter is not None
-        new = converter(old, section.attention.replace(layer=section.attention.layer + index))
+    section = section if isinstance(section, CSATSection) else read_section(section)
+    new = {name: _converted(model, name, config) for name, config in choose(model, section).items()}
+    for name, replacement in new.items():
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new.train(old.training))
-    return chosen
+        replacement.train(model.get_submodule(name).training)
+        setattr(model.get_submodule(parent), child, replacement)
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and any(isinstance(m, CSATCore) for m in encoder.modules()):
+            encoder.use_nested_tensor = False  # of its inference path, which a measurement of padded keys does not take
+    return list(new)
 
 
-def register_converter(kind: type[nn.Module], converter: Converter) -> None:
-    """Teaches `apply` another attention class: `converter(module, config)` returns the replacement."""
-    _CONVERTERS[kind] = converter
+def _converted(model: nn.Module, name: str, config: CSATConfig) -> nn.Module:
+    old = model.get_submodule(name)
+    form = family(old)
+    assert form is not None
+    try:
+        return form.convert(old, config)
+    except ValueError as error:
+        raise ValueError(f"{SECTION}.layers: {name} ({type(old).__name__}): {error}") from error
 
 
 def initialize(
@@ -192,7 +117,7 @@ def initialize(
         _check_trained(model, replaced, "model_parameters", model_parameters)
     elif hasattr(optimizer, "param_groups"):
         _check_trained(model, replaced, "optimizer", optimizer.param_groups)
-    return deepspeed.initialize(
+    engine, ds_optimizer, loader, scheduler = deepspeed.initialize(
         args=args,
         model=model,
         optimizer=optimizer,
@@ -206,6 +131,25 @@ def initialize(
         config=ds_config,
         mesh_param=mesh_param,
     )
+    _mend_universal_loading(ds_optimizer, model_parameters)
+    return engine, ds_optimizer, loader, scheduler
+
+
+def checkpoint_contexts(*ops: str) -> Callable[[], tuple[Any, Any]]:
+    """Selective activation checkpointing by op name: the `context_fn` of `torch.utils.checkpoint.checkpoint`.
+
+    The outputs of the named ops of `torch.ops.csat` (``"attend_decode"``, ``"project"``, ...) are kept, everything else
+    inside the checkpointed function is computed anew in the backward pass.
+
+    Raises:
+        ValueError: a name that is no op.
+    """
+    known = sorted({name.removeprefix("csat::") for name in torch._C._dispatch_get_all_op_names() if "csat::" in name})
+    for name in ops:
+        if name not in known:
+            raise ValueError(f"ops: {name!r} is not an op of torch.ops.csat; accepted: {', '.join(known)}")
+    kept = [getattr(torch.ops.csat, name).default for name in ops]
+    return partial(create_selective_checkpoint_contexts, kept)
 
 
 def register() -> None:
@@ -267,68 +211,6 @@ def _builder_class() -> Any:
     return CSATAttentionBuilder
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ValueError(f"DeepSpeed config: the key {key!r} stands twice")
-    return dict(pairs)
-
-
-def _near_miss(key: str) -> bool:
-    plain = re.sub(r"[^a-z]", "", key.lower())
-    name = SECTION.replace("_", "")
-    return (
-        "csat" in plain or "compressedsensing" in plain or bool(difflib.get_close_matches(plain, [name], cutoff=0.85))
-    )
-
-
-def _check_own(chosen: dict[str, Any]) -> None:
-    accepted = {"enabled": (bool, "true or false"), "layers": (str, "a pattern such as 'vision.*|decoder.*.cross*'")}
-    for key, (kind, words) in accepted.items():
-        if key in chosen and not isinstance(chosen[key], kind):
-            raise TypeError(f"{SECTION}.{key}: {chosen[key]!r} came, {words} is accepted")
-    if "layers" in chosen and not all(pattern.strip() for pattern in chosen["layers"].split("|")):
-        raise ValueError(f"{SECTION}.layers: {chosen['layers']!r} has an empty alternative")
-    scale = chosen.get("threshold_lr_scale", 1.0)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not scale > 0:
-        raise ValueError(f"{SECTION}.threshold_lr_scale: {scale!r} came, a positive number is accepted")
-
-
-_CONVERTERS: dict[type[nn.Module], Converter] = {}
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
-
-
-def _converter(module: nn.Module) -> Converter | None:
-    for kind in type(module).__mro__:
-        if kind in _CONVERTERS:
-            return _CONVERTERS[kind]
-    if isinstance(module, CSATAttention) or not hasattr(module, "num_heads"):
-        return None
-    # The same four projections are not enough: the replacement is called as the module was.
-    called = inspect.signature(type(module).forward).parameters
-    named = all(isinstance(getattr(module, name, None), nn.Linear) for name in _PROJECTIONS)
-    return _from_projections if named and "context" in called else None
-
-
-def _from_projections(module: Any, config: CSATConfig) -> nn.Module:
-    """Any attention made of q_proj, k_proj, v_proj, out_proj (torch.nn.Linear) and num_heads, called like ours."""
-    embed_dim, kv_dim = module.q_proj.in_features, module.k_proj.in_features
-    expected = dict(zip(_PROJECTIONS, (embed_dim, kv_dim, kv_dim, embed_dim), strict=True))
-    for name, width in expected.items():
-        linear = getattr(module, name)
-        if (linear.in_features, linear.out_features) != (width, embed_dim):
-            raise ValueError(
-                f"{SECTION}.layers: {type(module).__name__}.{name} maps {linear.in_features} features to "
-                f"{linear.out_features}; accepted: {width} to {embed_dim} (grouped keys need a converter of their own)"
-            )
-    new = CSATAttention(embed_dim, module.num_heads, config, kv_dim=kv_dim)
-    new.to(device=module.q_proj.weight.device)
-    for name in _PROJECTIONS:  # the Linear itself: its Parameter objects keep their ZeRO-3 bookkeeping
-        setattr(new, name, getattr(module, name))
-    return new
-
-
 def _check_trained(model: nn.Module, replaced: list[str], argument: str, groups: list[Any]) -> None:
     """Raises ValueError where a replaced module's parameter is in none of the groups (tensors or dicts of them)."""
     params = [p for group in groups for p in (group["params"] if isinstance(group, dict) else [group])]
@@ -340,6 +222,30 @@ def _check_trained(model: nn.Module, replaced: list[str], argument: str, groups:
             f"{argument} lacks {len(missing)} parameters of the replaced modules, such as {missing[0]}: never trained; "
             f"call csat_ext.deepspeed.apply before collecting them, or leave {argument} out"
         )
+
+
+def _mend_universal_loading(ds_optimizer: Any, groups: Any) -> None:
+    """Loading a universal checkpoint at ZeRO-3, DeepSpeed 0.19 is made for one parameter group: it gives all of them
+    the settings of the first (the thresholds would lose their learning rate, norms and biases would decay) and one
+    step counter, which every group then advances (Adam's bias correction would run ahead)."""
+    name = "load_hp_checkpoint_state_from_checkpoint_dir_stage3"
+    if not hasattr(ds_optimizer, name):
+        return
+    load = getattr(ds_optimizer, name)
+    settings = [{k: v for k, v in g.items() if k != "params"} for g in groups or () if isinstance(g, dict)]
+
+    def load_and_restore(*args: Any, **kwargs: Any) -> None:
+        load(*args, **kwargs)
+        for state in ds_optimizer.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
+        held = ds_optimizer.optimizer.param_groups
+        if len(settings) == len(held):
+            rate = held[0]["lr"] / settings[0]["lr"]  # of the schedule at that step, the same for every group
+            for group, own in zip(held, settings, strict=True):
+                group.update({**own, "lr": own["lr"] * rate})
+
+    setattr(ds_optimizer, name, load_and_restore)
 
 
 def _groups(model: nn.Module, ds_config: dict[str, Any], section: CSATSection) -> Any:

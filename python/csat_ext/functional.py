@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from csat_ext import ops as _ops  # noqa: F401  (registers fakes, autograd and autocast of torch.ops.csat)
+from csat_ext.implicit import ImplicitMeasurement
 from csat_ext.reference.attention import has_values, renormalise_rows
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -110,14 +111,15 @@ class LinearDecoder:
 
 
 Decoder = SparseDecoder | LinearDecoder
+Phi = Tensor | ImplicitMeasurement
 
 
 def csat_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    phi_k: Tensor,
-    phi_v: Tensor | None = None,
+    phi_k: Phi,
+    phi_v: Phi | None = None,
     *,
     decoder: Decoder | None = None,
     feature_sensing: Tensor | None = None,
@@ -137,7 +139,8 @@ def csat_attention(
         key: (B, Hk, N, D), Hk divides H (grouped-query attention). Same dtype and device as the query.
         value: (B, Hk, N, Dv).
         phi_k: measurement matrix of the keys, (M, N), (1, Hk or H, M, N without the batch axis) or with a batch axis
-            (1 or B, 1, Hk or H, M, N); M <= N; float32 or the dtype of the query; contiguous.
+            (1 or B, 1, Hk or H, M, N); M <= N; float32 or the dtype of the query; contiguous. Or an
+            `ImplicitMeasurement`, whose matrix is never in memory; its ``score_bias`` is to be passed like any other.
         phi_v: the same for the values; ``phi_k`` when absent.
         decoder: `SparseDecoder`, `LinearDecoder` or None (the output is Z).
         feature_sensing: F, (R, Dv) or (1, Hk or H, R, Dv), R <= Dv; absent is F = I.
@@ -145,7 +148,8 @@ def csat_attention(
         score_bias: (M,), (1 or H, M) or (1 or B, 1 or H, M); 0 when absent, -inf switches a measurement off.
         key_mask: (B, N) bool, True = keep. A masked token is never read, and the rows of Phi are renormalised: a row
             without negative entries keeps its sum, any other is multiplied by sqrt(N / kept). Rows left empty get
-            bias -inf.
+            bias -inf. An `ImplicitMeasurement` becomes that of the same name for this mask
+            (`ImplicitMeasurement.masked`: pools then divide the kept tokens); one made for a mask takes no other.
         is_causal: must be False: a measurement mixes tokens along the sequence, so it would mix the future in.
 
     Returns:
@@ -172,8 +176,8 @@ def csat_attention(
 def measure(
     key: Tensor,
     value: Tensor,
-    phi_k: Tensor,
-    phi_v: Tensor | None = None,
+    phi_k: Phi,
+    phi_v: Phi | None = None,
     feature_sensing: Tensor | None = None,
     score_bias: Tensor | None = None,
     key_mask: Tensor | None = None,
@@ -190,20 +194,17 @@ def measure(
         Kc (B, Hc, M, D), Vc (B, Hc, M, R) with Hc = Hk or H, and the score bias (1 or B, 1 or H, M), in which rows of
         Phi that ``key_mask`` left empty are -inf, or None.
     """
-    phi_k = _canonical_phi("phi_k", phi_k, key, heads)
-    same = phi_v is None
-    phi_v = phi_k if phi_v is None else _canonical_phi("phi_v", phi_v, value, heads)
-    if phi_v.shape[-2] != phi_k.shape[-2]:
-        raise ValueError(f"phi_v has {phi_v.shape[-2]} measurements, phi_k has {phi_k.shape[-2]}: they must agree")
-    bias = _canonical_bias(score_bias, key, heads, phi_k.shape[-2])
-    kc = torch.ops.csat.project(key, phi_k, key_mask if key_mask is None else checked_mask(key_mask, key))
-    vc = torch.ops.csat.project(value, phi_v, key_mask)
-    if key_mask is not None and renormalise:
-        ratio_k, empty = renormalise_rows(phi_k, key_mask)
-        ratio_v = ratio_k if same else renormalise_rows(phi_v, key_mask)[0]
-        kc = _scale_rows(kc, ratio_k)
-        vc = _scale_rows(vc, ratio_v)
-        bias = _silence(bias, empty, heads)
+    if key_mask is not None:
+        checked_mask(key_mask, key)
+    mask = key_mask if renormalise else None
+    rows_k = _measurement_rows("phi_k", phi_k, key, heads, mask)
+    rows_v = rows_k if phi_v is None else _measurement_rows("phi_v", phi_v, value, heads, mask)
+    if rows_v.m != rows_k.m:
+        raise ValueError(f"phi_v has {rows_v.m} measurements, phi_k has {rows_k.m}: they must agree")
+    bias = _canonical_bias(score_bias, key, heads, rows_k.m)
+    kc, vc = rows_k.project(key, key_mask), rows_v.project(value, key_mask)
+    if rows_k.empty is not None:
+        bias = _silence(bias, rows_k.empty, heads)
     if feature_sensing is not None:
         vc = _sense_features(vc, feature_sensing, value, heads)
     return *_match_heads(kc, vc, heads), bias
@@ -232,9 +233,40 @@ def recover(
 # ---- the pieces of `measure` ----------------------------------------------------------------------------------------
 
 
-def _scale_rows(measured: Tensor, ratio: Tensor) -> Tensor:
-    """Multiply measurement rows (B, Hc, M, D) by ratio (B, Hp, M), Hp in (1, Hc)."""
-    return (measured * ratio.unsqueeze(-1)).to(measured.dtype)
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """A checked Phi and what a key mask makes of its rows.
+
+    phi: (1 or B, Hp, M, N), or implicit and then made for the mask. ratio (B, Hp, M): factor of every row of a matrix;
+    empty (B, Hp, M) bool: the rows that hold no kept token. Both None without a mask to renormalise for.
+    """
+
+    phi: Phi
+    m: int
+    ratio: Tensor | None = None
+    empty: Tensor | None = None
+
+    def project(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
+        if isinstance(self.phi, ImplicitMeasurement):
+            return self.phi.project(x)
+        measured = torch.ops.csat.project(x, self.phi, key_mask)
+        return measured if self.ratio is None else (measured * self.ratio.unsqueeze(-1)).to(measured.dtype)
+
+
+def _measurement_rows(name: str, phi: Phi, x: Tensor, heads: int, key_mask: Tensor | None) -> _Rows:
+    if not isinstance(phi, ImplicitMeasurement):
+        phi = _canonical_phi(name, phi, x, heads)
+        if key_mask is None:
+            return _Rows(phi, phi.shape[-2])
+        return _Rows(phi, phi.shape[-2], *renormalise_rows(phi, key_mask))
+    _check_implicit(name, phi, x, heads)
+    if key_mask is None:
+        return _Rows(phi, phi.m)
+    if phi.key_mask is not None:
+        raise ValueError(f"{name} was made for a key mask; accepted beside key_mask: one made without")
+    phi = phi.masked(key_mask)
+    assert phi.score_bias is not None
+    return _Rows(phi, phi.m, empty=phi.score_bias == -math.inf)
 
 
 def _silence(bias: Tensor | None, empty: Tensor, heads: int) -> Tensor:
@@ -399,6 +431,18 @@ def _canonical_phi(name: str, phi: Tensor, x: Tensor, heads: int) -> Tensor:
     if phi.shape[0] not in (1, x.shape[0]):
         raise ValueError(f"{name} has batch size {phi.shape[0]}; accepted: 1 or {x.shape[0]}")
     return phi
+
+
+def _check_implicit(name: str, phi: ImplicitMeasurement, x: Tensor, heads: int) -> None:
+    if phi.n != x.shape[2]:
+        raise ValueError(f"{name} measures {phi.n} tokens, key has {x.shape[2]}: they must agree")
+    if phi.heads not in (1, x.shape[1], heads):
+        raise ValueError(f"{name} has {phi.heads} heads; accepted: 1, {x.shape[1]} (keys) or {heads} (queries)")
+    for tensor in (phi.counts, phi.anchor_tokens):
+        if tensor is not None and tensor.shape[0] not in (1, x.shape[0]):
+            raise ValueError(f"{name} has batch size {tensor.shape[0]}; accepted: 1 or {x.shape[0]}")
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, the query on {x.device}: one device is needed")
 
 
 def _canonical_bias(bias: Tensor | None, key: Tensor, heads: int, m: int) -> Tensor | None:

@@ -168,17 +168,16 @@ def measurement(
     Raises:
         ValueError, TypeError: naming the argument, what came and what is accepted.
     """
-    chosen = _lookup(ensemble)
-    _check_sizes(m, n, heads, dtype)
-    philox.check_unsigned("seed", seed, 64)
-    philox.check_unsigned("layer", layer, 32)
-    anchors = _check_anchors(anchors, m)
-    checked_grid = _check_options(chosen, grid, head_shift, n, anchors)
+    chosen = lookup(ensemble)
+    anchors = check_draw(m, n, seed, layer, heads, anchors)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
+    checked_grid = check_options(chosen, grid, head_shift, n, anchors)
     device = resolve_device(device if device is not None or key_mask is None else key_mask.device)
-    valid = _valid_tokens(key_mask, n, device)
+    valid = valid_tokens(key_mask, n, device)
 
     outside = checked_grid is not None and math.prod(checked_grid) != n
-    anchor_rows = _anchor_rows(anchors, n, torch.ones_like(valid) if outside else valid, key_mask is not None)
+    anchor_rows = one_hot_rows(anchors, n, torch.ones_like(valid) if outside else valid, key_mask is not None)
     anchored = anchor_rows.any(dim=2, keepdim=True)
     anchor_rows = anchor_rows & valid
     kept = valid & ~anchored
@@ -201,6 +200,29 @@ def measurement(
     keeps_bias = chosen.averaging or anchors or key_mask is not None
     bias_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     return Measurement(phi.to(dtype), bias.to(bias_dtype) if keeps_bias else None)
+
+
+def rows_over_places(
+    ensemble: str, rows: int, heads: int, seed: int, layer: int, counts: Tensor, anchors: Tensor
+) -> Tensor:
+    """Phi of the ensemble over the tokens that running counts keep, one-hot rows of the anchors in front.
+
+    The dense form of `torch.ops.csat.project_implicit`: float64, (B or 1, heads, A + rows, n). counts (B or 1, n + 1):
+    how many tokens before s are kept, so that token s is the counts[s]-th of them if counts[s + 1] > counts[s];
+    anchors (B or 1, A): token numbers, none of them kept, or -1 for an empty row. Pools shift their segments per head.
+    """
+    counts = counts.long()[:, None, None]
+    tokens = torch.arange(counts.shape[-1] - 1, dtype=torch.int64, device=counts.device)
+    chosen = lookup(ensemble)
+    layout = Layout(
+        m=rows, n=tokens.shape[0], seed=seed % 2**64, layer=layer, heads=heads, device=counts.device,
+        kept=counts[..., 1:] > counts[..., :-1], coordinate=counts[..., :-1], extent=counts[..., -1:],
+        grid=None, head_shift=True,
+    )  # fmt: skip
+    phi, _ = _averaging_rows(chosen, layout) if chosen.averaging else _signed_rows(chosen, layout)
+    one_hot = (anchors.long()[:, None, :, None] == tokens).to(torch.float64)
+    batch = max(phi.shape[0], one_hot.shape[0])
+    return torch.cat([part.expand(batch, heads, -1, -1) for part in (one_hot, phi)], dim=2)
 
 
 def measurement_matrix(
@@ -424,21 +446,25 @@ def _overlaps(layout: Layout, place: Tensor, extent: int | Tensor, segments: int
     The unit of length is 1 / (2 H m) token, so that the border (j + s_h) extent / m with s_h = (2 h + 1 - H) / (2 H) is
     a whole number. place (B or 1, 1, 1, n); extent an int or (B or 1, 1, 1, 1). Returns (B or 1, H or 1, m, n), unit.
     """
-    heads = layout.heads if layout.head_shift else 1
-    unit = 2 * heads * segments
-    border = torch.arange(segments + 1, dtype=torch.int64, device=layout.device)
-    shift = 2 * torch.arange(heads, dtype=torch.int64, device=layout.device)[:, None] + 1 - heads
-    inner = (border > 0) & (border < segments)
-    edges = (2 * heads * border + torch.where(inner, shift, 0))[None, :, :, None] * extent
+    edges, unit = segment_edges(segments, layout.heads if layout.head_shift else 1, layout.device)
+    edges = edges[None, :, :, None] * extent
     low, high = edges[:, :, :-1], edges[:, :, 1:]
     overlap = torch.minimum((place + 1) * unit, high) - torch.maximum(place * unit, low)
     return overlap.clamp_min(0), unit
 
 
+def segment_edges(segments: int, heads: int, device: torch.device) -> tuple[Tensor, int]:
+    """Borders of the segments of [0, 1) per head, (heads, segments + 1) int64, in the unit 1 / (2 heads segments)."""
+    border = torch.arange(segments + 1, dtype=torch.int64, device=device)
+    shift = 2 * torch.arange(heads, dtype=torch.int64, device=device)[:, None] + 1 - heads
+    inner = (border > 0) & (border < segments)
+    return 2 * heads * border + torch.where(inner, shift, 0), 2 * heads * segments
+
+
 # --- anchors and masks -----------------------------------------------------------------------------------------------
 
 
-def _valid_tokens(key_mask: Tensor | None, n: int, device: torch.device) -> Tensor:
+def valid_tokens(key_mask: Tensor | None, n: int, device: torch.device) -> Tensor:
     """(B or 1, 1, 1, n) bool."""
     if key_mask is None:
         return (torch.arange(n, dtype=torch.int64, device=device) >= 0)[None, None, None]
@@ -452,7 +478,7 @@ def _valid_tokens(key_mask: Tensor | None, n: int, device: torch.device) -> Tens
     return key_mask[:, None, None, :]
 
 
-def _anchor_rows(anchors: tuple[int, ...], n: int, valid: Tensor, masked: bool) -> Tensor:
+def one_hot_rows(anchors: tuple[int, ...], n: int, valid: Tensor, masked: bool) -> Tensor:
     """(B or 1, 1, A, n) bool one-hot rows; an anchor that repeats an earlier one or does not exist is an empty row."""
     if not masked and (outside := [anchor for anchor in anchors if not -n <= anchor < n]):
         raise ValueError(f"anchors {outside} do not exist among n = {n} tokens")
@@ -483,21 +509,23 @@ def resolve_device(device: torch.device | str | None) -> torch.device:
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _lookup(ensemble: str) -> Ensemble:
+def lookup(ensemble: str) -> Ensemble:
     if not isinstance(ensemble, str) or ensemble not in ENSEMBLES:
         raise ValueError(f"ensemble must be one of {sorted(ENSEMBLES)}, got {ensemble!r}")
     return ENSEMBLES[ensemble]
 
 
-def _check_sizes(m: int, n: int, heads: int | None, dtype: torch.dtype) -> None:
+def check_draw(m: int, n: int, seed: int, layer: int, heads: int | None, anchors: Sequence[Anchor]) -> tuple[int, ...]:
+    """Checks what every draw needs; returns the anchors as ints."""
     for name, value in (("m", m), ("n", n), ("heads", 1 if heads is None else heads)):
         philox.check_unsigned(name, value, 32)
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if m > n:
         raise ValueError(f"m must be at most n: got m = {m} measurements of n = {n} tokens")
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
+    philox.check_unsigned("seed", seed, 64)
+    philox.check_unsigned("layer", layer, 32)
+    return _check_anchors(anchors, m)
 
 
 def _check_anchors(anchors: Sequence[Anchor], m: int) -> tuple[int, ...]:
@@ -512,7 +540,7 @@ def _check_anchors(anchors: Sequence[Anchor], m: int) -> tuple[int, ...]:
     return tuple(anchor if isinstance(anchor, int) else named[anchor] for anchor in anchors)
 
 
-def _check_options(
+def check_options(
     ensemble: Ensemble, grid: Sequence[int] | None, head_shift: bool, n: int, anchors: tuple[int, ...]
 ) -> tuple[int, ...] | None:
     if not isinstance(head_shift, bool):

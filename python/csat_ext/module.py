@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from csat_ext.config import CSATConfig
 from csat_ext.dictionaries import dictionary
-from csat_ext.functional import Decoder, LinearDecoder, SparseDecoder, autocasts, checked_mask, measure, recover
+from csat_ext.functional import Decoder, LinearDecoder, Phi, SparseDecoder, autocasts, checked_mask, measure, recover
+from csat_ext.implicit import IMPLICIT, ImplicitMeasurement, implicit_measurement
 from csat_ext.measurements import ENSEMBLES, Measurement, measurement
 from csat_ext.philox import GENERATOR_VERSION
 from csat_ext.reference.attention import has_values
@@ -31,15 +32,17 @@ _FEATURE_SENSING = 2 << 32
 """Offset of the seed that F starts from."""
 
 
-class CSATAttention(nn.Module):
-    """Attention over m measurements of the keys and values (`csat_attention`) between input and output projections.
+class CSATCore(nn.Module):
+    """Attention over m measurements of the keys and values (`csat_attention`): what lies between the projections of an
+    attention module, of ours (`CSATAttention`) or of another framework (`csat_ext.convert`).
 
     A fixed Phi is never stored: the state dict holds ``measurement_key`` = (generator version, ensemble, seed, layer)
     as int64, which a cast to bfloat16 leaves alone, and Phi is made in float32 from it, for any length and on any
-    device. Parameters beside the four projections, each with a leading head axis H (no parameter is 0-dimensional):
+    device; a fixed Phi of `csat_ext.implicit.IMPLICIT` without a grid is not made at all (`ImplicitMeasurement`). Its
+    parameters, each with a leading axis of H heads or Hk key heads (no parameter is 0-dimensional):
 
     - ``gain`` (H,): factor on the score scale;
-    - ``phi`` (H, M, N), ``score_bias`` (H, M): with ``config.learned``;
+    - ``phi`` (Hk, M, N), ``score_bias`` (Hk, M): with ``config.learned``;
     - ``feature_sensing`` (H, R, Dv): with ``config.feature_rank``; random orthonormal rows until `calibrate`, to be
       called once before training, puts the principal components in their place;
     - ``threshold`` (H, T, P), ``step`` (H, T) and the weights of the decoder: ``decoder_w`` (H, R, P) of the coupled
@@ -47,11 +50,10 @@ class CSATAttention(nn.Module):
       of the control.
 
     Args:
-        embed_dim: width of the queries and the output; a multiple of ``num_heads``.
         num_heads: H.
+        head_dim: width of a head.
         config: what is computed.
-        kv_dim: width of the context of cross-attention; ``embed_dim`` when absent.
-        bias: the projections have biases.
+        kv_heads: Hk, heads of the keys and values, a divisor of H (grouped queries); H when absent.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is accepted.
@@ -59,26 +61,15 @@ class CSATAttention(nn.Module):
 
     measurement_key: Tensor
 
-    def __init__(
-        self, embed_dim: int, num_heads: int, config: CSATConfig, kv_dim: int | None = None, *, bias: bool = True
-    ) -> None:
+    def __init__(self, num_heads: int, head_dim: int, config: CSATConfig, kv_heads: int | None = None) -> None:
         super().__init__()
         if not isinstance(config, CSATConfig):
             raise TypeError(f"config must be a CSATConfig (CSATConfig.from_dict makes one), got {config!r}")
-        for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads), ("kv_dim", kv_dim)):
-            if (size is not None or name != "kv_dim") and (isinstance(size, bool) or not isinstance(size, int)):
-                raise TypeError(f"{name} must be an int, got {size!r}")
-        if kv_dim is not None and kv_dim < 1:
-            raise ValueError(f"kv_dim must be at least 1, got {kv_dim}")
-        if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
-            raise ValueError(f"embed_dim = {embed_dim} must be a positive multiple of num_heads = {num_heads}")
-        self.embed_dim, self.num_heads, self.config = embed_dim, num_heads, config
-        self.head_dim = embed_dim // num_heads
-        self.kv_dim = embed_dim if kv_dim is None else kv_dim
-        self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
-        self.k_proj = nn.Linear(self.kv_dim, embed_dim, bias=bias)
-        self.v_proj = nn.Linear(self.kv_dim, embed_dim, bias=bias)
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+        kv_heads = num_heads if kv_heads is None else kv_heads
+        _check_counts(num_heads=num_heads, head_dim=head_dim, kv_heads=kv_heads)
+        if num_heads % kv_heads:
+            raise ValueError(f"kv_heads = {kv_heads} must divide num_heads = {num_heads}")
+        self.num_heads, self.head_dim, self.kv_heads, self.config = num_heads, head_dim, kv_heads, config
         key = (GENERATOR_VERSION, _ensemble_code(config.ensemble), config.seed, config.layer)
         self.register_buffer("measurement_key", torch.tensor(key, dtype=torch.int64))
         self._fixed: dict[tuple[Any, ...], Any] = {}
@@ -93,9 +84,9 @@ class CSATAttention(nn.Module):
         if config.learned:
             assert config.length is not None
             start = self._draw(config.length, torch.device("cpu"), None)
-            self.phi = nn.Parameter(start.phi.expand(heads, -1, -1).clone())
+            self.phi = nn.Parameter(start.phi.expand(self.kv_heads, -1, -1).clone())
             bias = torch.zeros(1, config.measurements) if start.score_bias is None else start.score_bias
-            self.score_bias = nn.Parameter(bias.expand(heads, -1).clone())
+            self.score_bias = nn.Parameter(bias.expand(self.kv_heads, -1).clone())
         if config.feature_rank is not None:
             if config.feature_rank > self.head_dim:
                 raise ValueError(f"feature_rank = {config.feature_rank} exceeds the head width {self.head_dim}")
@@ -134,7 +125,7 @@ class CSATAttention(nn.Module):
 
     def _psi(self) -> Tensor:
         """The dictionary, (1 or H, Dv, P)."""
-        config, dtype, device = self.config, self._decoder_dtype, self.q_proj.weight.device
+        config, dtype, device = self.config, self._decoder_dtype, self.measurement_key.device
         if config.dictionary == "learned":
             return self._wide(self.psi)
 
@@ -146,7 +137,8 @@ class CSATAttention(nn.Module):
 
     @property
     def _decoder_dtype(self) -> torch.dtype:
-        return torch.float64 if self.q_proj.weight.dtype == torch.float64 else torch.float32
+        own = next(self.parameters(recurse=False), None)
+        return torch.float64 if own is not None and own.dtype == torch.float64 else torch.float32
 
     def _wide(self, weight: Tensor) -> Tensor:
         return weight.to(self._decoder_dtype)
@@ -159,7 +151,7 @@ class CSATAttention(nn.Module):
     def decoder(self) -> Decoder | None:
         """The decoder at the parameters' present values, or None; its weights are in float32 (float64 for float64),
         under autocast too."""
-        with _no_autocast(self.q_proj.weight.device.type):
+        with _no_autocast(self.measurement_key.device.type):
             return self._decoder()
 
     def _decoder(self) -> Decoder | None:
@@ -204,7 +196,7 @@ class CSATAttention(nn.Module):
     def _remember(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """A fixed tensor, made once for every key; made anew while a compiler traces: its graph must not depend on a
         length."""
-        if not has_values(self.q_proj.weight):
+        if not has_values(self.measurement_key):
             return make()
         if key not in self._fixed:
             if len(self._fixed) >= 16:  # many lengths in one run: keep memory bounded
@@ -214,21 +206,25 @@ class CSATAttention(nn.Module):
         return self._fixed[key]
 
     def _draw(self, n: int, device: torch.device, key_mask: Tensor | None, seed_offset: int = 0) -> Measurement:
-        config = self.config
-        shifts = "head_shift" in ENSEMBLES[config.ensemble].options and config.head_shift
         return measurement(
-            config.ensemble,
-            config.measurements,
+            self.config.ensemble,
+            self.config.measurements,
             n,
-            seed=config.seed + seed_offset,
-            layer=config.layer,
-            heads=self.num_heads,
             device=device,
-            anchors=config.anchors,
-            grid=config.grid,
-            head_shift=shifts,
+            grid=self.config.grid,
             key_mask=key_mask,
+            **self._draw_options(seed_offset),
         )
+
+    def _draw_options(self, seed_offset: int) -> dict[str, Any]:
+        config = self.config
+        return {
+            "seed": config.seed + seed_offset,
+            "layer": config.layer,
+            "heads": self.kv_heads,
+            "anchors": config.anchors,
+            "head_shift": "head_shift" in ENSEMBLES[config.ensemble].options and config.head_shift,
+        }
 
     def measurement(self, n: int, device: torch.device, key_mask: Tensor | None = None) -> Measurement:
         """Phi (and the score bias) that keys of length n meet, in float32; with a key mask one for each batch
@@ -239,9 +235,35 @@ class CSATAttention(nn.Module):
             return self._draw(n, device, key_mask)
         return self._remember(("phi", n, device), lambda: self._draw(n, device, None))
 
-    def _phi_v(self, n: int, device: torch.device, key_mask: Tensor | None) -> Tensor | None:
-        if self.config.share_kv:
-            return None
+    @property
+    def _has_matrix(self) -> bool:
+        """Whether the forward pass multiplies by a Phi in memory."""
+        config = self.config
+        return config.learned or config.grid is not None or config.ensemble not in IMPLICIT
+
+    def _implicit(
+        self, n: int, device: torch.device, key_mask: Tensor | None, seed_offset: int = 0
+    ) -> ImplicitMeasurement:
+        def make() -> ImplicitMeasurement:
+            options = self._draw_options(seed_offset)
+            config = self.config
+            return implicit_measurement(
+                config.ensemble, config.measurements, n, device=device, key_mask=key_mask, **options
+            )
+
+        return make() if key_mask is not None else self._remember(("implicit", seed_offset, n, device), make)
+
+    def _phis(self, n: int, device: torch.device, key_mask: Tensor | None) -> tuple[Phi, Phi | None, Tensor | None]:
+        """Phi_K, Phi_V (None: Phi_K) and the score bias."""
+        shared = self.config.share_kv
+        if not self._has_matrix:
+            phi_k = self._implicit(n, device, key_mask)
+            phi_v = None if shared else self._implicit(n, device, key_mask, _INDEPENDENT_PHI_V)
+            return phi_k, phi_v, phi_k.score_bias
+        drawn = self.measurement(n, device, key_mask)
+        return drawn.phi, None if shared else self._phi_v(n, device, key_mask), drawn.score_bias
+
+    def _phi_v(self, n: int, device: torch.device, key_mask: Tensor | None) -> Tensor:
         if key_mask is not None:
             return self._draw(n, device, key_mask, _INDEPENDENT_PHI_V).phi
         return self._remember(("phi_v", n, device), lambda: self._draw(n, device, None, _INDEPENDENT_PHI_V)).phi
@@ -261,14 +283,14 @@ class CSATAttention(nn.Module):
                     "and exact_when_short is False"
                 )
             return self._exact(k, v, key_mask)
-        drawn = self.measurement(n, k.device, key_mask)
-        bias = drawn.score_bias if config.log_mass or config.learned or key_mask is not None else None
+        phi_k, phi_v, bias = self._phis(n, k.device, key_mask)
+        if not (config.log_mass or config.learned or key_mask is not None):
+            bias = None
         if bias is not None and not (config.log_mass or config.learned):
             bias = torch.zeros_like(bias).masked_fill(bias == -torch.inf, -torch.inf)
-        phi_v = self._phi_v(n, k.device, key_mask)
-        return measure(
-            k, v, drawn.phi, phi_v, self._f(), bias, key_mask, heads=self.num_heads, renormalise=config.learned
-        )
+        if bias is not None and bias.shape[-2] not in (1, self.num_heads):
+            bias = self._per_query_head(bias, axis=-2)
+        return measure(k, v, phi_k, phi_v, self._f(), bias, key_mask, heads=self.num_heads, renormalise=config.learned)
 
     def _exact(self, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Phi = I: the tokens are their own measurements, masked ones zeroed and silenced."""
@@ -278,56 +300,46 @@ class CSATAttention(nn.Module):
             k, v = torch.where(keep, k, 0), torch.where(keep, v, 0)
             bias = torch.zeros(key_mask.shape, device=k.device).masked_fill(~key_mask, -torch.inf).unsqueeze(1)
         f = self._f()
-        return k, v if f is None else v @ f.to(v.dtype).mT, bias
+        if f is None:
+            return k, v, bias
+        k, v = self._per_query_head(k), self._per_query_head(v)
+        return k, v @ f.to(v.dtype).mT, bias
+
+    def _per_query_head(self, x: Tensor, axis: int = 1) -> Tensor:
+        """One entry for every query head along an axis that has one for every key head."""
+        groups = self.num_heads // self.kv_heads
+        return x if groups == 1 else x.repeat_interleave(groups, dim=axis)
 
     def _f(self) -> Tensor | None:
         return None if self.config.feature_rank is None else self.feature_sensing
 
     # ---- forward ----------------------------------------------------------------------------------------------------
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-
-    def forward(self, x: Tensor, context: Tensor | None = None, *, key_mask: Tensor | None = None) -> Tensor:
-        """Attend from x to ``context`` (to x itself when absent).
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """Attend with the heads of q over the measurements of k and v.
 
         Args:
-            x: (B, Nq, embed_dim).
-            context: (B, N, kv_dim).
+            q: (B, H, Nq, D).
+            k, v: (B, Hk, N, D).
             key_mask: (B, N) bool, True = keep.
 
         Returns:
-            (B, Nq, embed_dim).
+            (B, Nq, H D): the rows of all heads side by side.
 
         Raises:
             TypeError, ValueError: naming the argument, what came and what is accepted.
         """
-        context = x if context is None else context
-        self._check_inputs(x, context)
-        q, k, v = self._heads(self.q_proj(x)), self._heads(self.k_proj(context)), self._heads(self.v_proj(context))
         kc, vc, bias = self._measure(k, v, key_mask)
-        if self.config.gain:
+        if self.config.gain and kc.shape[1] == self.num_heads:
             kc = kc * self.gain.to(kc.dtype)[:, None, None]
+        elif self.config.gain:
+            q = q * self.gain.to(q.dtype)[:, None, None]
         rows = recover(q, kc, vc, decoder=self.decoder(), score_bias=bias)
-        return self.out_proj(rows.transpose(1, 2).flatten(2))
-
-    def _check_inputs(self, x: Tensor, context: Tensor) -> None:
-        weight = self.q_proj.weight
-        casts = autocasts(weight.device.type) or not weight.is_floating_point()
-        for name, tensor, width in (("x", x, self.embed_dim), ("context", context, self.kv_dim)):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-            if not tensor.is_floating_point() or not (casts or tensor.dtype == weight.dtype):
-                raise TypeError(f"{name} has dtype {tensor.dtype}; accepted: {weight.dtype}, that of the projections")
-            if tensor.dim() != 3 or tensor.shape[-1] != width:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; accepted: (batch, tokens, {width})")
-        if context.shape[0] != x.shape[0]:
-            raise ValueError(f"context has batch size {context.shape[0]}, x has {x.shape[0]}: they must agree")
+        return rows.transpose(1, 2).flatten(2)
 
     @torch.no_grad()
-    def calibrate(self, context: Tensor) -> None:
-        """Start F at the principal directions of the values that ``context`` (B, N, kv_dim) gives (random F always
-        lost).
+    def calibrate_values(self, values: Tensor) -> None:
+        """Start F at the principal directions of ``values`` (B, Hk, N, D) (random F always lost).
 
         The decoder that inverts F Psi starts anew at its analytic weights.
 
@@ -336,7 +348,7 @@ class CSATAttention(nn.Module):
         """
         if self.config.feature_rank is None:
             raise ValueError("calibrate sets the feature sensing F: the config has feature_rank = None")
-        values = self._heads(self.v_proj(context)).float().transpose(0, 1).flatten(1, 2)
+        values = self._per_query_head(values).float().transpose(0, 1).flatten(1, 2)
         _, directions = torch.linalg.eigh(values.mT @ values)
         principal = directions[..., -self.config.feature_rank :].flip(-1).mT
         self.feature_sensing.copy_(principal)
@@ -377,10 +389,139 @@ class CSATAttention(nn.Module):
         return {**self.__dict__, "_fixed": {}}
 
     def extra_repr(self) -> str:
-        c = self.config
-        return (
-            f"{self.embed_dim}, heads={self.num_heads}, m={c.measurements}, ensemble={c.ensemble}, decoder={c.decoder}"
+        c, width = self.config, self.num_heads * self.head_dim
+        return f"{width}, heads={self.num_heads}, m={c.measurements}, ensemble={c.ensemble}, decoder={c.decoder}"
+
+
+class CSATAttention(CSATCore):
+    """Multi-head self- and cross-attention: a `CSATCore` between the projections q_proj, k_proj, v_proj and out_proj.
+
+    Args:
+        embed_dim: width of the queries and the output; a multiple of ``num_heads``.
+        num_heads: H.
+        config: what is computed.
+        kv_dim: width of the context of cross-attention; ``embed_dim`` when absent.
+        bias: the projections have biases.
+        kv_heads: Hk, heads of the keys and values, a divisor of H (grouped queries); H when absent.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is accepted.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        config: CSATConfig,
+        kv_dim: int | None = None,
+        *,
+        bias: bool = True,
+        kv_heads: int | None = None,
+    ) -> None:
+        kv_dim = embed_dim if kv_dim is None else kv_dim
+        _check_counts(embed_dim=embed_dim, num_heads=num_heads, kv_dim=kv_dim)
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim = {embed_dim} must be a positive multiple of num_heads = {num_heads}")
+        super().__init__(num_heads, embed_dim // num_heads, config, kv_heads)
+        kv_width = self.kv_heads * self.head_dim
+        self._between(
+            nn.Linear(embed_dim, embed_dim, bias=bias),
+            nn.Linear(kv_dim, kv_width, bias=bias),
+            nn.Linear(kv_dim, kv_width, bias=bias),
+            nn.Linear(embed_dim, embed_dim, bias=bias),
         )
+
+    def _between(self, q_proj: nn.Linear, k_proj: nn.Linear, v_proj: nn.Linear, out_proj: nn.Linear) -> None:
+        self.embed_dim, self.kv_dim = q_proj.in_features, k_proj.in_features
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = q_proj, k_proj, v_proj, out_proj
+
+    @classmethod
+    def from_projections(
+        cls,
+        q_proj: nn.Linear,
+        k_proj: nn.Linear,
+        v_proj: nn.Linear,
+        out_proj: nn.Linear,
+        *,
+        num_heads: int,
+        config: CSATConfig,
+    ) -> CSATAttention:
+        """An attention around projections that exist: the very modules, so that their Parameter objects keep what an
+        optimizer or ZeRO-3 knows of them. The head width is q_proj's output over ``num_heads``, Hk is k_proj's over it.
+
+        Raises:
+            ValueError: widths that do not fit together.
+        """
+        width, kv_width = q_proj.out_features, k_proj.out_features
+        if width % num_heads or kv_width % (width // num_heads):
+            raise ValueError(
+                f"q_proj gives {width} features and k_proj {kv_width}; accepted: whole heads of one width, "
+                f"num_heads = {num_heads}"
+            )
+        expected = {
+            "v_proj": (v_proj, k_proj.in_features, kv_width),
+            "out_proj": (out_proj, width, out_proj.out_features),
+        }
+        for name, (linear, inputs, outputs) in expected.items():
+            if (linear.in_features, linear.out_features) != (inputs, outputs):
+                raise ValueError(
+                    f"{name} maps {linear.in_features} features to {linear.out_features}; "
+                    f"accepted: {inputs} to {outputs}"
+                )
+        head_dim = width // num_heads
+        new = cls.__new__(cls)
+        CSATCore.__init__(new, num_heads, head_dim, config, kv_width // head_dim)
+        new.to(device=q_proj.weight.device, dtype=q_proj.weight.dtype)
+        new._between(q_proj, k_proj, v_proj, out_proj)
+        return new
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, *, key_mask: Tensor | None = None) -> Tensor:
+        """Attend from x to ``context`` (to x itself when absent).
+
+        Args:
+            x: (B, Nq, embed_dim).
+            context: (B, N, kv_dim).
+            key_mask: (B, N) bool, True = keep.
+
+        Returns:
+            (B, Nq, embed_dim).
+
+        Raises:
+            TypeError, ValueError: naming the argument, what came and what is accepted.
+        """
+        context = x if context is None else context
+        self._check_inputs(x, context)
+        q, k, v = self._heads(self.q_proj(x)), self._heads(self.k_proj(context)), self._heads(self.v_proj(context))
+        return self.out_proj(self.attend(q, k, v, key_mask))
+
+    def _check_inputs(self, x: Tensor, context: Tensor) -> None:
+        weight = self.q_proj.weight
+        casts = autocasts(weight.device.type) or not weight.is_floating_point()
+        for name, tensor, width in (("x", x, self.embed_dim), ("context", context, self.kv_dim)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+            if not tensor.is_floating_point() or not (casts or tensor.dtype == weight.dtype):
+                raise TypeError(f"{name} has dtype {tensor.dtype}; accepted: {weight.dtype}, that of the projections")
+            if tensor.dim() != 3 or tensor.shape[-1] != width:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; accepted: (batch, tokens, {width})")
+        if context.shape[0] != x.shape[0]:
+            raise ValueError(f"context has batch size {context.shape[0]}, x has {x.shape[0]}: they must agree")
+
+    @torch.no_grad()
+    def calibrate(self, context: Tensor) -> None:
+        """`calibrate_values` on the values that ``context`` (B, N, kv_dim) gives."""
+        self.calibrate_values(self._heads(self.v_proj(context)))
+
+
+def _check_counts(**counts: Any) -> None:
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise TypeError(f"{name} must be an int, got {count!r}")
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
@@ -406,7 +547,7 @@ def parameter_groups(
     """
     thresholds, undecayed = set(), set()
     for module in model.modules():
-        if isinstance(module, CSATAttention):
+        if isinstance(module, CSATCore):
             thresholds |= {id(p) for p in _named(module, ("threshold",))}
             undecayed |= {id(p) for p in _named(module, ("gain", "step", "phi", "score_bias"))}
     groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "threshold": []}

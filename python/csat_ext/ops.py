@@ -1,7 +1,7 @@
 """What torch must know about `torch.ops.csat.*` beyond the kernels: fakes, autograd and autocast rules.
 
 The operators, their shapes and dtypes are listed in docs/architecture.md; arguments are checked at the binding. First
-derivatives exist for `project`, `attend`, `decode` and `attend_decode`; a second derivative raises NotImplementedError.
+derivatives exist for all but the backward operators; a second derivative raises NotImplementedError.
 The log-sum-exp that `attend` and `attend_decode` return, and the z of `attend_decode`, carry no gradient.
 """
 
@@ -51,6 +51,36 @@ def _(
     dy: Tensor, x: Tensor, phi: Tensor, key_mask: Tensor | None, need_dx: bool, need_dphi: bool
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape if need_dx else 0), phi.new_empty(phi.shape if need_dphi else 0)
+
+
+@_register_fake("project_implicit")
+def _(
+    x: Tensor,
+    counts: Tensor | None,
+    anchors: Tensor | None,
+    ensemble: str,
+    rows: int,
+    heads: int,
+    seed: int,
+    layer: int,
+) -> Tensor:
+    anchor_rows = 0 if anchors is None else anchors.shape[1]
+    return x.new_empty((x.shape[0], max(x.shape[1], heads), anchor_rows + rows, x.shape[3]))
+
+
+@_register_fake("project_implicit_backward")
+def _(
+    dy: Tensor,
+    counts: Tensor | None,
+    anchors: Tensor | None,
+    ensemble: str,
+    heads: int,
+    seed: int,
+    layer: int,
+    x_heads: int,
+    tokens: int,
+) -> Tensor:
+    return dy.new_empty((dy.shape[0], x_heads, tokens, dy.shape[3]))
 
 
 @_register_fake("attend")
@@ -122,6 +152,17 @@ def _project_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx if need_dx else None, dphi if need_dphi else None, None
 
 
+def _project_implicit_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, counts, anchors, ensemble, _, heads, seed, layer = inputs
+    ctx.save_for_backward(counts, anchors)  # the map is linear: x itself is not needed
+    ctx.settings = (ensemble, heads, seed, layer, x.shape[1], x.shape[2])
+
+
+def _project_implicit_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    dx = _csat.project_implicit_backward(dy, *ctx.saved_tensors, *ctx.settings)
+    return dx, None, None, None, None, None, None, None
+
+
 def _attend_gradients(
     needs: tuple[bool, ...], dz: Tensor, saved: tuple[Tensor, ...], scale: float
 ) -> tuple[Tensor | None, ...]:
@@ -182,16 +223,19 @@ def _no_second_derivative(name: str) -> Callable[..., Any]:
 
 
 torch.library.register_autograd("csat::project", _project_backward, setup_context=_project_context)
+torch.library.register_autograd(
+    "csat::project_implicit", _project_implicit_backward, setup_context=_project_implicit_context
+)
 torch.library.register_autograd("csat::attend", _attend_backward, setup_context=_attend_context)
 torch.library.register_autograd("csat::decode", _decode_backward, setup_context=_decode_context)
 torch.library.register_autograd("csat::attend_decode", _attend_decode_backward, setup_context=_attend_decode_context)
-for _name in ("project_backward", "attend_backward", "decode_backward"):
+for _name in ("project_backward", "project_implicit_backward", "attend_backward", "decode_backward"):
     torch.library.register_autograd(f"csat::{_name}", _no_second_derivative(_name))
 
 # ---- autocast: data in the autocast dtype, parameters as they are ----------------------------------------------------
 
 # The arguments cast under autocast: x, q, kc, vc, z. float64 is left alone, as everywhere in torch's autocast.
-_AUTOCAST_ARGUMENTS = {"project": 1, "attend": 3, "decode": 1, "attend_decode": 3}
+_AUTOCAST_ARGUMENTS = {"project": 1, "project_implicit": 1, "attend": 3, "decode": 1, "attend_decode": 3}
 
 
 def _autocast_rule(op: Any, device_type: str, leading: int) -> Callable[..., Any]:

@@ -10,9 +10,12 @@
 
 extern "C" {
 
-// Frees device memory, empties the report, and sets the order of lanes, warps and blocks.
-void csat_reset(unsigned seed, int count_bank_conflicts) {
+// Frees device memory, empties the report, sets the order of lanes, warps and blocks, and the device: 10 major + minor
+// and the shared memory of a block.
+void csat_reset(unsigned seed, int count_bank_conflicts, int compute_capability, int64_t shared_bytes) {
   emulator::reset();
+  emulator::options.compute_capability = compute_capability;
+  emulator::options.shared_bytes_per_block = size_t(shared_bytes);
   emulator::options.seed = seed;
   emulator::options.count_bank_conflicts = count_bank_conflicts != 0;
 }
@@ -53,6 +56,7 @@ int64_t csat_sizeof(const char* name) {
   if (is("DecodeBackwardParams")) return sizeof(csat::DecodeBackwardParams);
   if (is("ProjectParams")) return sizeof(csat::ProjectParams);
   if (is("ProjectBackwardParams")) return sizeof(csat::ProjectBackwardParams);
+  if (is("ImplicitParams")) return sizeof(csat::ImplicitParams);
   if (is("Counters")) return sizeof(emulator::Counters);
   return 0;
 }
@@ -67,6 +71,10 @@ CSAT_EXPORT(decode, DecodeParams) { return csat::decode_forward(*p, workspace, n
 CSAT_EXPORT(decode_backward, DecodeBackwardParams) { return csat::decode_backward(*p, workspace, nullptr); }
 CSAT_EXPORT(project, ProjectParams) { return csat::project_forward(*p, workspace, nullptr, nullptr); }
 CSAT_EXPORT(project_backward, ProjectBackwardParams) { return csat::project_backward(*p, workspace, nullptr, nullptr); }
+CSAT_EXPORT(project_implicit, ImplicitParams) { return csat::project_implicit_forward(*p, workspace, nullptr); }
+CSAT_EXPORT(project_implicit_backward, ImplicitParams) {
+  return csat::project_implicit_backward(*p, workspace, nullptr);
+}
 
 int64_t csat_attend_decode_workspace(const csat::AttendParams* attend, const csat::DecodeParams* decode) {
   return csat::attend_decode_workspace(*attend, *decode);

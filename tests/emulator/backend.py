@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+# Of a block, by compute capability.
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -101,6 +103,19 @@ class ProjectBackwardParams(Structure):
     _fields_ = (("forward", ProjectParams), *_views("dy", "dx", "dphi"))
 
 
+class ImplicitParams(Structure):
+    _fields_ = (
+        *_views("x", "y"),
+        *(("counts", c_void_p), ("anchors", c_void_p)),
+        *_sizes("counts_batch", "anchors_batch"),
+        *(("ensemble", c_int), ("seed", c_uint64), ("layer", c_int64)),
+        *_sizes("batch", "x_heads", "phi_heads", "tokens", "anchor_rows", "measurements", "head_dim"),
+    )
+
+
+ENSEMBLES = ("rademacher", "srht", "pool")  # csrc/csat/ensembles.h
+
+
 class Counters(Structure):
     """What the emulator has counted since the last call (tests/emulator/runtime/report.h)."""
 
@@ -115,7 +130,7 @@ class Counters(Structure):
 
 _STRUCTURES = (
     *(View, AttendParams, AttendBackwardParams, Decoder, DecodeParams, DecodeBackwardParams),
-    *(ProjectParams, ProjectBackwardParams, Counters),
+    *(ProjectParams, ProjectBackwardParams, ImplicitParams, Counters),
 )
 # Which axes of a View the axes of a tensor take: (B, H, M) and (B, H, Nq) leave one out, and so on.
 _ALL, _NO_ROW, _NO_LAST, _NO_LAYER, _ENDS = (0, 1, 2, 3), (0, 1, 3), (0, 1, 2), (0, 2, 3), (0, 3)
@@ -124,7 +139,10 @@ _ALL, _NO_ROW, _NO_LAST, _NO_LAYER, _ENDS = (0, 1, 2, 3), (0, 1, 3), (0, 1, 2), 
 class EmulatedOps:
     """The operators on the library at `path`; a non-zero `seed` shuffles the order of lanes, warps and blocks."""
 
-    def __init__(self, path: Path, seed: int = 0, count_bank_conflicts: bool = False) -> None:
+    def __init__(
+        self, path: Path, seed: int = 0, count_bank_conflicts: bool = False, compute_capability: int = 80
+    ) -> None:
+        self.compute_capability = compute_capability
         self.seed = seed
         self.count_bank_conflicts = count_bank_conflicts
         self.counters = Counters()
@@ -141,7 +159,8 @@ class EmulatedOps:
     # ---- device memory
 
     def _reset(self) -> None:
-        self._library.csat_reset(c_int(self.seed), c_int(self.count_bank_conflicts))
+        device = c_int(self.compute_capability), c_int64(SHARED_BYTES[self.compute_capability])
+        self._library.csat_reset(c_int(self.seed), c_int(self.count_bank_conflicts), *device)
 
     def _allocate(self, size: int) -> int:
         address = self._library.csat_allocate(c_int64(size))
@@ -239,6 +258,23 @@ class EmulatedOps:
             *(x.shape[0], x.shape[1], phi.shape[0], phi.shape[1], x.shape[2], phi.shape[2], x.shape[3]),
         )
 
+    def _implicit_params(
+        self,
+        sizes: tuple[int, int, int, int],  # B, Hx, N, D
+        places: tuple[Tensor | None, Tensor | None],
+        draw: tuple[str, int, int, int],  # ensemble, heads, seed, layer
+        rows: int,
+    ) -> ImplicitParams:
+        (batch, x_heads, tokens, head_dim), (ensemble, heads, seed, layer) = sizes, draw
+        addresses = [None if t is None else self._upload(t.contiguous()) for t in places]
+        strides = [0 if t is None or t.shape[0] == 1 else t.shape[1] for t in places]
+        anchor_rows = 0 if places[1] is None else places[1].shape[1]
+        return ImplicitParams(
+            *(View(), View(), *addresses, *strides),
+            *(ENSEMBLES.index(ensemble), seed % 2**64, layer),
+            *(batch, x_heads, heads, tokens, anchor_rows, rows, head_dim),
+        )
+
     # ---- the operators; shapes and meaning in docs/architecture.md
 
     def project(self, x: Tensor, phi: Tensor, key_mask: Tensor | None) -> Tensor:
@@ -262,6 +298,45 @@ class EmulatedOps:
             params.dphi = self._output(dphi)
         self._launch("project_backward", params)
         return self._results((dx, params.dx if need_dx else None), (dphi, params.dphi if need_dphi else None))
+
+    def project_implicit(
+        self,
+        x: Tensor,
+        counts: Tensor | None,
+        anchors: Tensor | None,
+        ensemble: str,
+        rows: int,
+        heads: int,
+        seed: int,
+        layer: int,
+    ) -> Tensor:
+        self._reset()
+        params = self._implicit_params(tuple(x.shape), (counts, anchors), (ensemble, heads, seed, layer), rows)
+        y = x.new_empty(x.shape[0], max(x.shape[1], heads), params.anchor_rows + rows, x.shape[3])
+        params.x, params.y = self._input(x), self._output(y)
+        self._launch("project_implicit", params)
+        return self._results((y, params.y))[0]
+
+    def project_implicit_backward(
+        self,
+        dy: Tensor,
+        counts: Tensor | None,
+        anchors: Tensor | None,
+        ensemble: str,
+        heads: int,
+        seed: int,
+        layer: int,
+        x_heads: int,
+        tokens: int,
+    ) -> Tensor:
+        self._reset()
+        sizes = (dy.shape[0], x_heads, tokens, dy.shape[3])
+        rows = dy.shape[2] - (0 if anchors is None else anchors.shape[1])
+        params = self._implicit_params(sizes, (counts, anchors), (ensemble, heads, seed, layer), rows)
+        dx = dy.new_empty(sizes)
+        params.x, params.y = self._output(dx), self._input(dy)
+        self._launch("project_implicit_backward", params)
+        return self._results((dx, params.x))[0]
 
     def attend(self, q: Tensor, kc: Tensor, vc: Tensor, score_bias: Tensor | None, scale: float) -> tuple[Tensor, ...]:
         self._reset()
@@ -342,7 +417,8 @@ class EmulatedOps:
 
 
 OPERATORS = (
-    *("project", "project_backward", "attend", "attend_backward"),
+    *("project", "project_backward", "project_implicit", "project_implicit_backward"),
+    *("attend", "attend_backward"),
     *("decode", "decode_backward", "attend_decode"),
 )
 

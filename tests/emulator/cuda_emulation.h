@@ -11,6 +11,7 @@
 #include "emulation/intrinsics.h"
 #include "emulation/math.h"
 #include "emulation/runtime_api.h"
+#include "emulation/bulk_copy.h"
 #include "emulation/tensor_core.h"
 #include "emulation/warpgroup.h"
 // clang-format on

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "csat/ensembles.h"
 #include "torch/cpu/block.h"
 
 namespace csat::cpu {
@@ -17,6 +18,7 @@ struct MicroKernels {
   void (*threshold_row)(const R* a, const R* drive, const R* theta, R step, int64_t n, R* y, R* next);
   R (*threshold_backward_row)(const R* next, const R* y, R step, int64_t n, R* g, R* scaled, R* dtheta);
   void (*score_gradient_row)(const R* p, R scale, int64_t n, R* dp, R* dbias);
+  void (*signs)(const RandomKey& key, int64_t row, int64_t rows, int64_t position, int64_t n, R* out, int64_t ld);
 };
 
 // The table of this machine: AVX-512, AVX2 or the baseline, bounded by ATEN_CPU_CAPABILITY.

@@ -3,7 +3,9 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstdint>
 #include <optional>
+#include <string>
 #include <tuple>
 
 namespace csat::cpu {
@@ -14,6 +16,13 @@ using MaybeTensor = std::optional<Tensor>;
 Tensor project(const Tensor& x, const Tensor& phi, const MaybeTensor& key_mask);
 std::tuple<Tensor, Tensor> project_backward(const Tensor& dy, const Tensor& x, const Tensor& phi,
                                             const MaybeTensor& key_mask, bool need_dx, bool need_dphi);
+
+// `ensemble` by value: the boxed call takes its arguments so.
+Tensor project_implicit(const Tensor& x, const MaybeTensor& counts, const MaybeTensor& anchors, std::string ensemble,
+                        int64_t rows, int64_t heads, int64_t seed, int64_t layer);
+Tensor project_implicit_backward(const Tensor& dy, const MaybeTensor& counts, const MaybeTensor& anchors,
+                                 std::string ensemble, int64_t heads, int64_t seed, int64_t layer, int64_t x_heads,
+                                 int64_t tokens);
 
 std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& kc, const Tensor& vc, const MaybeTensor& score_bias,
                                   double scale);

@@ -1,6 +1,7 @@
 // Tensor-core and asynchronous-copy instructions under the names that prims.cuh gives them.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
@@ -10,20 +11,23 @@
 
 namespace emulator {
 
-struct LdmatrixOperand {
-  uint32_t* result;
-  const void* row;
-  int matrices;
+// Four matrices of 8 x 8 elements of 16 bits.
+struct MatrixOperand {
+  uint32_t* registers;  // one of each matrix
+  void* row;            // of matrix lane / 8
 };
 struct MmaOperand {
   float* c;           // (16, 8) accumulator: 4 values a lane
-  const uint32_t* a;  // (16, 16): 4 pairs a lane
-  uint32_t b[2];      // (16, 8): 2 pairs a lane
+  const uint32_t* a;  // (16, depth): 4 registers a lane
+  uint32_t b[2];      // (depth, 8): 2 registers a lane
 };
 void ldmatrix(uint32_t mask, void* const* operands);
 void ldmatrix_transposed(uint32_t mask, void* const* operands);
+void stmatrix(uint32_t mask, void* const* operands);
+void stmatrix_transposed(uint32_t mask, void* const* operands);
 void mma_m16n8k16_bf16(uint32_t mask, void* const* operands);
 void mma_m16n8k16_f16(uint32_t mask, void* const* operands);
+void mma_m16n8k8_tf32(uint32_t mask, void* const* operands);
 
 }  // namespace emulator
 
@@ -44,14 +48,22 @@ using SharedAddress = const char*;
 inline int pinned(int x) { return x; }
 inline SharedAddress pinned_address(const void* p) { return static_cast<SharedAddress>(p); }
 
-// ldmatrix: lane l gives the address of row l % 8 of matrix l / 8 (8 x 8 elements of 16 bits).
+// ldmatrix, stmatrix: lane l gives the address of row l % 8 of matrix l / 8 (8 x 8 elements of 16 bits).
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
-  emulator::LdmatrixOperand operand{r, row, 4};
+  emulator::MatrixOperand operand{r, const_cast<void*>(row)};
   emulator::warp_collective("ldmatrix", emulator::ldmatrix, emulator::kFullMask, &operand);
 }
 inline void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row) {
-  emulator::LdmatrixOperand operand{r, row, 4};
+  emulator::MatrixOperand operand{r, const_cast<void*>(row)};
   emulator::warp_collective("ldmatrix.trans", emulator::ldmatrix_transposed, emulator::kFullMask, &operand);
+}
+inline void stmatrix_x4(void* row, const uint32_t (&r)[4]) {
+  emulator::MatrixOperand operand{const_cast<uint32_t*>(r), row};
+  emulator::warp_collective("stmatrix", emulator::stmatrix, emulator::kFullMask, &operand);
+}
+inline void stmatrix_x4_transposed(void* row, const uint32_t (&r)[4]) {
+  emulator::MatrixOperand operand{const_cast<uint32_t*>(r), row};
+  emulator::warp_collective("stmatrix.trans", emulator::stmatrix_transposed, emulator::kFullMask, &operand);
 }
 
 // c (16, 8) += a (16, 16) b (16, 8), accumulated in float32.
@@ -62,6 +74,18 @@ inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
   static_assert(is_bf16 || std::is_same_v<T, __half>, "mma.sync.m16n8k16 takes bf16 or fp16");
   emulator::warp_collective("mma.sync", is_bf16 ? emulator::mma_m16n8k16_bf16 : emulator::mma_m16n8k16_f16,
                             emulator::kFullMask, &operand);
+}
+
+// cvt.rna.tf32: 10 bits of mantissa, halves away from zero.
+inline uint32_t to_tf32(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  if ((bits & 0x7f800000u) == 0x7f800000u) return std::isnan(x) ? 0x7fffe000u : bits;
+  return (bits + 0x1000u) & 0xffffe000u;
+}
+// c (16, 8) += a (16, 8) b (8, 8); of the operands' mantissas the first 10 bits count.
+inline void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulator::MmaOperand operand{c, a, {b0, b1}};
+  emulator::warp_collective("mma.sync", emulator::mma_m16n8k8_tf32, emulator::kFullMask, &operand);
 }
 
 // Two floats rounded to one register, the first in the low half.

@@ -1,7 +1,6 @@
-// Warpgroup products (wgmma, sm_90a) and the fence between the generic and the asynchronous proxy.
+// Warpgroup products (wgmma, sm_90a) under the names that prims.cuh gives them.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <type_traits>
 
@@ -10,45 +9,60 @@
 
 namespace emulator {
 
-// D (64, n) += A (64, 16) B (16, n). A comes from registers, B from shared memory by its descriptor (128-byte swizzle).
+// A matrix in shared memory by its descriptor. Transposed: its rows of 128 bytes are k, not m or n.
+struct SharedMatrix {
+  uint64_t descriptor;
+  bool transposed;
+};
+// D (64, columns) = A (64, 16) B (16, columns) + D, or without D.
 struct WgmmaOperand {
-  float* c;                   // n / 8 fragments of 4 values a lane
-  std::array<uint32_t, 4> a;  // 4 pairs a lane, the layout of mma.sync in each warp's 16 rows
-  uint64_t b;
+  float* c;  // columns / 8 fragments of 4 values a lane
   int columns;
-  bool bf16, transposed;  // transposed: the descriptor's rows are k, not n
+  const uint32_t* a;  // 4 pairs a lane, the layout of mma.sync in each warp's 16 rows; null: from shared_a
+  SharedMatrix shared_a, b;
+  bool bf16, accumulate;
 };
 void wgmma_issue(const WgmmaOperand& operand);
 void wgmma_commit();
-// Products execute here, the latest that the hardware may: what is overwritten before is seen.
+// Products execute here, the latest that the hardware may.
 void wgmma_wait(int groups_left);
-void fence_proxy_async();
+void wgmma_fence();
+uint64_t wgmma_descriptor(const void* start, uint32_t leading, uint32_t stride);
 
-// Matrix descriptor: start, leading and stride byte offsets, 128-byte swizzle (PTX ISA, "Matrix Descriptor Format").
-inline uint64_t wgmma_descriptor(const void* start, uint32_t leading, uint32_t stride) {
-  return uint64_t((shared_offset(start) & 0x3ffff) >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 |
-         uint64_t(1) << 62;
+template <typename T, int kColumns, bool kTransposedB>
+constexpr bool wgmma_takes() {
+  static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>, "wgmma takes bf16 or fp16 here");
+  static_assert(kColumns % 8 == 0 && kColumns >= 8 && kColumns <= 256, "wgmma has 8 to 256 columns");
+  static_assert(!kTransposedB || kColumns % 64 == 0, "rows of k hold 64 columns each");
+  return std::is_same_v<T, __nv_bfloat16>;
 }
 
 }  // namespace emulator
 
 namespace csat {
 
-inline void fence_proxy_async() { emulator::fence_proxy_async(); }
-inline void wgmma_fence() {}  // orders registers only, which no other thread sees
+// What the registers hold is the emulator's own affair: it sees every access to them.
+template <typename... Registers>
+inline void wgmma_fence(Registers&...) {
+  emulator::wgmma_fence();
+}
 inline void wgmma_commit() { emulator::wgmma_commit(); }
-template <int kGroupsLeft>
-inline void wgmma_wait() {
+template <int kGroupsLeft, typename... Registers>
+inline void wgmma_wait(Registers&...) {
   emulator::wgmma_wait(kGroupsLeft);
 }
 inline uint64_t wgmma_descriptor(const void* start, uint32_t leading, uint32_t stride) {
   return emulator::wgmma_descriptor(start, leading, stride);
 }
 template <typename T, bool kTransposed, int kFragments>
-inline void wgmma_k16(float (&c)[kFragments][4], const uint32_t (&a)[4], uint64_t b) {
-  static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>, "wgmma takes bf16 or fp16 here");
-  emulator::wgmma_issue(
-      {&c[0][0], {a[0], a[1], a[2], a[3]}, b, 8 * kFragments, std::is_same_v<T, __nv_bfloat16>, kTransposed});
+inline void wgmma_k16(float (&c)[kFragments][4], const uint32_t (&a)[4], uint64_t b, bool accumulate = true) {
+  constexpr bool bf16 = emulator::wgmma_takes<T, 8 * kFragments, kTransposed>();
+  emulator::wgmma_issue({&c[0][0], 8 * kFragments, a, {}, {b, kTransposed}, bf16, accumulate});
+}
+template <typename T, bool kTransposedA, bool kTransposedB, int kFragments>
+inline void wgmma_k16_shared(float (&c)[kFragments][4], uint64_t a, uint64_t b, bool accumulate = true) {
+  constexpr bool bf16 = emulator::wgmma_takes<T, 8 * kFragments, kTransposedB>();
+  emulator::wgmma_issue({&c[0][0], 8 * kFragments, nullptr, {a, kTransposedA}, {b, kTransposedB}, bf16, accumulate});
 }
 
 }  // namespace csat

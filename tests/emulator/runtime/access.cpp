@@ -21,19 +21,23 @@ inline void access(const void* p, size_t bytes, Access kind, const void* where) 
   if (options.count_bank_conflicts && in_shared_window(p)) {
     running->shared_log.push_back({where, shared_offset(p), uint32_t(bytes)});
   }
-  shadow_access(p, bytes, kind, where);
+  if (!shadow_access(p, bytes, kind, where) && !running->registers.empty()) [[unlikely]] {
+    running->registers.touch(p, bytes, kind == Access::write, where);
+  }
 }
 
 void range_access(const void* p, size_t bytes, Access kind, const void* where) {
   if (bytes == 8 || bytes == 16) return access(p, bytes, kind, where);
-  if (observer.running) shadow_access(p, bytes, kind, where);
+  if (observer.running && !shadow_access(p, bytes, kind, where)) {
+    running->registers.touch(p, bytes, kind == Access::write, where);
+  }
 }
 
-void deliver(const std::vector<AsyncCopy>& group) {
+void deliver(const std::vector<AsyncCopy>& group, const Thread& thread) {
   for (const AsyncCopy& copy : group) {
     std::memcpy(copy.target, copy.source, size_t(copy.valid));
     std::memset(static_cast<char*>(copy.target) + copy.valid, 0, size_t(copy.bytes - copy.valid));
-    shadow_finish_copy(copy.target, size_t(copy.bytes));
+    shadow_end_write(copy.target, size_t(copy.bytes), make_stamp(thread.clock, thread.id));
   }
 }
 
@@ -48,9 +52,9 @@ uint32_t shared_offset(const void* p) {
   return uint32_t(offset < memory_map.static_shared_bytes ? offset + (1u << 20) : size_t(address - memory_map.shared));
 }
 
-void check_aligned(const void* p, size_t alignment, const char* what) {
+void check_aligned(const void* p, size_t alignment, const char* what, const void* where) {
   if (reinterpret_cast<uintptr_t>(p) % alignment == 0) return;
-  report.add(Fault::misaligned, __builtin_return_address(0),
+  report.add(Fault::misaligned, where,
              format("%s of thread %d is not aligned to %zu bytes", what, observer.thread, alignment));
 }
 
@@ -59,14 +63,14 @@ void check_atomic(const void* p, size_t bytes) { access(p, bytes, Access::atomic
 // The target belongs to nobody until the wait that delivers the bytes: the latest that the hardware may be.
 void async_copy(void* target, const void* source, int bytes, int valid) {
   const void* where = __builtin_return_address(0);
-  check_aligned(target, size_t(bytes), "target of an asynchronous copy");
-  check_aligned(source, size_t(bytes), "source of an asynchronous copy");
+  check_aligned(target, size_t(bytes), "target of an asynchronous copy", where);
+  check_aligned(source, size_t(bytes), "source of an asynchronous copy", where);
   if (!in_shared_window(target)) {
     report.add(Fault::out_of_bounds, where, "asynchronous copy: the target is not in shared memory");
     return;
   }
   if (valid > 0) shadow_access(source, size_t(valid), Access::read, where);
-  shadow_issue_copy(target, size_t(bytes), where);
+  shadow_begin_write(target, size_t(bytes), where);
   running->open.push_back({target, source, bytes, valid});
 }
 
@@ -78,9 +82,14 @@ void async_commit() {
 void async_wait(int groups_left) {
   auto& pending = running->pending;
   while (int(pending.size()) > groups_left) {
-    deliver(pending.front());
+    deliver(pending.front(), *running);
     pending.erase(pending.begin());
   }
+}
+
+void finish_copies(Thread& thread) {
+  for (const auto& group : thread.pending) deliver(group, thread);
+  deliver(thread.open, thread);
 }
 
 }  // namespace emulator

@@ -55,6 +55,8 @@ const char* fault_name(Fault fault) {
       return "missing fence";
     case Fault::missing_wait:
       return "missing wait";
+    case Fault::mbarrier:
+      return "misused mbarrier";
   }
   return "unknown";
 }

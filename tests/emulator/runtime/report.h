@@ -19,6 +19,7 @@ enum class Fault {
   budget,              // more shared memory, threads or blocks than a device has
   missing_fence,       // asynchronous proxy reads what the generic proxy wrote, no fence between
   missing_wait,        // a thread ends with copies or products in flight
+  mbarrier,            // touched by plain accesses, not initialised, more arrivals or bytes than it expects
 };
 const char* fault_name(Fault fault);
 

@@ -9,6 +9,7 @@
 
 #include "runtime/bank_conflicts.h"
 #include "runtime/emulator.h"
+#include "runtime/mbarrier.h"
 #include "runtime/shadow.h"
 #include "runtime/static_shared.h"
 
@@ -17,11 +18,6 @@ namespace emulator {
 Thread* running = nullptr;
 
 namespace {
-
-struct Warp {
-  uint32_t clock;                           // ticks at each of its barriers
-  std::array<uint32_t, kMaxWarps> learned;  // clocks of the other warps whose accesses are ordered before its own
-};
 
 // Threads that have come to a meeting point and wait for the others.
 struct Meeting {
@@ -33,10 +29,10 @@ struct Meeting {
 struct Barrier {
   int expected = 0, arrived = 0;
   std::vector<Thread*> waiting;
-  std::array<uint32_t, kMaxWarps> learned{};  // what the arrived warps knew, joined
+  Knowledge released;  // by those who have arrived
 };
 
-uint32_t clock_now = kFirstClock;
+uint32_t clock_now = kFirstClock;  // no clock is later
 int launch_error = 0;
 
 // One block. Constructed once and reused: fibers keep their stacks.
@@ -47,23 +43,21 @@ class Block {
   void meet_warp(const char* name, WarpFunction function, uint32_t mask, void* operand);
   void meet_warpgroup(const char* name, WarpFunction function);
   void meet_block(int line, bool predicate);
-  void fence_proxy();
   void meet_named(int id, int expected, bool wait, int line);
+  void order_lanes(uint32_t mask);
+  void forget_clocks();
   int predicates_true() const { return predicate_count_; }
   Thread& thread(int id) { return threads_[id]; }
-  Warp& warp(int number) { return warps_[number]; }
+  int thread_count() const { return thread_count_; }
 
  private:
   static void entry();
   bool step(int warp);
   void finish_block_barrier();
-  void wait(const char* what, uint32_t with, int line);
-  void tick(int warp);
   void report_stuck();
   void join_all();
 
   std::array<Thread, kMaxThreads> threads_;
-  std::array<Warp, kMaxWarps> warps_;
   std::array<std::vector<Meeting>, kMaxWarps> meetings_;
   std::array<Meeting, kMaxThreads / kWarpgroupSize> group_meetings_;  // `arrived` counts here
   std::array<Barrier, kNamedBarriers> named_;
@@ -84,7 +78,7 @@ void Block::entry() {
   if (!self.open_products.empty() || !self.products.empty()) {
     report.add(Fault::missing_wait, nullptr, format("thread %d ends with warpgroup products in flight", self.id));
   }
-  if (!self.open.empty() || !self.pending.empty()) {
+  if (!self.open.empty() || !self.pending.empty() || !self.open_stores.empty() || !self.stores.empty()) {
     report.add(Fault::missing_wait, nullptr, format("thread %d ends with asynchronous copies in flight", self.id));
   }
   self.state = Thread::State::exited;
@@ -102,6 +96,7 @@ void Block::run(dim3 grid, dim3 shape, dim3 index, unsigned number, const std::f
   const uint32_t start = ++clock_now;
   observer.block_start = start;
   observer.block = number;
+  observer.threads = thread_count_;
   for (int i = 0; i < thread_count_; ++i) {
     Thread& t = threads_[i];
     const unsigned u = unsigned(i);
@@ -110,26 +105,31 @@ void Block::run(dim3 grid, dim3 shape, dim3 index, unsigned number, const std::f
     t.warp = i / kWarpSize;
     t.lane = i % kWarpSize;
     t.state = Thread::State::ready;
-    t.lanes_ordered = start - 1;
+    t.clock = start;
+    t.known.all = start - 1;  // what it holds of single actors is from before, too
+    t.apart = false;
     t.open.clear();
     t.pending.clear();
     t.open_products.clear();
     t.products.clear();
-    t.fenced = start - 1;
+    t.registers.clear();
+    t.open_stores.clear();
+    t.stores.clear();
+    t.fenced = t.fenced_mbarriers = start - 1;
     t.shared_log.clear();
     t.fiber.prepare(&Block::entry);
   }
-  for (int w = 0; w < warp_count_; ++w) {
-    warps_[w].clock = start;
-    warps_[w].learned.fill(start - 1);
-    meetings_[w].clear();
+  for (int w = 0; w < warp_count_; ++w) meetings_[w].clear();
+  for (Barrier& barrier : named_) {
+    barrier.arrived = 0;
+    barrier.waiting.clear();
   }
-  for (Barrier& barrier : named_) barrier = Barrier{};
   group_meetings_.fill(Meeting{});
 
   std::vector<int> order(warp_count_);
   std::iota(order.begin(), order.end(), 0);
-  while (exited_ < thread_count_) {
+  bool stuck = false;
+  while (exited_ < thread_count_ && !stuck) {
     if (options.seed) std::shuffle(order.begin(), order.end(), random_);
     bool progress = false;
     for (const int w : order) {
@@ -138,10 +138,16 @@ void Block::run(dim3 grid, dim3 shape, dim3 index, unsigned number, const std::f
     if (at_barrier_ > 0 && at_barrier_ + exited_ == thread_count_) {
       finish_block_barrier();
     } else if (!progress && exited_ < thread_count_) {
-      report_stuck();
-      break;
+      stuck = !deliver_bytes(random_);
     }
   }
+  if (stuck) report_stuck();
+  for (int i = 0; i < thread_count_; ++i) {
+    finish_copies(threads_[i]);
+    finish_products(threads_[i]);
+  }
+  finish_bulk_stores();
+  finish_mbarriers(stuck);
   join_all();
 }
 
@@ -164,13 +170,21 @@ bool Block::step(int warp) {
   return any;
 }
 
-void Block::wait(const char* what, uint32_t with, int line) {
-  Thread& self = *running;
-  self.state = Thread::State::waiting;
-  self.waits_for = what;
-  self.waits_with = with;
-  self.line = line;
-  self.fiber.suspend();
+// Brings clocks of threads that go on together to one value, so that their reads of one place stay one entry there.
+void align_clocks(Thread* threads, int count, uint32_t mask = kFullMask) {
+  uint32_t latest = 0;
+  for (int i = 0; i < count; ++i) {
+    if (mask >> i % kWarpSize & 1) latest = std::max(latest, threads[i].clock);
+  }
+  for (int i = 0; i < count; ++i) {
+    if (mask >> i % kWarpSize & 1) threads[i].clock = latest;
+  }
+}
+
+// What the thread does from now on is told from what it did before.
+void tick(Thread& thread) {
+  thread.clock = later_than(thread.clock);
+  if (&thread == running) observer.clock = thread.clock;
 }
 
 // The last lane to arrive runs the function in the name of all and goes on without a switch.
@@ -189,21 +203,46 @@ void Block::meet_warp(const char* name, WarpFunction function, uint32_t mask, vo
   }
   meeting->arrived |= 1u << self.lane;
   meeting->operands[self.lane] = operand;
-  if (meeting->arrived != mask) return wait(name, mask, 0);
+  if (meeting->arrived != mask) return suspend(name, mask, 0);
   const Meeting complete = *meeting;
   meetings.erase(meeting);
-  if (options.count_bank_conflicts && mask == kFullMask)
-    count_bank_conflicts(&threads_[self.warp * kWarpSize], kWarpSize);
+  Thread* lanes = &threads_[self.warp * kWarpSize];
+  if (options.count_bank_conflicts && mask == kFullMask) count_bank_conflicts(lanes, kWarpSize);
+  align_clocks(lanes, kWarpSize, mask);
   function(mask, complete.operands.data());
   impersonate(self);
   for (int lane = 0; lane < kWarpSize; ++lane) {
-    if (mask >> lane & 1) threads_[self.warp * kWarpSize + lane].state = Thread::State::ready;
+    if (mask >> lane & 1) lanes[lane].state = Thread::State::ready;
+  }
+}
+
+// Of other warps the lanes mostly know the same.
+void Block::order_lanes(uint32_t mask) {
+  const int first = running->warp * kWarpSize;
+  Knowledge together = running->known;
+  bool apart = mask != kFullMask;
+  for (int i = first; i < first + kWarpSize; ++i) apart |= threads_[i].apart;
+  for (int i = first; i < first + kWarpSize; ++i) {
+    if (!(mask >> threads_[i].lane & 1)) continue;
+    if (apart) together.join(threads_[i].known, thread_count_);
+    together.of[size_t(i)] = threads_[i].clock;
+  }
+  for (int i = first; i < first + kWarpSize; ++i) {
+    if (!(mask >> threads_[i].lane & 1)) continue;
+    Knowledge& known = threads_[i].known;
+    if (apart) {
+      known = together;
+    } else {
+      std::copy_n(&together.of[size_t(first)], kWarpSize, &known.of[size_t(first)]);
+    }
+    threads_[i].apart = mask != kFullMask;
+    tick(threads_[i]);
   }
 }
 
 void Block::meet_warpgroup(const char* name, WarpFunction function) {
   Thread& self = *running;
-  const int first = self.id / kWarpgroupSize * kWarpgroupSize;
+  Thread* lanes = &threads_[size_t(self.id / kWarpgroupSize * kWarpgroupSize)];
   Meeting& meeting = group_meetings_[size_t(self.id / kWarpgroupSize)];
   if (meeting.arrived == 0) {
     meeting.function = function;
@@ -211,25 +250,12 @@ void Block::meet_warpgroup(const char* name, WarpFunction function) {
     report.add(Fault::divergence, nullptr,
                format("%s: thread %d finds its warpgroup in another instruction", name, self.id));
   }
-  if (++meeting.arrived < kWarpgroupSize) return wait(name, 0, 0);
+  if (++meeting.arrived < kWarpgroupSize) return suspend(name, 0, 0);
   meeting.arrived = 0;
+  align_clocks(lanes, kWarpgroupSize);
   function(kFullMask, nullptr);
   impersonate(self);
-  for (int i = first; i < first + kWarpgroupSize; ++i) threads_[size_t(i)].state = Thread::State::ready;
-}
-
-// The tick tells the writes before the fence from those after.
-void Block::fence_proxy() {
-  Warp& warp = warps_[size_t(running->warp)];
-  running->fenced = warp.clock;
-  warp.clock = ++clock_now;
-  impersonate(*running);
-}
-
-void Block::tick(int w) {
-  for (int i = w * kWarpSize; i < std::min(thread_count_, (w + 1) * kWarpSize); ++i)
-    threads_[i].lanes_ordered = warps_[w].clock;
-  warps_[w].clock = clock_now;
+  for (int i = 0; i < kWarpgroupSize; ++i) lanes[i].state = Thread::State::ready;
 }
 
 void Block::meet_block(int line, bool predicate) {
@@ -242,7 +268,7 @@ void Block::meet_block(int line, bool predicate) {
   }
   ++at_barrier_;
   predicates_now_ += predicate;
-  wait("__syncthreads", 0, line);
+  suspend("__syncthreads", 0, line);
 }
 
 void Block::finish_block_barrier() {
@@ -268,52 +294,47 @@ void Block::join_all() {
     }
   }
   ++clock_now;
-  for (int w = 0; w < warp_count_; ++w) warps_[w].learned.fill(clock_now - 1);
-  for (int w = 0; w < warp_count_; ++w) tick(w);
+  for (int i = 0; i < thread_count_; ++i) {
+    threads_[i].clock = clock_now;
+    threads_[i].known.all = clock_now - 1;
+    threads_[i].apart = false;
+  }
+}
+
+void Block::forget_clocks() {
+  clock_now = kFirstClock;
+  for (Thread& thread : threads_) thread.known = Knowledge{};
 }
 
 void Block::meet_named(int id, int expected, bool wait_here, int line) {
   Thread& self = *running;
-  if (id < 0 || id >= kNamedBarriers || expected <= 0 || expected % kWarpSize) {
+  if (id < 1 || id >= kNamedBarriers || expected <= 0 || expected % kWarpSize) {
     report.add(Fault::divergence, nullptr,
-               format("barrier %d for %d threads: 0..15 and whole warps are allowed", id, expected));
+               format("barrier %d for %d threads: 1..15 and whole warps are allowed", id, expected));
     return;
   }
   Barrier& barrier = named_[id];
   if (barrier.arrived == 0) {
     barrier.expected = expected;
-    barrier.learned.fill(0);
+    barrier.released = Knowledge{};
   } else if (barrier.expected != expected) {
     report.add(
         Fault::divergence, nullptr,
         format("barrier %d: thread %d expects %d threads, others expect %d", id, self.id, expected, barrier.expected));
   }
-  Warp& mine = warps_[self.warp];
-  for (int w = 0; w < warp_count_; ++w) barrier.learned[w] = std::max(barrier.learned[w], mine.learned[w]);
-  barrier.learned[self.warp] = std::max(barrier.learned[self.warp], mine.clock);
-  const bool last = ++barrier.arrived == barrier.expected;
-  if (!wait_here) {  // later accesses of this warp are not covered by what it brought
-    ++clock_now;
-    mine.clock = clock_now;
-    impersonate(self);
-  } else if (!last) {
-    barrier.waiting.push_back(&self);
-    return wait("named barrier", uint32_t(id), line);
-  } else {
-    barrier.waiting.push_back(&self);
+  release(self, barrier.released);
+  if (wait_here) barrier.waiting.push_back(&self);
+  if (++barrier.arrived < barrier.expected) {
+    if (wait_here) suspend("named barrier", uint32_t(id), line);
+    return;
   }
-  if (!last) return;
-  ++clock_now;
   for (Thread* t : barrier.waiting) {
-    Warp& w = warps_[t->warp];
-    for (int u = 0; u < warp_count_; ++u) w.learned[u] = std::max(w.learned[u], barrier.learned[u]);
-    t->lanes_ordered = std::max(t->lanes_ordered, barrier.learned[t->warp]);
+    acquire(*t, barrier.released);
     t->state = Thread::State::ready;
   }
-  for (Thread* t : barrier.waiting) warps_[t->warp].clock = clock_now;
-  barrier = Barrier{};
+  barrier.arrived = 0;
+  barrier.waiting.clear();
   ++report.counters.barriers;
-  impersonate(self);
 }
 
 void Block::report_stuck() {
@@ -329,8 +350,8 @@ void Block::report_stuck() {
     ++named;
   }
   report.add(Fault::deadlock, nullptr,
-             format("block %u stands still, %d of %d threads have returned%s", observer.block, exited_, thread_count_,
-                    who.c_str()));
+             format("block %u stands still, %d of %d threads have returned%s%s", observer.block, exited_, thread_count_,
+                    who.c_str(), awaited_at_mbarriers().c_str()));
 }
 
 // What a launch must satisfy on every device that is supported.
@@ -360,21 +381,70 @@ Thread& lane_of_running_warpgroup(int lane) {
   return block().thread(running->id / kWarpgroupSize * kWarpgroupSize + lane);
 }
 
-bool fenced(int thread, const void* p) { return shadow_last_write_clock(p) <= block().thread(thread).fenced; }
+Thread& thread_of_block(int id) { return block().thread(id); }
+
+void suspend(const char* what, uint32_t with, int line) {
+  Thread& self = *running;
+  self.state = Thread::State::waiting;
+  self.waits_for = what;
+  self.waits_with = with;
+  self.line = line;
+  self.fiber.suspend();
+}
+
+void release(Thread& thread, Knowledge& to) {
+  to.join(thread.known, block().thread_count());
+  uint32_t& own = to.of[size_t(thread.id)];
+  own = std::max(own, thread.clock);
+  tick(thread);
+}
+
+void acquire(Thread& thread, const Knowledge& from) {
+  thread.known.join(from, block().thread_count());
+  thread.apart = true;
+}
+
+uint32_t later_than(uint32_t clock) {
+  clock_now = std::max(clock_now, clock + 1);
+  return clock + 1;
+}
 
 void impersonate(Thread& thread) {
-  const Warp& warp = block().warp(thread.warp);
   running = &thread;
   observer.thread = thread.id;
-  observer.warp = thread.warp;
-  observer.clock = warp.clock;
-  observer.lanes_ordered = thread.lanes_ordered;
-  observer.learned = warp.learned.data();
+  observer.clock = thread.clock;
+  observer.known = &thread.known;
 }
 
 void warpgroup_collective(const char* name, WarpFunction function) { block().meet_warpgroup(name, function); }
 
-void fence_proxy_async() { block().fence_proxy(); }
+// The ticks of both fences tell what was written before from what comes after.
+void fence_proxy_async() {
+  running->fenced = running->clock;
+  tick(*running);
+}
+
+void fence_mbarrier_init() {
+  running->fenced_mbarriers = running->clock;
+  tick(*running);
+}
+
+void check_proxy_fence(const void* p, size_t bytes, const char* what, const void* where) {
+  if (!in_shared_window(p)) return;
+  Stamp fine = 0;
+  for (size_t i = 0; i < bytes; i += kGranule) {
+    const Stamp write = shadow_last_write(static_cast<const unsigned char*>(p) + i);
+    if (write == fine) continue;
+    fine = write;
+    const int writer = actor_of(write);
+    const uint32_t clock = clock_of(write);
+    if (clock < observer.block_start || clock > kMaxClock || writer >= kFirstMbarrier) continue;
+    if (clock <= thread_of_block(writer).fenced) continue;
+    report.add(Fault::missing_fence, where,
+               format("%s shared memory at %#zx, written by thread %d without fence.proxy.async after", what,
+                      size_t(shared_offset(p)) + i, writer));
+  }
+}
 
 void block_barrier(int line) { block().meet_block(line, false); }
 
@@ -390,13 +460,7 @@ void warp_collective(const char* name, WarpFunction function, uint32_t mask, voi
 }
 
 namespace {
-void order_lanes(uint32_t mask, void* const*) {
-  Warp& warp = block().warp(running->warp);
-  for (int lane = 0; lane < kWarpSize; ++lane) {
-    if (mask >> lane & 1) lane_of_running_warp(lane).lanes_ordered = warp.clock;
-  }
-  warp.clock = ++clock_now;
-}
+void order_lanes(uint32_t mask, void* const*) { block().order_lanes(mask); }
 }  // namespace
 
 void warp_barrier(uint32_t mask) { warp_collective("__syncwarp", order_lanes, mask, nullptr); }
@@ -411,7 +475,7 @@ int launch(const char* kernel, dim3 grid, dim3 shape, size_t dynamic_shared_byte
   }
   if (clock_now > kMaxClock / 2) {
     shadow_restart_clocks(device_bytes_used());
-    clock_now = kFirstClock;
+    block().forget_clocks();
   }
   memory_map.shared_bytes = dynamic_shared_bytes;
   observer.launch_start = ++clock_now;
@@ -421,7 +485,7 @@ int launch(const char* kernel, dim3 grid, dim3 shape, size_t dynamic_shared_byte
   if (options.seed) std::shuffle(order.begin(), order.end(), std::mt19937(options.seed));
   for (const unsigned number : order) {
     block().run(grid, shape, dim3(number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y), number, body);
-    if (clock_now > kMaxClock - kMaxWarps) {
+    if (clock_now > kMaxClock / 8 * 7) {
       report.add(Fault::budget, nullptr, "more barriers in one launch than the emulator can tell apart");
       break;
     }

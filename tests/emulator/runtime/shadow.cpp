@@ -3,8 +3,11 @@
 #include <link.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <new>
+#include <span>
 #include <string>
 
 #include "runtime/emulator.h"
@@ -26,12 +29,34 @@ void* reserve(size_t bytes) {
   return p;
 }
 
+// By what the observer knows of single actors. A read by several lanes of a warp has to be ordered for each of them;
+// one by the products of a warpgroup for one lane of each warp, for all lanes wait for the products together.
+[[gnu::noinline]] bool ordered_singly(Stamp stamp) {
+  const int actor = actor_of(stamp);
+  const uint32_t clock = clock_of(stamp);
+  if (clock > kMaxClock) return false;
+  const auto known = [&](int other) { return other == observer.thread || clock <= observer.known->of[size_t(other)]; };
+  const auto count = [&](int first, int end) {
+    int n = 0;
+    for (int thread = first; thread < end; ++thread) n += known(thread);
+    return n;
+  };
+  if (actor >= kFirstWarpgroup) {
+    const int first = (actor - kFirstWarpgroup) * kWarpgroupSize;
+    bool all = true;
+    for (int warp = first; warp < first + kWarpgroupSize; warp += kWarpSize) all &= count(warp, warp + kWarpSize) > 0;
+    return all;
+  }
+  if (!(stamp & kFlag)) return known(actor);
+  const int first = actor / kWarpSize * kWarpSize, end = std::min(first + kWarpSize, observer.threads);
+  return count(first, end) == end - first;
+}
+
 // True if the stamped access happened before what `observer` does now. Only for stamps of the running block.
 inline bool ordered(Stamp stamp) {
-  const int thread = thread_of(stamp);
-  if (thread == observer.thread && !(stamp & kFlag)) return true;
-  const int warp = thread / kWarpSize;
-  return clock_of(stamp) <= (warp == observer.warp ? observer.lanes_ordered : observer.learned[warp]);
+  return clock_of(stamp) <= observer.known->all || (stamp & (kActorMask | kFlag)) == Stamp(observer.thread)
+             ? clock_of(stamp) <= kMaxClock
+             : ordered_singly(stamp);
 }
 
 struct Site {
@@ -42,7 +67,7 @@ struct Site {
 };
 
 const char* verb(Access access) {
-  return access == Access::read ? "read" : access == Access::write ? "write" : "atomic update";
+  return access == Access::write ? "write" : access == Access::atomic ? "atomic update" : "read";
 }
 
 std::string place(const Site& site) {
@@ -60,7 +85,14 @@ template <typename Detail>
 }
 
 std::string other(const char* what, Stamp stamp) {
-  return format(", %s by thread %d with no barrier between", what, thread_of(stamp));
+  const int actor = actor_of(stamp);
+  const bool is_group = actor >= kFirstWarpgroup, is_copy = !is_group && actor >= kFirstMbarrier;
+  const char* who = is_group ? "products of warpgroup" : is_copy ? "a copy that arrived at mbarrier" : "thread";
+  return format(", %s by %s %d %s", what, who,
+                actor - (is_group  ? kFirstWarpgroup
+                         : is_copy ? kFirstMbarrier
+                                   : 0),
+                clock_of(stamp) == kInFlight ? "asynchronously, not waited for" : "with no barrier between");
 }
 
 // Reports what is wrong with the last write; false if the address is not accessible at all.
@@ -68,7 +100,11 @@ std::string other(const char* what, Stamp stamp) {
   const uint32_t clock = clock_of(write);
   if (clock == kInFlight) {
     fault(Fault::in_flight_access, site,
-          [&] { return format(", into which a copy of thread %d is in flight", thread_of(write)); });
+          [&] { return format(", into which a copy of thread %d is in flight", actor_of(write)); });
+    return true;
+  }
+  if (clock == kMbarrier) {
+    fault(Fault::mbarrier, site, ", which is an mbarrier");
     return true;
   }
   if (clock >= observer.block_start) {
@@ -96,7 +132,7 @@ std::string other(const char* what, Stamp stamp) {
 template <Access access, bool shared>
 inline bool last_write_is_fine(Stamp write) {
   const uint32_t clock = clock_of(write);
-  if (clock >= observer.block_start) return clock != kInFlight && ordered(write & ~kFlag);
+  if (clock >= observer.block_start) return ordered(write & ~kFlag);
   if (shared) return access == Access::write;
   return clock < observer.launch_start && clock >= (access == Access::write ? kUnwritten : kWrittenByHost);
 }
@@ -121,12 +157,12 @@ template <bool shared>
 inline void record_read(Cell& cell, Stamp mine) {
   for (Stamp& slot : cell.read) {
     if (slot == mine) return;
-    if (forgotten<shared>(slot) || settled(slot)) {
-      slot = mine;
+    if (clock_of(slot) == observer.clock && actor_of(slot) / kWarpSize == observer.thread / kWarpSize) {
+      slot |= kFlag;  // another lane of the same warp, in the same stretch
       return;
     }
-    if (clock_of(slot) == observer.clock && thread_of(slot) / kWarpSize == observer.warp) {
-      slot |= kFlag;  // another lane of the same warp, in the same stretch
+    if (forgotten<shared>(slot) || settled(slot)) {
+      slot = mine;
       return;
     }
   }
@@ -138,6 +174,7 @@ inline void step(Cell& cell, Stamp mine, size_t offset, const void* where) {
   if (!last_write_is_fine<access, shared>(cell.write)) [[unlikely]] {
     if (!judge_last_write(cell.write, {shared, offset, access, where})) return;
   }
+  if (access == Access::asynchronous_read) return;
   if (access == Access::read) return record_read<shared>(cell, mine);
   for (const Stamp read : cell.read) {
     if (!forgotten<shared>(read) && !settled(read)) [[unlikely]]
@@ -175,24 +212,25 @@ void walk(Access access, Cell* cells, size_t offset, size_t bytes, const void* w
       return walk<Access::write, shared>(cells, offset, bytes, where);
     case Access::atomic:
       return walk<Access::atomic, shared>(cells, offset, bytes, where);
+    case Access::asynchronous_read:
+      return walk<Access::asynchronous_read, shared>(cells, offset, bytes, where);
   }
 }
 
-Cell* cells_of(const void* p, size_t& offset) {
+// The cells of [p, p + bytes); none where none are kept.
+std::span<Cell> cells_of(const void* p, size_t bytes) {
   const auto address = static_cast<const unsigned char*>(p);
-  offset = size_t(address - memory_map.shared);
-  if (offset < kSharedWindow) return memory_map.shared_cells;
-  offset = size_t(address - memory_map.device);
-  if (offset < kDeviceBytes) return memory_map.device_cells;
-  offset = size_t(address - memory_map.static_shared);
-  return offset < memory_map.static_shared_bytes ? memory_map.static_shared_cells : nullptr;
+  const auto cells = [&](Cell* first, const unsigned char* start, size_t size) -> std::span<Cell> {
+    const size_t offset = size_t(address - start);
+    if (offset >= size || offset + bytes > size) return {};
+    return {first + offset / kGranule, first + (offset + bytes - 1) / kGranule + 1};
+  };
+  if (const auto found = cells(memory_map.shared_cells, memory_map.shared, kSharedWindow); !found.empty()) return found;
+  if (const auto found = cells(memory_map.device_cells, memory_map.device, kDeviceBytes); !found.empty()) return found;
+  return cells(memory_map.static_shared_cells, memory_map.static_shared, memory_map.static_shared_bytes);
 }
 
-Stamp last_write(const void* p) {
-  size_t offset;
-  const Cell* cells = cells_of(p, offset);
-  return cells[offset / kGranule].write;
-}
+constexpr Stamp reading(int actor) { return make_stamp(kInFlight, actor); }
 
 }  // namespace
 
@@ -209,53 +247,71 @@ void reserve_memory() {
 }
 
 bool in_shared_window(const void* p) {
-  size_t offset;
-  Cell* cells = cells_of(p, offset);
-  return cells != nullptr && cells != memory_map.device_cells;
+  const auto address = static_cast<const unsigned char*>(p);
+  return size_t(address - memory_map.shared) < kSharedWindow ||
+         size_t(address - memory_map.static_shared) < memory_map.static_shared_bytes;
 }
 
-void shadow_access(const void* p, size_t bytes, Access access, const void* where) {
+bool in_device_arena(const void* p) {
+  return size_t(static_cast<const unsigned char*>(p) - memory_map.device) < kDeviceBytes;
+}
+
+bool shadow_access(const void* p, size_t bytes, Access access, const void* where) {
   const auto address = static_cast<const unsigned char*>(p);
   if (size_t(address - memory_map.reservation) < memory_map.reserved_bytes) [[likely]] {
     ++report.counters.accesses;
     size_t offset = size_t(address - memory_map.shared);
-    if (offset < kSharedWindow) {
-      if (offset + bytes > memory_map.shared_bytes) {
-        return fault(Fault::out_of_bounds, {true, offset, access, where},
-                     [] { return format(", which has %zu bytes", memory_map.shared_bytes); });
-      }
-      return walk<true>(access, memory_map.shared_cells, offset, bytes, where);
+    if (offset < kSharedWindow && offset + bytes > memory_map.shared_bytes) {
+      fault(Fault::out_of_bounds, {true, offset, access, where},
+            [] { return format(", which has %zu bytes", memory_map.shared_bytes); });
+    } else if (offset < kSharedWindow) {
+      walk<true>(access, memory_map.shared_cells, offset, bytes, where);
+    } else if (offset = size_t(address - memory_map.device); offset < kDeviceBytes) {
+      walk<false>(access, memory_map.device_cells, offset, bytes, where);
+    } else {
+      fault(Fault::out_of_bounds, {address < memory_map.device, offset, access, where}, ", far outside");
     }
-    offset = size_t(address - memory_map.device);
-    if (offset < kDeviceBytes) return walk<false>(access, memory_map.device_cells, offset, bytes, where);
-    return fault(Fault::out_of_bounds, {address < memory_map.device, offset, access, where}, ", far outside");
+    return true;
   }
   const size_t offset = size_t(address - memory_map.static_shared);
-  if (offset < memory_map.static_shared_bytes) {
-    walk<true>(access, memory_map.static_shared_cells, offset, bytes, where);
+  if (offset >= memory_map.static_shared_bytes) return false;
+  walk<true>(access, memory_map.static_shared_cells, offset, bytes, where);
+  return true;
+}
+
+bool shadow_ordered(Stamp stamp) { return ordered(stamp); }
+
+void shadow_begin_write(const void* target, size_t bytes, const void* where) {
+  shadow_access(target, bytes, Access::write, where);
+  for (Cell& cell : cells_of(target, bytes)) cell.write = make_stamp(kInFlight, observer.thread);
+}
+
+void shadow_end_write(const void* target, size_t bytes, Stamp writer) {
+  for (Cell& cell : cells_of(target, bytes)) cell = Cell{writer, {}};
+}
+
+// The first slot, because record_read() gives up the last.
+void shadow_begin_read(const void* source, size_t bytes, int actor) {
+  for (Cell& cell : cells_of(source, bytes)) {
+    if (std::find(std::begin(cell.read), std::end(cell.read), reading(actor)) != std::end(cell.read)) continue;
+    cell = Cell{cell.write, {reading(actor), cell.read[0], cell.read[1]}};
   }
 }
 
-void shadow_issue_copy(const void* target, size_t bytes, const void* where) {
-  shadow_access(target, bytes, Access::write, where);
-  size_t offset;
-  Cell* cells = cells_of(target, offset);
-  for (size_t i = 0; i < bytes; i += kGranule)
-    cells[(offset + i) / kGranule].write = make_stamp(kInFlight, observer.thread);
+void shadow_end_read(const void* source, size_t bytes, int actor, uint32_t clock) {
+  for (Cell& cell : cells_of(source, bytes)) {
+    std::replace(std::begin(cell.read), std::end(cell.read), reading(actor), make_stamp(clock, actor));
+  }
 }
 
-void shadow_finish_copy(const void* target, size_t bytes) {
-  size_t offset;
-  Cell* cells = cells_of(target, offset);
-  const Cell written{make_stamp(observer.clock, observer.thread), {}};
-  for (size_t i = 0; i < bytes; i += kGranule) cells[(offset + i) / kGranule] = written;
+Stamp shadow_last_write(const void* p) {
+  const auto cells = cells_of(p, 1);
+  return cells.empty() ? make_stamp(kRedZone, 0) : cells.front().write;
 }
 
-int shadow_last_writer(const void* p) {
-  return shadow_last_write_clock(p) < observer.block_start ? -1 : thread_of(last_write(p));
+void shadow_mark_mbarrier(const void* p) {
+  for (Cell& cell : cells_of(p, 8)) cell = Cell{make_stamp(kMbarrier, observer.thread), {}};
 }
-
-uint32_t shadow_last_write_clock(const void* p) { return clock_of(last_write(p)); }
 
 void shadow_mark(const void* device, size_t bytes, uint32_t clock) {
   if (bytes == 0) return;

@@ -31,7 +31,7 @@ uint32_t shared_offset(const void* p);
 
 // ---- synchronisation. `line` is the source line of the call: threads of one barrier must come from one line.
 void block_barrier(int line);
-// bar.sync / bar.arrive: barrier `id` (0..15) completes when `threads` threads have arrived.
+// bar.sync / bar.arrive: barrier `id` (1..15; 0 is __syncthreads) completes when `threads` threads have arrived.
 void named_barrier(int id, int threads, bool wait, int line);
 // __syncthreads_count / _and / _or: the barrier, and how many of the threads held a true predicate.
 int block_barrier_count(bool predicate, int line);
@@ -54,9 +54,27 @@ void async_copy(void* target, const void* source, int bytes, int valid);
 void async_commit();
 void async_wait(int groups_left);
 
-void check_aligned(const void* p, size_t alignment, const char* what);
+void check_aligned(const void* p, size_t alignment, const char* what, const void* where);
 // An atomic read-modify-write: ordered against other atomics, not against plain accesses.
 void check_atomic(const void* p, size_t bytes);
+
+// ---- mbarriers and bulk copies, which the asynchronous proxy carries out (PTX ISA, "mbarrier", "cp.async.bulk")
+void mbarrier_init(uint64_t* mbarrier, int arrivals);
+void fence_mbarrier_init();
+// One arrival, and the bytes by which the phase shall wait longer.
+void mbarrier_arrive(uint64_t* mbarrier, uint32_t expected_bytes);
+// Until the phase of this parity is complete.
+void mbarrier_wait(uint64_t* mbarrier, uint32_t parity, int line);
+
+void bulk_copy_to_shared(void* shared, const void* global, uint32_t bytes, uint64_t* mbarrier);
+void bulk_copy_to_global(void* global, const void* shared, uint32_t bytes);
+void bulk_commit();
+void bulk_wait_read(int groups_left);
+struct TensorMap;
+// The box at coordinates `at` (innermost first), with 128-byte swizzle.
+void tensor_copy(void* shared, const TensorMap& map, int rank, const int* at, uint64_t* mbarrier);
+// Between the generic proxy's writes and the asynchronous proxy's accesses.
+void fence_proxy_async();
 
 // Runs `body` once per CUDA thread of the grid. Returns cudaSuccess (0) or cudaErrorInvalidConfiguration (9).
 int launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes, const std::function<void()>& body);

@@ -18,6 +18,8 @@ struct Case {
 std::vector<Case> block_cases();   // barriers, shared memory, warps
 std::vector<Case> grid_cases();    // device memory, blocks, launches
 std::vector<Case> tensor_cases();  // asynchronous copies, ldmatrix, mma.sync, named barriers
+std::vector<Case> bulk_cases();    // mbarriers, bulk copies, tensor copies
+std::vector<Case> wgmma_cases();   // warpgroup products
 
 // Device memory filled from, and read back to, a vector.
 template <typename T>

@@ -182,7 +182,7 @@ bool run_after_many_ticks() {
   float *x = upload(std::vector<float>(1000, 1.0f)), *y = allocate<float>(1000), *z = allocate<float>(1000);
   auto kernel = scale<Scale::correct>;
   CSAT_LAUNCH(kernel, dim3(4), dim3(256), 0, nullptr, x, y, 1000);
-  for (int launches = 0; launches < 4; ++launches) CSAT_LAUNCH(tick, dim3(1), dim3(32), 0, nullptr, 12000);
+  for (int launches = 0; launches < 4; ++launches) CSAT_LAUNCH(tick, dim3(1), dim3(1), 0, nullptr, 600000);
   CSAT_LAUNCH(kernel, dim3(4), dim3(256), 0, nullptr, y, racing ? y + 1 : z, racing ? 999 : 1000);
   return download(z, racing ? 0 : 1000) == std::vector<float>(racing ? 0 : 1000, 4.0f);
 }

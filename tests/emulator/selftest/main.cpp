@@ -42,7 +42,8 @@ bool passes(const Case& test, unsigned seed) {
 int main(int count, char** arguments) {
   const std::string filter = count > 1 ? arguments[1] : "";
   int faults = 0, clean = 0, failed = 0, silent = 0;
-  for (const auto& cases : {selftest::block_cases(), selftest::grid_cases(), selftest::tensor_cases()}) {
+  for (const auto& cases : {selftest::block_cases(), selftest::grid_cases(), selftest::tensor_cases(),
+                            selftest::bulk_cases(), selftest::wgmma_cases()}) {
     for (const Case& test : cases) {
       if (test.name.find(filter) == std::string::npos) continue;
       const bool planted = !test.expected.empty();

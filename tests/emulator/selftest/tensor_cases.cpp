@@ -124,55 +124,79 @@ bool run_product() {
   return true;
 }
 
-// ---- D (64, 64) = A (64, 64) B by wgmma; B (64 n, 64 k), or (64 k, 64 n) transposed, in rows of 128 swizzled bytes
-enum class Wgmma { correct, no_fence, fence_before_store, no_barrier, no_wait, overwritten_in_flight, lane_differs };
+// ---- Y = X or X^T, (16, 16), from the places that lanes hold of an accumulator, by stmatrix
+enum class Store { correct, no_barrier, misaligned_pitch, rows_collide, device_address };
 
-template <typename T, bool transposed, Wgmma fault>
-__global__ void warpgroup_product(const T* a, const T* b, float* d) {
-  CSAT_DYN_SMEM(T, shared);
-  const int t = int(threadIdx.x), lane = t % 32, row = t / 32 * 16 + lane / 4;
-  if (fault == Wgmma::fence_before_store) csat::fence_proxy_async();
-  for (int i = t; i < 64 * 64; i += 128) {
-    const int r = i / 64, c = i % 64;
-    shared[r * 64 + ((c / 8) ^ (r % 8)) * 8 + c % 8] = b[i];
+template <bool transposed, Store fault>
+__global__ void store_tile(const uint16_t* x, uint16_t* y) {
+  CSAT_DYN_SMEM(uint16_t, tile);
+  constexpr int pitch = fault == Store::misaligned_pitch ? 20 : 24;
+  const int lane = int(threadIdx.x), below = lane / 8 % 2 * 8, right = lane / 16 * 8;
+  uint32_t fragment[4];
+  for (int i = 0; i < 4; ++i) {
+    const uint16_t* pair = x + (i % 2 * 8 + lane / 4) * 16 + i / 2 * 8 + lane % 4 * 2;
+    fragment[i] = pair[0] | uint32_t(pair[1]) << 16;
   }
-  if (fault != Wgmma::no_fence && fault != Wgmma::fence_before_store) csat::fence_proxy_async();
-  if (fault != Wgmma::no_barrier) __syncthreads();
-  float sums[8][4] = {};
-  csat::wgmma_fence();
-  for (int k = 0; k < 64; k += 16) {
-    uint32_t fragment[4];
-    for (int i = 0; i < 4; ++i) {
-      const T* pair = a + (row + 8 * (i % 2)) * 64 + k + lane % 4 * 2 + 8 * (i / 2);
-      fragment[i] = uint32_t(pair[0].bits) | uint32_t(pair[1].bits) << 16;
-    }
-    const T* start = transposed ? shared + k * 64 : shared + k;
-    if (fault == Wgmma::lane_differs && t == 77) start = shared;
-    csat::wgmma_k16<T, transposed>(sums, fragment, csat::wgmma_descriptor(start, 1024, 1024));
+  const int row = fault == Store::rows_collide ? lane / 2 : lane % 8;
+  uint16_t* target = fault == Store::device_address ? y : tile;
+  if (transposed) {
+    csat::stmatrix_x4_transposed(target + (right + row) * pitch + below, fragment);
+  } else {
+    csat::stmatrix_x4(target + (below + row) * pitch + right, fragment);
   }
-  csat::wgmma_commit();
-  if (fault == Wgmma::overwritten_in_flight && t == 0) shared[0] = shared[64];
-  if (fault != Wgmma::no_wait) csat::wgmma_wait<0>();
-  for (int j = 0; j < 8; ++j) {
-    for (int e = 0; e < 4; ++e) d[(row + e / 2 * 8) * 64 + j * 8 + lane % 4 * 2 + e % 2] = sums[j][e];
-  }
+  if (fault != Store::no_barrier) __syncwarp();
+  for (int i = lane; i < 256; i += 32) y[i] = tile[i / 16 * pitch + i % 16];
 }
 
-template <typename T, bool transposed, Wgmma fault>
-bool run_warpgroup() {
-  std::vector<T> a(64 * 64), b(64 * 64);
-  for (size_t i = 0; i < a.size(); ++i) a[i] = T(float(i * 7 % 13) - 6);
-  for (size_t i = 0; i < b.size(); ++i) b[i] = T(float(i * 5 % 11) - 5);
-  T *device_a = upload(a), *device_b = upload(b);
-  float* d = allocate<float>(64 * 64);
-  auto kernel = warpgroup_product<T, transposed, fault>;
-  CSAT_LAUNCH(kernel, dim3(1), dim3(128), 64 * 64 * sizeof(T), nullptr, device_a, device_b, d);
-  const auto result = download(d, 64 * 64);
-  for (size_t i = 0; i < 64; ++i) {
-    for (size_t j = 0; j < 64; ++j) {
+template <bool transposed, Store fault>
+bool run_store() {
+  std::vector<uint16_t> x(256);
+  for (size_t i = 0; i < x.size(); ++i) x[i] = uint16_t(i * 257);
+  uint16_t *device = upload(x), *y = allocate<uint16_t>(48 * 24);
+  auto kernel = store_tile<transposed, fault>;
+  CSAT_LAUNCH(kernel, dim3(1), dim3(32), 48 * 24 * 2, nullptr, device, y);
+  const auto result = download(y, 256);
+  for (size_t i = 0; i < 256; ++i) {
+    if (result[i] != (transposed ? x[i % 16 * 16 + i / 16] : x[i])) return false;
+  }
+  return true;
+}
+
+// ---- C (16, 8) = A (16, 8) B (8, 8)^T in tf32, its operands from shared memory
+enum class Tf32 { correct, no_barrier, column_missing, lane_leaves };
+
+template <Tf32 fault>
+__global__ void tf32_product(const float* a, const float* b, float* c) {
+  __shared__ float shared_a[16][8], shared_b[8][8];
+  const int lane = int(threadIdx.x), g = lane / 4, t = lane % 4;
+  for (int i = lane; i < 128; i += 32) {
+    if (fault != Tf32::column_missing || i % 8 < 7) shared_a[i / 8][i % 8] = a[i];
+  }
+  for (int i = lane; i < 64; i += 32) shared_b[i / 8][i % 8] = b[i];
+  if (fault != Tf32::no_barrier) __syncthreads();
+  const uint32_t fragment[4] = {csat::to_tf32(shared_a[g][t]), csat::to_tf32(shared_a[g + 8][t]),
+                                csat::to_tf32(shared_a[g][t + 4]), csat::to_tf32(shared_a[g + 8][t + 4])};
+  float sums[4] = {};
+  if (fault == Tf32::lane_leaves && lane == 31) return;
+  csat::mma_m16n8k8_tf32(sums, fragment, csat::to_tf32(shared_b[g][t]), csat::to_tf32(shared_b[g][t + 4]));
+  for (int e = 0; e < 4; ++e) c[(g + 8 * (e / 2)) * 8 + t * 2 + e % 2] = sums[e];
+}
+
+template <Tf32 fault>
+bool run_tf32() {
+  std::vector<float> a(128), b(64);
+  // 1 + 2^-11 is half a unit away: it rounds to 1 + 2^-10. 1 + 2^-12 rounds to 1.
+  for (size_t i = 0; i < a.size(); ++i) a[i] = float(i * 7 % 13) + 1 + (i % 3 == 0 ? 0x1p-20f : 0);
+  for (size_t i = 0; i < b.size(); ++i) b[i] = i % 2 ? -(1 + 0x1p-11f) : 1 + 0x1p-12f;
+  float *device_a = upload(a), *device_b = upload(b), *c = allocate<float>(128);
+  auto kernel = tf32_product<fault>;
+  CSAT_LAUNCH(kernel, dim3(1), dim3(32), 0, nullptr, device_a, device_b, c);
+  const auto result = download(c, 128);
+  for (size_t i = 0; i < 16; ++i) {
+    for (size_t j = 0; j < 8; ++j) {
       float sum = 0;
-      for (size_t k = 0; k < 64; ++k) sum += float(a[i * 64 + k]) * float(transposed ? b[k * 64 + j] : b[j * 64 + k]);
-      if (result[i * 64 + j] != sum) return false;
+      for (size_t k = 0; k < 8; ++k) sum += std::round(a[i * 8 + k]) * (k % 2 ? -(1 + 0x1p-10f) : 1);
+      if (result[i * 8 + j] != sum) return false;
     }
   }
   return true;
@@ -259,18 +283,18 @@ std::vector<Case> tensor_cases() {
       {"product: ldmatrix from device memory",
        {Fault::out_of_bounds},
        run_product<f16, false, Product::device_address>},
-      {"wgmma: bf16", {}, run_warpgroup<bf16, false, Wgmma::correct>},
-      {"wgmma: fp16", {}, run_warpgroup<f16, false, Wgmma::correct>},
-      {"wgmma: bf16, B by rows", {}, run_warpgroup<bf16, true, Wgmma::correct>},
-      {"wgmma: fp16, B by rows", {}, run_warpgroup<f16, true, Wgmma::correct>},
-      {"wgmma: no proxy fence", {Fault::missing_fence}, run_warpgroup<bf16, false, Wgmma::no_fence>},
-      {"wgmma: proxy fence before the stores",
-       {Fault::missing_fence},
-       run_warpgroup<bf16, true, Wgmma::fence_before_store>},
-      {"wgmma: no barrier after the stores", {Fault::race}, run_warpgroup<f16, false, Wgmma::no_barrier>},
-      {"wgmma: never waited for", {Fault::missing_wait}, run_warpgroup<bf16, false, Wgmma::no_wait>},
-      {"wgmma: operand overwritten in flight", {Fault::race}, run_warpgroup<f16, true, Wgmma::overwritten_in_flight>},
-      {"wgmma: one lane has another descriptor", {Fault::divergence}, run_warpgroup<bf16, false, Wgmma::lane_differs>},
+      {"store", {}, run_store<false, Store::correct>},
+      {"store: transposed", {}, run_store<true, Store::correct>},
+      {"store: no barrier after stmatrix", {Fault::race}, run_store<false, Store::no_barrier>},
+      {"store: rows of stmatrix not aligned to 16 bytes",
+       {Fault::misaligned},
+       run_store<true, Store::misaligned_pitch>},
+      {"store: two lanes give one row", {Fault::race}, run_store<false, Store::rows_collide>},
+      {"store: stmatrix to device memory", {Fault::out_of_bounds}, run_store<true, Store::device_address>},
+      {"tf32", {}, run_tf32<Tf32::correct>},
+      {"tf32: no barrier before the fragments are read", {Fault::race}, run_tf32<Tf32::no_barrier>},
+      {"tf32: the last column is never written", {Fault::uninitialised_read}, run_tf32<Tf32::column_missing>},
+      {"tf32: a lane returns before the product", {Fault::divergence, Fault::deadlock}, run_tf32<Tf32::lane_leaves>},
       {"pipe", {}, run_pipe<Pipe::correct>},
       {"pipe: the consumer does not wait", {Fault::race}, run_pipe<Pipe::consumer_does_not_wait>},
       {"pipe: the producer does not wait", {Fault::race, Fault::deadlock}, run_pipe<Pipe::producer_does_not_wait>},

@@ -1,0 +1,313 @@
+"""The `csat_attention` section of a DeepSpeed JSON: its schema, its defaults, and what it chooses of a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from csat_ext import convert
+from csat_ext.config import CSATConfig, refuse_unknown
+
+SECTION = "csat_attention"
+
+AUTO = ("measurements", "anchors", "grid")
+"""Keys of the attention that may be "auto": filled from the image and patch size that the model states."""
+
+AUTO_CELL = 2
+"""With "auto", a measurement covers 2 x 2 patches, and the extra tokens are exact, as in the job of `examples/`."""
+
+
+@dataclass(frozen=True)
+class CSATSection:
+    """The `csat_attention` section; every other key of it is a field of `CSATConfig`.
+
+    Attributes:
+        enabled: False leaves the model as it is. A section without the key is enabled.
+        layers: shell patterns of module names, alternatives joined by `|`; each of them must match something.
+            ``"auto"``: every attention that can be converted, causal ones left out.
+        types: class names, such as ``["CLIPAttention"]``, or families (``"torch"``, ``"timm"``, ``"transformers"``);
+            absent: any.
+        indices: which of the modules that `layers` and `types` leave, in the model's order: a list of positions
+            (negative from the end) or a slice such as ``"1:-1"`` or ``"::2"``; absent: all.
+        hybrid: sections of the same form within this one, for other settings (or, with ``"enabled": false``, full
+            attention) in some of the chosen layers. The first that names a layer decides; keys it lacks are inherited.
+        attention_dropout: ``"refuse"`` a layer that drops attention probabilities out, or ``"omit"`` that dropout.
+        threshold_lr_scale: learning rate of the decoder's thresholds over that of the other parameters.
+        attention: what each chosen module becomes.
+        auto: the fields of `attention` that the model fills (`AUTO`).
+    """
+
+    enabled: bool = False
+    layers: str = "*"
+    types: tuple[str, ...] = ()
+    indices: tuple[int, ...] | str | None = None
+    hybrid: tuple[CSATSection, ...] = ()
+    attention_dropout: str = "refuse"
+    threshold_lr_scale: float = 10.0
+    attention: CSATConfig = field(default_factory=CSATConfig)
+    auto: tuple[str, ...] = ()
+
+    @property
+    def patterns(self) -> list[str]:
+        """The alternatives of `layers`."""
+        return [pattern.strip() for pattern in self.layers.split("|")]
+
+
+def read_section(ds_config: str | Path | dict[str, Any]) -> CSATSection:
+    """The `csat_attention` section of a DeepSpeed config; disabled where there is none.
+
+    DeepSpeed accepts unknown top-level keys without a word, so that a misspelt section would train full attention:
+    a key that comes near the section's name is refused.
+
+    Args:
+        ds_config: the config as a dict, or the path of its JSON file.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: malformed JSON, a near miss of the section's name, an unknown key or a wrong value in it.
+        TypeError: the config or its section is not a mapping.
+    """
+    ds_config = load_json(ds_config)
+    for key in ds_config:
+        if key != SECTION and _near_miss(key):
+            raise ValueError(f"DeepSpeed config: unknown section {key!r}; did you mean {SECTION!r}?")
+    return _parse(ds_config[SECTION], SECTION) if SECTION in ds_config else CSATSection()
+
+
+def load_json(config: str | Path | dict[str, Any]) -> dict[str, Any]:
+    """A DeepSpeed config as a dict. Raises FileNotFoundError, ValueError (malformed) or TypeError (not a mapping)."""
+    if isinstance(config, (str, Path)):
+        path = Path(config)
+        if not path.is_file():
+            raise FileNotFoundError(f"DeepSpeed config: no file {path}")
+        try:
+            config = json.loads(path.read_text(), object_pairs_hook=_unique_keys)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"DeepSpeed config: {path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise TypeError(f"DeepSpeed config: {type(config).__name__} came, a mapping is accepted")
+    return config
+
+
+# ---- choice ----------------------------------------------------------------------------------------------------------
+
+
+def choose(model: nn.Module, section: CSATSection) -> dict[str, CSATConfig]:
+    """What each chosen module of the model becomes, by name, in the model's order.
+
+    The i-th gets `attention.layer + i`, so that random measurements differ between layers.
+
+    Raises:
+        ValueError: naming the key of the section: a pattern, type or index that chooses nothing, a causal module, a
+            dropout of attention probabilities, an ``"auto"`` that the model does not answer.
+    """
+    if not section.enabled:
+        return {}
+    found = {name: module for name, module in model.named_modules() if name and convert.family(module) is not None}
+    chosen = _select(found, section, SECTION)
+    sections = dict.fromkeys(chosen, section)
+    for position, entry in reversed(list(enumerate(section.hybrid))):
+        where = f"{SECTION}.hybrid[{position}]"
+        sections |= dict.fromkeys(_select({name: found[name] for name in chosen}, entry, where), entry)
+    converted = {name: entry for name, entry in sections.items() if entry.enabled}
+    if not converted:
+        raise ValueError(f"{SECTION}.hybrid: it leaves full attention in every chosen layer; set enabled to false")
+    _refuse_causal(found, list(converted), section)
+    _refuse_dropout(found, converted)
+    return {
+        name: _filled(model, name, entry).replace(layer=entry.attention.layer + index)
+        for index, (name, entry) in enumerate(converted.items())
+    }
+
+
+def _select(found: dict[str, nn.Module], section: CSATSection, where: str) -> list[str]:
+    """Names that `layers`, then `types`, then `indices` leave."""
+    if section.layers == "auto":
+        names = [name for name, module in found.items() if not convert.is_causal(module)]
+    else:
+        for pattern in section.patterns:
+            if not any(fnmatchcase(name, pattern) for name in found):
+                had = ", ".join(found) or "none"
+                raise ValueError(f"{where}.layers: {pattern!r} matches no attention module; this model has: {had}")
+        names = [name for name in found if any(fnmatchcase(name, pattern) for pattern in section.patterns)]
+    kinds = {name: {kind.__name__ for kind in type(found[name]).__mro__} | {_family(found[name])} for name in names}
+    for kind in section.types:
+        if not any(kind in kinds[name] for name in names):
+            had = ", ".join(sorted({type(found[name]).__name__ for name in names})) or "none"
+            raise ValueError(f"{where}.types: no chosen attention module is a {kind!r}; there are: {had}")
+    names = [name for name in names if not section.types or kinds[name] & set(section.types)]
+    names = _take(names, section.indices, where)
+    if not names:
+        raise ValueError(f"{where}.layers: {section.layers!r} matches no attention module that can be converted")
+    return names
+
+
+def _family(module: nn.Module) -> str:
+    family = convert.family(module)
+    assert family is not None
+    return family.name
+
+
+def _take(names: list[str], indices: tuple[int, ...] | str | None, where: str) -> list[str]:
+    if indices is None:
+        return names
+    if isinstance(indices, str):
+        taken = names[slice(*(int(part) if part else None for part in indices.split(":")))]
+        if not taken:
+            raise ValueError(f"{where}.indices: {indices!r} takes none of the {len(names)} modules")
+        return taken
+    for index in indices:
+        if not -len(names) <= index < len(names):
+            raise ValueError(f"{where}.indices: {index} came; there are {len(names)} modules: {', '.join(names)}")
+    positions = {index % len(names) for index in indices}
+    return [name for position, name in enumerate(names) if position in positions]
+
+
+def _refuse_causal(found: dict[str, nn.Module], names: list[str], section: CSATSection) -> None:
+    causal = [name for name in names if convert.is_causal(found[name])]
+    if causal:
+        raise ValueError(
+            f"{SECTION}.layers: {section.layers!r} chooses the causal {', '.join(causal)}; measurements mix the future "
+            'into the past, so name the other modules only, or write "auto"'
+        )
+
+
+def _refuse_dropout(found: dict[str, nn.Module], converted: dict[str, CSATSection]) -> None:
+    for name, entry in converted.items():
+        family = convert.family(found[name])
+        assert family is not None
+        rate = family.dropout(found[name])
+        if rate > 0 and entry.attention_dropout != "omit":
+            raise ValueError(
+                f"{SECTION}.attention_dropout: {name} drops attention probabilities out at rate {rate}, which has no "
+                'counterpart here; set that rate to 0, or write "attention_dropout": "omit" to train without it'
+            )
+
+
+# ---- "auto" ----------------------------------------------------------------------------------------------------------
+
+
+def _filled(model: nn.Module, name: str, section: CSATSection) -> CSATConfig:
+    """The layer's config with its "auto" fields filled."""
+    if not section.auto:
+        return section.attention
+    layout = _image_layout(model, name)
+    if layout is None:
+        raise ValueError(
+            f'{SECTION}.{section.auto[0]}: "auto" needs the image and patch size of {name}, which the model does not '
+            "state; write a value"
+        )
+    grid, extra = layout
+    anchors = tuple(range(extra)) if extra > 1 else ("first",) * extra
+    cells = math.prod(-(-side // AUTO_CELL) for side in grid)
+    values = {"grid": grid, "anchors": anchors, "measurements": cells + extra}
+    return section.attention.replace(**{key: values[key] for key in section.auto})
+
+
+def _image_layout(model: nn.Module, name: str) -> tuple[tuple[int, int], int] | None:
+    """(rows, columns) of the patches that an attention module sees, and how many tokens stand before them.
+
+    timm states them on the model (`patch_embed`, `num_prefix_tokens`), transformers in the module's config, with the
+    extra tokens as parameters of the embeddings.
+    """
+    parts = name.split(".")
+    owners = [model, *(model.get_submodule(".".join(parts[: i + 1])) for i in range(len(parts)))][::-1]
+    for owner in owners:
+        grid = getattr(getattr(owner, "patch_embed", None), "grid_size", None)
+        if grid is not None:
+            return (int(grid[0]), int(grid[1])), int(getattr(owner, "num_prefix_tokens", 0))
+        embeddings = getattr(owner, "embeddings", None)
+        config: Any = getattr(owner, "config", None)
+        image, patch = (getattr(config, key, None) for key in ("image_size", "patch_size"))
+        if embeddings is not None and isinstance(image, int) and isinstance(patch, int):
+            side = image // patch
+            extra = sum(n.endswith(_PREFIX_TOKENS) for n, _ in embeddings.named_parameters(recurse=False))
+            return (side, side), extra
+    return None
+
+
+_PREFIX_TOKENS = ("cls_token", "class_embedding", "distillation_token")
+
+
+# ---- schema ----------------------------------------------------------------------------------------------------------
+
+
+def _parse(section: Any, where: str, inherited: Mapping[str, Any] | None = None) -> CSATSection:
+    """A section, or an entry of `hybrid`, whose settings fall back to the `inherited` ones."""
+    if not isinstance(section, dict):
+        raise TypeError(f"{where}: {section!r} came, a mapping is accepted")
+    selection = ("enabled", "layers", "types", "indices")
+    own = selection if inherited is not None else (*selection, "hybrid", "threshold_lr_scale")
+    accepted = (*own, "attention_dropout", *(f.name for f in dataclasses.fields(CSATConfig)))
+    refuse_unknown(section, accepted, where)
+    chosen: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in section.items() if key in own}
+    settings = {**(inherited or {}), **{key: value for key, value in section.items() if key not in own}}
+    _check_own(section, where)
+    entries = chosen.pop("hybrid", ())
+    attention = {key: value for key, value in settings.items() if key != "attention_dropout"}
+    auto = tuple(key for key in AUTO if attention.get(key) == "auto")
+    return CSATSection(
+        enabled=chosen.pop("enabled", True),
+        **chosen,
+        hybrid=tuple(_parse(entry, f"{where}.hybrid[{i}]", settings) for i, entry in enumerate(entries)),
+        attention_dropout=settings.get("attention_dropout", "refuse"),
+        attention=CSATConfig.from_dict({k: v for k, v in attention.items() if k not in auto}, where),
+        auto=auto,
+    )
+
+
+def _is_list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) is kind for item in value)
+
+
+def _is_choice_of_indices(value: Any) -> bool:
+    if isinstance(value, str):
+        return re.fullmatch(r"-?\d*:-?\d*(:-?[1-9]\d*)?", value) is not None
+    return _is_list_of(int, value)
+
+
+_OWN = {
+    "enabled": (lambda v: isinstance(v, bool), "true or false"),
+    "layers": (lambda v: isinstance(v, str), "a pattern such as 'vision.*|decoder.*.cross*', or 'auto'"),
+    "types": (lambda v: _is_list_of(str, v), "a list of class names"),
+    "indices": (_is_choice_of_indices, "a list of integers or a slice such as '1:-1'"),
+    "hybrid": (lambda v: _is_list_of(dict, v), "a list of mappings"),
+    "attention_dropout": (lambda v: v in ("refuse", "omit"), "'refuse' or 'omit'"),
+}
+
+
+def _check_own(chosen: dict[str, Any], where: str) -> None:
+    for key, (accepts, words) in _OWN.items():
+        if key in chosen and not accepts(chosen[key]):
+            raise TypeError(f"{where}.{key}: {chosen[key]!r} came, {words} is accepted")
+    if "layers" in chosen and not all(pattern.strip() for pattern in chosen["layers"].split("|")):
+        raise ValueError(f"{where}.layers: {chosen['layers']!r} has an empty alternative")
+    scale = chosen.get("threshold_lr_scale", 1.0)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not scale > 0:
+        raise ValueError(f"{where}.threshold_lr_scale: {scale!r} came, a positive number is accepted")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"DeepSpeed config: the key {key!r} stands twice")
+    return dict(pairs)
+
+
+def _near_miss(key: str) -> bool:
+    plain = re.sub(r"[^a-z]", "", key.lower())
+    name = SECTION.replace("_", "")
+    return (
+        "csat" in plain or "compressedsensing" in plain or bool(difflib.get_close_matches(plain, [name], cutoff=0.85))
+    )
