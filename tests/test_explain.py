@@ -91,7 +91,8 @@ def test_bad_arguments_of_the_table_name_what_is_accepted() -> None:
 
     good: dict[str, Any] = {"kernel": "attend", "family": "mma", "sizes": {"D": 64}, "dtype": "float16"}
     good |= {"weights": "float32", "capability": 80, "shared_bytes": 166912}
-    assert _C.can_run(**good) is None
+    reason, shared_bytes = _C.can_run(**good)
+    assert reason is None and 0 < shared_bytes <= good["shared_bytes"]
     for name, accepted in (("kernel", "attend_backward"), ("family", "wgmma"), ("dtype", "bfloat16")):
         with pytest.raises(ValueError, match=rf"{name} must be one of .*{accepted}.*; got 'no'"):
             _C.can_run(**(good | {name: "no"}))

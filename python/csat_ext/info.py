@@ -40,12 +40,13 @@ class KernelChoice:
     """What runs one operator.
 
     op: name in `torch.ops.csat`. family: a key of `FAMILIES`, "cublas", or "none" where nothing takes the problem.
-    refused: (family, reason) of every family that comes before the chosen one.
+    refused: (family, reason) of every family that comes before the chosen one. shared_bytes: of a block.
     """
 
     op: str
     family: str
     refused: tuple[tuple[str, str], ...] = ()
+    shared_bytes: int = 0
 
     def __str__(self) -> str:
         line = f"{self.op}: {self.family}"
@@ -132,9 +133,9 @@ def _choose(op: str, **problem: Any) -> KernelChoice:
 
     refused: list[tuple[str, str]] = []
     for family in FAMILIES:
-        reason = _C.can_run(kernel=op, family=family, **problem)
+        reason, shared_bytes = _C.can_run(kernel=op, family=family, **problem)
         if reason is None:
-            return KernelChoice(op, family, tuple(refused))
+            return KernelChoice(op, family, tuple(refused), shared_bytes)
         if family != "pair" or op == "attend_decode":
             refused.append((family, reason))
     return KernelChoice(op, "none", tuple(refused))
