@@ -336,7 +336,8 @@ class CSATCore(nn.Module):
         dtype = torch.float64 if k.dtype == torch.float64 and not self._has_matrix else torch.float32
         drawn = self._drawn(n, device, key_mask, part, 0, dtype)
         phi_v = None if shared else self._drawn(n, device, key_mask, part, _INDEPENDENT_PHI_V, dtype).phi
-        return drawn.phi, phi_v, drawn.score_bias
+        bias = drawn.score_bias
+        return drawn.phi, phi_v, bias if bias is None else bias.float()  # as an implicit one has it
 
     def measured(
         self, k: Tensor, v: Tensor, key_mask: Tensor | None, n: int, part: Part | None = None
