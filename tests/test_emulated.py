@@ -171,10 +171,14 @@ def _on_tensor_cores(ops: EmulatedOps) -> bool:
     return ops.counters.mma > 0
 
 
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
 @pytest.mark.parametrize("sizes", MMA_ATTEND, ids=str)
-def test_attend_on_tensor_cores(library: Any, generator: torch.Generator, sizes: tuple[int, ...], dtype: Any) -> None:
-    ops = EmulatedOps(library, seed=5)
+def test_attend_on_tensor_cores(
+    library: Any, generator: torch.Generator, sizes: tuple[int, ...], dtype: Any, capability: int
+) -> None:
+    """On 90 D = 64 and 128 take warpgroup products, with an odd and an even number of units a block."""
+    ops = EmulatedOps(library, seed=5, compute_capability=capability)
     check(ops, "attend", *_attend_inputs(generator, dtype, sizes, "masked"))
     assert _on_tensor_cores(ops)
 
@@ -203,19 +207,23 @@ def test_decode_on_tensor_cores(library: Any, generator: torch.Generator, sizes:
     assert _on_tensor_cores(ops)
 
 
-# sizes of attend, of the decoder: one kernel; a pair, because z leaves no registers; a pair whose decoder is too large
+# sizes of attend, of the decoder: one kernel; a pair, because z leaves no registers; a pair whose decoder is too large;
+# one kernel that keeps B z on Hopper; one that does not
 FUSED = [
     ((1, 2, 1, 75, 70, 64, 64), (2, 3, 1, 1, 128, 64, 50)),
     ((1, 2, 2, 33, 40, 128, 100), (1, 2, 2, 1, 64, 100, 128)),
     ((1, 2, 1, 20, 13, 32, 24), (1, 2, 1, 1, 260, 24, 18)),
+    ((1, 1, 1, 330, 200, 40, 64), (1, 3, 1, 1, 64, 64, 60)),
+    ((2, 1, 1, 65, 30, 100, 128), (1, 3, 1, 3, 50, 128, 100)),
 ]
 
 
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("attend,decoder", FUSED, ids=str)
 def test_fused_on_tensor_cores_equals_the_pair(
-    library: Any, generator: torch.Generator, attend: tuple[int, ...], decoder: tuple[int, ...]
+    library: Any, generator: torch.Generator, attend: tuple[int, ...], decoder: tuple[int, ...], capability: int
 ) -> None:
-    ops = EmulatedOps(library, seed=5)
+    ops = EmulatedOps(library, seed=5, compute_capability=capability)
     inputs, weights = _attend_inputs(generator, torch.bfloat16, attend, "finite"), _decoder(generator, decoder)
     for need_z in (True, False):
         out, z, lse = ops.attend_decode(*inputs, *weights, need_z)
