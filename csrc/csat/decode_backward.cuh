@@ -37,41 +37,39 @@ struct DecodeBackwardArgs {
   float* step_parts;   // (groups, group_tiles, T)
 };
 
-// What a block works on: its rows in shared memory and its slots of the workspace.
+// What a block works on: its rows in shared memory and its slots of the workspace, whose places are computed, not kept.
 struct BackwardTile {
   const DecodeBackwardArgs& p;
-  int64_t group, slot;  // slot: tile in all groups
-  int rows, size;       // size: floats of an array of coefficients
-  int64_t layer_stride;
-  float *wide, *a, *next, *bz, *warp_sums;  // wide: z, then dc, then dz
-  float *iterates, *errors, *b_errors;
+  int64_t group, index;         // of the tile, in the group
+  float *wide, *a, *next, *bz;  // wide: z, then dc, then dz
 
   CSAT_DEVICE BackwardTile(const DecodeBackwardArgs& p, float* shared, int64_t group, int64_t index)
       : p(p),
         group(group),
-        slot(group * p.group_tiles + index),
-        rows(p.rows),
-        size(p.rows * p.a_pitch),
-        layer_stride(p.group_tiles * size),
+        index(index),
         wide(shared),
-        a(wide + rows * p.wide_pitch),
-        next(a + size),
-        bz(next + size),
-        warp_sums(bz + size),
-        iterates(p.iterates + group * (p.layers + 1) * layer_stride + index * size),
-        errors(p.errors + group * p.layers * layer_stride + index * size),
-        b_errors(p.b_errors + group * p.b_layers * layer_stride + index * size) {}
+        a(wide + p.rows * p.wide_pitch),
+        next(a + size()),
+        bz(next + size()) {}
+  CSAT_DEVICE int size() const { return p.rows * p.a_pitch; }                 // floats of an array of coefficients
+  CSAT_DEVICE int64_t slot() const { return group * p.group_tiles + index; }  // the tile in all groups
+  CSAT_DEVICE float* iterate(int t) const { return p.iterates + place(p.layers + 1, t); }
+  CSAT_DEVICE float* error(int t) const { return p.errors + place(p.layers, t); }
+  CSAT_DEVICE float* b_error(int t) const { return p.b_errors + place(p.b_layers, t); }
+
+ private:
+  CSAT_DEVICE int64_t place(int layers, int t) const { return ((group * layers + t) * p.group_tiles + index) * size(); }
 };
 
 // Rows of z or dc -> shared, and as float32 to the workspace for the sums over rows.
 template <typename T>
 CSAT_DEVICE void take_rows(const BackwardTile& b, const View& source, const RowTile& tile, int columns, int pitch,
                            float* kept) {
-  load_rows(b.wide, pitch, b.rows, at<const T>(source, tile.batch, tile.head, tile.first), source.stride[2],
+  load_rows(b.wide, pitch, b.p.rows, at<const T>(source, tile.batch, tile.head, tile.first), source.stride[2],
             source.stride[3], tile.valid, columns);
   __syncthreads();
-  kept += b.slot * b.rows * pitch;
-  for (int i = threadIdx.x; i < b.rows * pitch; i += limits::kThreads) kept[i] = b.wide[i];
+  kept += b.slot() * b.p.rows * pitch;
+  for (int i = threadIdx.x; i < b.p.rows * pitch; i += limits::kThreads) kept[i] = b.wide[i];
 }
 
 // out (rows, columns) = or += left (rows, depth) w, `w` one matrix of a panel.
@@ -96,11 +94,11 @@ CSAT_DEVICE void multiply_rows(float* out, int out_pitch, const float* left, int
 // a_0 .. a_T and v_0 .. v_{T-1} -> workspace.
 CSAT_DEVICE void recompute_iterates(BackwardTile& b) {
   const DecodeBackwardArgs& p = b.p;
-  fill(b.iterates, b.size, 0.f);
+  fill(b.iterate(0), b.size(), 0.f);
   for (int t = 0; t < p.layers; ++t) {
     const DecodeLayer layer(p.S_t, p.B_t, p.theta, p.step, b.group, p.s_layers, p.b_layers, t);
-    float *v_slot = b.errors + t * b.layer_stride, *a_slot = b.iterates + (t + 1) * b.layer_stride;
-    decode_layer(layer, b.rows, p.a_pitch, b.a, b.next, b.bz, b.wide, p.features_pitch, p.z_depth,
+    float *v_slot = b.error(t), *a_slot = b.iterate(t + 1);
+    decode_layer(layer, p.rows, p.a_pitch, b.a, b.next, b.bz, b.wide, p.features_pitch, p.z_depth,
                  [&](int e, float v, float after) {
                    v_slot[e] = v;
                    a_slot[e] = after;
@@ -114,16 +112,17 @@ CSAT_DEVICE void recompute_iterates(BackwardTile& b) {
 
 // e from g, in columns: e' -> workspace, `scaled` and `sum`, g = e - e'; the tile's dtheta_t and dstep_t.
 CSAT_DEVICE void threshold_backward(const BackwardTile& b, int t, float* g, float* scaled, float* sum) {
+  float* warp_sums = b.bz + b.size();
   const DecodeBackwardArgs& p = b.p;
   const int pitch = p.a_pitch;
   const float gain = p.step.data[b.group * p.step.matrix + t];
   const bool fresh = t == p.layers - 1 || p.b_layers > 1;  // of e' summed over the layers that share B
-  float* e_slot = b.errors + t * b.layer_stride;
-  const float* a_slot = b.iterates + (t + 1) * b.layer_stride;
+  float* e_slot = b.error(t);
+  const float* a_slot = b.iterate(t + 1);
   float step_sum = 0.f;
   for (int c = threadIdx.x; c < pitch; c += limits::kThreads) {
     float theta_sum = 0.f;
-    for (int i = c; i < b.size; i += pitch) {
+    for (int i = c; i < b.size(); i += pitch) {
       const float after = a_slot[i];
       const float e = after != 0.f ? g[i] : 0.f;
       theta_sum -= after > 0.f ? e : (after < 0.f ? -e : 0.f);
@@ -132,15 +131,15 @@ CSAT_DEVICE void threshold_backward(const BackwardTile& b, int t, float* g, floa
       sum[i] = fresh ? scaled[i] : sum[i] + scaled[i];
       g[i] = e - scaled[i];
     }
-    p.theta_parts[(b.slot * p.layers + t) * pitch + c] = theta_sum;
+    p.theta_parts[(b.slot() * p.layers + t) * pitch + c] = theta_sum;
   }
   step_sum = warp_sum(step_sum);
-  if (lane_id() == 0) b.warp_sums[warp_id()] = step_sum;
+  if (lane_id() == 0) warp_sums[warp_id()] = step_sum;
   __syncthreads();
   if (threadIdx.x > 0) return;
   float total = 0.f;
-  for (int w = 0; w < limits::kWarps; ++w) total += b.warp_sums[w];
-  p.step_parts[b.slot * p.layers + t] = total;
+  for (int w = 0; w < limits::kWarps; ++w) total += warp_sums[w];
+  p.step_parts[b.slot() * p.layers + t] = total;
 }
 
 template <typename T>
@@ -164,7 +163,7 @@ __global__ void __launch_bounds__(limits::kThreads) decode_backward_kernel(Decod
       multiply_rows<true>(g, p.a_pitch, scaled, p.a_pitch, p.S, group * p.s_layers + (p.s_layers == 1 ? 0 : t), p.rows);
     if (t < p.b_layers) {
       multiply_rows<true>(b.wide, p.features_pitch, sum, p.a_pitch, p.B, group * p.b_layers + t, p.rows);
-      for (int i = threadIdx.x; i < b.size; i += limits::kThreads) b.b_errors[t * b.layer_stride + i] = sum[i];
+      for (int i = threadIdx.x; i < b.size(); i += limits::kThreads) b.b_error(t)[i] = sum[i];
     }
     __syncthreads();
   }
