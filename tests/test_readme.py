@@ -14,6 +14,10 @@ def test_tables_of_the_readme_come_from_the_result_files() -> None:
     subprocess.run([sys.executable, ROOT / "benchmarks" / "readme_tables.py", "--check"], check=True)
 
 
+def test_the_kernels_page_is_what_the_limits_and_the_recorded_registers_say() -> None:
+    subprocess.run([sys.executable, ROOT / "benchmarks" / "kernel_budgets.py", "page", "--check"], check=True)
+
+
 def test_the_published_run_beats_chance_clearly() -> None:
     """CSAT's default run: at least ten times chance at R@10, both ways."""
     run = json.loads((ROOT / "benchmarks" / "results" / "pretrain.json").read_text())["runs"]["csat"]
