@@ -151,7 +151,7 @@ def extensions(environment: Mapping[str, str]) -> list:
     built = [
         CppExtension(
             "csat_ext._C",
-            sources("csrc/torch/library.cpp", "csrc/torch/cpu/*.cpp"),
+            sources("csrc/torch/library.cpp", "csrc/torch/cpu/*.cpp", "csrc/kernels/limits.cpp"),
             include_dirs=include,
             define_macros=facts,
             extra_compile_args={"cxx": CXX_FLAGS},

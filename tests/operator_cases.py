@@ -193,7 +193,11 @@ def plain_torch_attention(
         return z
     if isinstance(decoder, LinearDecoder):
         return z @ decoder.weight.to(dtype)
-    s, b, theta, psi, step = (t.to(dtype) for t in decoder.with_head_axis())
+    return plain_torch_decode(z, *(t.to(dtype) for t in decoder.with_head_axis()))
+
+
+def plain_torch_decode(z: Tensor, s: Tensor, b: Tensor, theta: Tensor, psi: Tensor, step: Tensor) -> Tensor:
+    """The decoder in stock torch operations, weights with a head axis, every operation rounded to the dtype of z."""
     a = z.new_zeros(*z.shape[:-1], theta.shape[-1])
     for t in range(theta.shape[1]):
         s_t, b_t = s[:, t % s.shape[1]], b[:, t % b.shape[1]]

@@ -37,14 +37,6 @@ struct DecodeBackwardArgs {
   float* step_parts;   // (groups, group_tiles, T)
 };
 
-// Tile `index` of a group: with shared weights the one group walks every (batch, head), else group h walks the batch.
-CSAT_DEVICE RowTile group_tile(const DecodeBackwardArgs& p, int64_t group, int64_t index) {
-  if (p.groups == 1) return row_tile_at(index, p.heads, p.queries, p.rows);
-  RowTile tile = row_tile_at(index, 1, p.queries, p.rows);
-  tile.head = group;
-  return tile;
-}
-
 template <typename T>
 __global__ void __launch_bounds__(limits::kThreads) decode_backward_kernel(DecodeBackwardArgs p) {
   CSAT_DYN_SMEM(float, shared);
@@ -55,7 +47,7 @@ __global__ void __launch_bounds__(limits::kThreads) decode_backward_kernel(Decod
   float* bz = next + size;
   float* warp_sums = bz + size;
   const int64_t group = blockIdx.x / p.group_tiles, index = blockIdx.x % p.group_tiles;
-  const RowTile tile = group_tile(p, group, p.first_tile + index);
+  const RowTile tile = decoder_tile(p.first_tile + index, group, p.groups, p.heads, p.queries, rows);
   const int64_t layer_stride = p.group_tiles * size;
   float* iterates = p.iterates + group * (p.layers + 1) * layer_stride + index * size;
   float* errors = p.errors + group * p.layers * layer_stride + index * size;

@@ -23,6 +23,8 @@ namespace csat {
 enum class Ensemble : int { rademacher = 0, srht = 1, pool = 2 };
 inline std::optional<Ensemble> ensemble_named(std::string_view name) {
   if (name == "rademacher") return Ensemble::rademacher;
+  if (name == "srht") return Ensemble::srht;
+  if (name == "pool") return Ensemble::pool;
   return std::nullopt;
 }
 constexpr int64_t kMaxTokens = 0x7FFFFFFE;  // token numbers and running counts are int32
@@ -89,6 +91,32 @@ CSAT_ANYWHERE uint32_t sign_word(const RandomKey& key, const SignRow& r, const S
   return philox_rounds(after_round_2, key, 3, 9).c[0];
 }
 
+// ---- which tokens are measured
+
+// Token s of one sequence is kept where counts[s + 1] > counts[s], and its place is then counts[s]; without counts
+// every token is kept.
+struct Places {
+  const int32_t* counts;
+  int64_t tokens;
+
+  CSAT_ANYWHERE int64_t before(int64_t s) const { return counts ? counts[s] : s; }
+  CSAT_ANYWHERE bool kept(int64_t s) const { return !counts || counts[s + 1] > counts[s]; }
+  CSAT_ANYWHERE int64_t total() const { return before(tokens); }
+  // The token at place p, `tokens` if there is none.
+  CSAT_ANYWHERE int64_t token_at(int64_t p) const {
+    if (!counts) return p < tokens ? p : tokens;
+    int64_t low = 0, high = tokens;
+    while (low < high) {
+      const int64_t middle = low + (high - low) / 2;
+      if (counts[middle + 1] > p)
+        high = middle;
+      else
+        low = middle + 1;
+    }
+    return low;
+  }
+};
+
 // ---- SRHT
 
 // Row j of the transform is row start + step j of the Hadamard matrix, modulo its size.
@@ -122,8 +150,8 @@ struct Segments {
   // The first segment that place p has a part in; extent > p.
   CSAT_ANYWHERE int64_t at(int64_t p) const {
     const int64_t position = p * unit();
-    int64_t j = position / extent / (2 * heads);
-    if (j > count - 1) j = count - 1;
+    int64_t j = extent > 0 ? position / extent / (2 * heads) : 0;
+    j = j < 0 ? 0 : j > count - 1 ? count - 1 : j;  // whatever stands in the counts, a segment
     while (j > 0 && edge(j) > position) --j;
     while (j < count - 1 && edge(j + 1) <= position) ++j;
     return j;

@@ -56,6 +56,12 @@ struct Chunk {
   }
 };
 
+// In powers of two; -inf where there is no measurement.
+CSAT_DEVICE float bias_of(const ForwardMmaArgs& p, int batch, int head, int64_t m) {
+  if (m >= p.measurements) return -INFINITY;
+  return p.bias.data ? at<const float>(p.bias, batch, head, 0)[m * p.bias.stride[3]] * kLog2e : 0.f;
+}
+
 template <typename T, int kD>
 CSAT_DEVICE void load_chunk(const Chunk<T, kD>& chunk, const ForwardMmaArgs& p, int pair, int64_t first) {
   constexpr int kRows = Chunk<T, kD>::kRows;
@@ -65,13 +71,7 @@ CSAT_DEVICE void load_chunk(const Chunk<T, kD>& chunk, const ForwardMmaArgs& p, 
   };
   load_rows_async(chunk.keys, rows(p.kc, p.head_dim), first, kRows, threadIdx.x, limits::kMmaThreads);
   load_rows_async(chunk.values, rows(p.vc, p.features), first, kRows, threadIdx.x, limits::kMmaThreads);
-  if (threadIdx.x < kRows) {
-    const int64_t m = first + threadIdx.x;
-    float bias = m < p.measurements ? 0.f : -INFINITY;
-    if (p.bias.data && m < p.measurements)
-      bias = at<const float>(p.bias, batch, head, 0)[m * p.bias.stride[3]] * kLog2e;
-    chunk.bias[threadIdx.x] = bias;
-  }
+  if (threadIdx.x < kRows) chunk.bias[threadIdx.x] = bias_of(p, batch, head, first + threadIdx.x);
 }
 
 // Running maximum (in powers of two) and this lane's part of the running sum, a row.
@@ -166,18 +166,25 @@ CSAT_DEVICE void fetch_rows(Tile<T, kD> tile, const ForwardMmaArgs& p, const Vie
   cp_async_commit();
 }
 
-// z of one unit from its chunk loop: out, and on through the decoder.
-template <int kP, typename T, int kRows, int kD>
-CSAT_DEVICE void finish_unit(const ForwardMmaArgs& p, const DecoderTiles<T, kD, kP ? kP : 16>& weights, int pair,
-                             int64_t first, Softmax<kRows>& state, Sums<kRows, kD>& sums, Tile<T, kD> tile) {
-  normalise(state, sums);
+// Normalises z and writes the log-sum-exp and, where it is wanted, z; z is left in the warp's tile, rounded to T.
+template <typename T, int kRows, int kD>
+CSAT_DEVICE void write_softmax(const ForwardMmaArgs& p, int pair, int64_t first, Softmax<kRows>& state,
+                               Sums<kRows, kD>& z, Tile<T, kD> tile) {
+  normalise(state, z);
   float* lse = at<float>(p.lse, pair / p.heads, pair % p.heads, 0);
   for_each_row(state.peak, [&](float value, int row) {
     if (lane_id() % 4 == 0 && first + row < p.queries) lse[(first + row) * p.lse.stride[2]] = value;
   });
-  store_tile(tile, 0, sums);
+  store_tile(tile, 0, z);
   sync_warp();
   if (p.z.data) store_rows(rows_of<T>(p.z, p, pair, p.features), first, kRows, tile, p.z_vectors);
+}
+
+// The rest of a unit after its chunk loop: z out, and on through the decoder.
+template <int kP, typename T, int kRows, int kD>
+CSAT_DEVICE void finish_unit(const ForwardMmaArgs& p, const DecoderTiles<T, kD, kP ? kP : 16>& weights, int pair,
+                             int64_t first, Softmax<kRows>& state, Sums<kRows, kD>& sums, Tile<T, kD> tile) {
+  write_softmax(p, pair, first, state, sums, tile);
   if constexpr (kP > 0) {
     decode_tile<kRows>(tile, weights);
     sync_warp();

@@ -3,6 +3,7 @@
 //   Sums<M, N>         (M, N) float32 accumulators
 //   Operand<T, M, K>   (M, K) left operand of a product, 16 bits an element
 //   Rows<M>            one float a row, the same in the four lanes that share the row
+//   Columns<N>         one float a column, the same in the eight lanes that share the column
 //   Tile<T, N>         rows of N elements in shared memory, padded so that no ldmatrix and no pair store has a bank
 //                      conflict: the pitch is an odd number of 16-byte units (N is a multiple of 16)
 //
@@ -29,6 +30,11 @@ struct Operand {
 template <int kRows>
 struct Rows {
   float at[kRows / 16][2];
+};
+
+template <int kColumns>
+struct Columns {
+  float at[kColumns / 8][2];
 };
 
 template <typename T, int kColumns>
@@ -65,6 +71,19 @@ CSAT_DEVICE void for_each_row(Rows<kRows>& x, F f) {
   for (int i = 0; i < kRows / 16; ++i)
 #pragma unroll
     for (int h = 0; h < 2; ++h) f(x.at[i][h], 16 * i + 8 * h + g);
+}
+
+// One float a column from shared memory, 8-byte aligned.
+template <int kColumns>
+CSAT_DEVICE Columns<kColumns> load_columns(const float* x) {
+  Columns<kColumns> y;
+#pragma unroll
+  for (int j = 0; j < kColumns / 8; ++j) {
+    const float2 pair = *reinterpret_cast<const float2*>(x + 8 * j + lane_id() % 4 * 2);
+    y.at[j][0] = pair.x;
+    y.at[j][1] = pair.y;
+  }
+  return y;
 }
 
 // ---- conversions
@@ -292,6 +311,22 @@ CSAT_DEVICE void store_rows(GlobalRows<T> target, int64_t first, int count, Tile
       for (int e = 0; e < 8 && c + e < target.columns; ++e) out[e] = in[e];
     }
   }
+}
+
+// Float32 rows in global memory, of which there are `rows`, = x. Rows start at multiples of 8 bytes.
+template <int kRows, int kColumns>
+CSAT_DEVICE void store_floats(float* target, int64_t stride, int64_t rows, const Sums<kRows, kColumns>& x) {
+  const int g = lane_id() / 4, t = lane_id() % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < kRows / 16; ++i)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int r = 16 * i + 8 * h + g;
+      if (r >= rows) continue;
+#pragma unroll
+      for (int j = 0; j < kColumns / 8; ++j)
+        *reinterpret_cast<float2*>(target + r * stride + 8 * j + t) = float2{x.at[i][j][2 * h], x.at[i][j][2 * h + 1]};
+    }
 }
 
 }  // namespace csat

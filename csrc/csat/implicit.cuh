@@ -24,16 +24,12 @@ CSAT_DEVICE RandomKey key_of(const ImplicitArgs& a, int64_t phi_head) {
   return {low_word(a.p.seed), high_word(a.p.seed), static_cast<uint32_t>(phi_head), static_cast<uint32_t>(a.p.layer)};
 }
 
-// How many of the first s tokens are measured.
-CSAT_DEVICE int64_t count_before(const ImplicitArgs& a, int64_t b, int64_t s) {
-  return a.p.counts ? a.p.counts[b * a.p.counts_batch + s] : s;
-}
-CSAT_DEVICE bool is_kept(const ImplicitArgs& a, int64_t b, int64_t s) {
-  return !a.p.counts || count_before(a, b, s + 1) > count_before(a, b, s);
+CSAT_DEVICE Places places_of(const ImplicitArgs& a, int64_t b) {
+  return {a.p.counts ? a.p.counts + b * a.p.counts_batch : nullptr, a.p.tokens};
 }
 // Entries of variance 1 / (tokens kept).
-CSAT_DEVICE float signed_scale(const ImplicitArgs& a, int64_t b) {
-  const int64_t kept = count_before(a, b, a.p.tokens);
+CSAT_DEVICE float signed_scale(const Places& places) {
+  const int64_t kept = places.total();
   return 1.f / sqrtf(static_cast<float>(kept > 1 ? kept : 1));
 }
 

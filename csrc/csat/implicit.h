@@ -11,4 +11,12 @@ int64_t signs_splits(const ImplicitParams& p);
 int signs_forward(const ImplicitArgs& a, void* stream);
 int signs_backward(const ImplicitArgs& a, void* stream);
 
+int64_t segments_splits(const ImplicitParams& p);
+int segments_forward(const ImplicitArgs& a, void* stream);
+int segments_backward(const ImplicitArgs& a, void* stream);
+
+int64_t hadamard_splits(const ImplicitParams& p);
+int hadamard_forward(const ImplicitArgs& a, void* stream);
+int hadamard_backward(const ImplicitArgs& a, void* stream);
+
 }  // namespace csat

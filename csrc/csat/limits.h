@@ -7,7 +7,7 @@
 //   D, R                         1 .. 1024        one row tile lives in shared memory
 //   P, Dv                        1 .. 1024        three rows of P and one of max(R, Dv) in shared memory
 //   tensor cores (mma)           bf16, f16        D, R, Dv <= 128, P <= 256 (fused <= 128), what is resident fits in
-//                                                 shared memory (see plan_mma); anything else runs on the SIMT kernels
+//                                                 shared memory (plan_mma, why_not_mma); anything else: SIMT kernels
 //   N, M of an implicit Phi      1 .. 2^31 - 2    int32 running counts, 32-bit Philox counters
 //   blocks of one launch         < 2^31           one linear grid
 //   shared memory of a block     of the device    163 KiB (sm_80) and 227 KiB (sm_90) hold every size above; 99 KiB
@@ -30,13 +30,33 @@ constexpr int kMeasurementTile = 128;  // measurements whose scores one row tile
 constexpr int kOuterDepth = 32;        // rows staged at a time by the sums of outer products
 constexpr int kMaxFeature = 1024;      // D, R, P, Dv
 
-constexpr int64_t kSharedPreferred = 72 * 1024;        // two blocks on an SM of 163 KiB, three on one of 227 KiB
-constexpr int64_t kWorkspaceCap = int64_t(256) << 20;  // bytes of saved iterates before decode_backward goes in chunks
-constexpr int64_t kTargetBlocks = 512;                 // sums over rows are split until this many blocks run
-constexpr int kSignRows = 64;                          // rows of a block that multiplies by signs, 16 a warp
-constexpr int kSignDepth = 32;                         // of its stages
-constexpr int kSignColumns = 256;                      // its columns with tensor cores; half without
+constexpr int64_t kSharedPreferred = 72 * 1024;  // two blocks on an SM of 163 KiB, three on one of 227 KiB
+constexpr int64_t kTargetBlocks = 512;           // sums over rows are split until this many blocks run
+constexpr int64_t kOuterBlocks = 256;            // the same on tensor cores
+constexpr int kSignRows = 64;                    // rows of a block that multiplies by signs, 16 a warp
+constexpr int kSignDepth = 32;                   // of its stages
+constexpr int kSignColumns = 256;                // its columns with tensor cores; half without
+constexpr int kSegmentColumns = 64;              // features of a warp that averages segments
+constexpr int kSegmentPart = 64;                 // tokens of a segment that are worth a warp of their own
+constexpr int kSegmentRun = 16;                  // tokens of a warp in the backward pass
+constexpr int kHadamardThreads = 512;            // 32 groups of 32 tokens x 16 features
+constexpr int kHadamardTokens = 1024;            // tokens of one fast transform: 32 x 32
+constexpr int kHadamardColumns = 16;             // features of a block
+constexpr int kHadamardRows = 512;               // its measurements, 16 a thread
 constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;
+#ifdef CSAT_EMULATE  // small problems too go in chunks and splits
+constexpr int64_t kWorkspaceCap = int64_t(512) << 10, kOuterSplitRows = 128;
+#else
+constexpr int64_t kWorkspaceCap = int64_t(256) << 20;  // bytes of saved iterates before decode_backward goes in chunks
+constexpr int64_t kOuterSplitRows = 1024;  // the least of a split on tensor cores, which writes 4 bytes an output
+#endif
+
+// What the kernels ask of a device: 10 major + minor, and the shared memory that a block may have.
+struct Device {
+  int capability = 0;
+  int64_t shared_bytes = 0;
+};
+Device current_device();
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
@@ -106,16 +126,81 @@ constexpr int64_t decoder_mma_bytes(const Decoder& d, int feature, int atoms) {
          mma_tile_bytes(feature, atoms) + round_up((d.layers * atoms + d.layers) * 4, 16);
 }
 
+// ---- wgmma (sm_90a): D, R, Dv up to 64 or above 96 up to 128: between, padding would cost what wgmma wins
+constexpr int kWgmmaCapability = 90, kWgmmaChunk = 128, kWgmmaRows = 64;
+constexpr int wgmma_feature(int64_t n) { return n <= 64 ? 64 : (n > 96 && n <= 128 ? 128 : 0); }
+// The most coefficients that the fused kernel's registers hold.
+constexpr int wgmma_atoms_limit(int feature) { return feature == 64 ? 128 : 64; }
+constexpr int64_t wgmma_decoder_bytes(const Decoder& d, int feature, int atoms) {
+  return 2 * (d.s_layers * atoms * atoms + (d.b_layers + 1) * int64_t(atoms) * feature) +
+         4 * (d.layers * atoms + round_up(d.layers, 4));
+}
+
 // How a forward launch uses the tensor cores: sizes, and what shared memory holds.
 struct ForwardMmaPlan {
+  bool wgmma = false;
   int feature = 0, atoms = 0;  // compile-time sizes; atoms 0: no decoder
   int chunks = 0, slots = 0;   // of measurements; as many slots as chunks: resident
   int stages = 0;              // tiles of query rows a warp
   int64_t shared_bytes = 0;
 };
+Device current_device();
 // nullptr and a plan, or the reason why there is none. With both, attend and decode run as one kernel.
 const char* plan_mma(ForwardMmaPlan& plan, const AttendParams* attend, const DecodeParams* decode,
                      int64_t shared_limit);
+const char* plan_wgmma(ForwardMmaPlan& plan, const AttendParams& attend, const DecodeParams* decode,
+                       const Device& device);
+// The first of both that has a plan; nullptr and the plan, or why mma has none.
+const char* plan_forward(ForwardMmaPlan& plan, const AttendParams* attend, const DecodeParams* decode,
+                         const Device& device);
+
+// Attend's backward.
+constexpr int kBackwardQueries = 32;      // a tile that a block walks
+constexpr int kBackwardBlockBytes = 128;  // of addresses, alike for all threads of a block
+constexpr int kBackwardShiftDepth = 32;   // measurements at a time where the shift has a kernel of its own
+// Measurements a warp: its dkc and dvc are 2 rows x feature / 32 registers, of at most 255.
+constexpr int backward_warp_rows(int feature) { return feature <= 64 ? 32 : 16; }
+
+constexpr int64_t attend_backward_mma_bytes(int64_t warps, int feature) {
+  const int64_t rows = backward_warp_rows(feature);
+  const int64_t of_queries =
+      5 * mma_tile_bytes(kBackwardQueries, feature) + 6 * kBackwardQueries * 4 + kBackwardBlockBytes;
+  const int64_t of_warp =
+      2 * mma_tile_bytes(rows, feature) + mma_tile_bytes(rows, kBackwardQueries) + (rows + 3 * kBackwardQueries) * 4;
+  return of_queries + warps * of_warp;
+}
+// How the measurements are dealt to blocks: `count` slabs of `warps` warps; none where a warp has no room.
+struct BackwardSlabs {
+  int64_t count = 0, warps = 0;
+  constexpr BackwardSlabs(int64_t M, int feature, int64_t shared_limit) {
+    int64_t most = kMmaWarps;
+    while (most > 0 && attend_backward_mma_bytes(most, feature) > shared_limit) --most;
+    if (most == 0) return;
+    const int64_t groups = ceil_div(M, backward_warp_rows(feature));
+    count = ceil_div(groups, most);
+    warps = count ? ceil_div(groups, count) : 0;
+  }
+};
+constexpr int64_t backward_shift_mma_bytes(int feature) {
+  const int64_t queries = kMmaWarps * 16;
+  return 2 * mma_tile_bytes(queries, feature) + 4 * mma_tile_bytes(kBackwardShiftDepth, feature) +
+         4 * (2 * kBackwardShiftDepth + 2 * queries);
+}
+
+// nullptr if attend's backward runs on tensor cores within `shared_limit` bytes a block, else the reason why it takes
+// the SIMT kernels.
+const char* why_not_mma(const AttendBackwardParams& p, int64_t shared_limit);
+
+// decode_backward on tensor cores. R and Dv share a size; two row blocks a warp where registers leave them room.
+constexpr int decode_backward_feature(int64_t R, int64_t Dv) { return smallest_of({64, 128}, R > Dv ? R : Dv); }
+constexpr int decode_backward_rows(int atoms, int feature) { return atoms <= 128 && feature <= 64 ? 32 : 16; }
+// S_t, B_t and psi of one layer; psi lies in a place of its own or in that of B, which is then loaded again.
+constexpr int64_t decode_backward_bytes(int atoms, int feature, bool psi_apart) {
+  const int64_t B = mma_tile_bytes(atoms, feature), psi = mma_tile_bytes(feature, atoms);
+  return mma_tile_bytes(atoms, atoms) + (psi_apart ? B + psi : (B > psi ? B : psi));
+}
+// nullptr if decode_backward runs on tensor cores within `shared_limit` bytes a block, else the reason.
+const char* why_not_mma(const DecodeBackwardParams& p, int64_t shared_limit);
 
 // nullptr if the op runs within `shared_limit` bytes a block, else the reason.
 const char* why_not(const AttendParams& p, int64_t shared_limit);
@@ -123,5 +208,22 @@ const char* why_not(const AttendBackwardParams& p, int64_t shared_limit);
 const char* why_not(const DecodeParams& p, int64_t shared_limit);
 const char* why_not(const DecodeBackwardParams& p, int64_t shared_limit);
 const char* why_not(const AttendParams& attend, const DecodeParams& decode, int64_t shared_limit);
+
+// ---- the question that dispatch and csat_ext.explain ask
+
+enum class Kernel { attend, decode, attend_decode, attend_backward, decode_backward };
+// In the order of preference. A pair is attend_decode as attend and decode, one of them at least on tensor cores.
+enum class Family { wgmma, mma, pair, simt };
+
+// What a kernel works on. decode.z.dtype is read for decode and decode_backward alone, pointers nowhere.
+struct Problem {
+  AttendParams attend;
+  DecodeParams decode;
+};
+
+// nullptr if the kernel runs in this family on the device, else the reason.
+const char* can_run(Kernel kernel, Family family, const Problem& p, const Device& device);
+// Bytes of shared memory that a block of it then takes: of the larger kernel where there are two.
+int64_t shared_bytes(Kernel kernel, Family family, const Problem& p, const Device& device);
 
 }  // namespace csat::limits

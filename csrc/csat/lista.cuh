@@ -46,24 +46,24 @@ struct DecoderTiles {
 // Columns that a layer or the output computes at a time: few accumulators beside the operands that must stay.
 constexpr int kColumnGroup = 16;
 
-// a = soft(old + step (u - old), theta) for the columns of u, which start at column 0 of `theta`.
-template <int kRows, int kColumns>
-CSAT_DEVICE void shrink(Sums<kRows, kColumns>& u, const Sums<kRows, kColumns>& old, const float* theta, float step) {
+// u = soft(a + step (u - a), theta) for the columns of u, which are the columns `first` .. of a and the first of theta.
+template <typename T, int kRows, int kColumns, int kDepth>
+CSAT_DEVICE void shrink(Sums<kRows, kColumns>& u, const Operand<T, kRows, kDepth>& a, int first, const float* theta,
+                        float step) {
   const int t = pinned(lane_id()) % 4 * 2;
 #pragma unroll
-  for (int j = 0; j < kColumns / 8; ++j)
+  for (int j = 0; j < kColumns / 8; ++j) {
+    const float threshold[2] = {theta[8 * j + t], theta[8 * j + t + 1]};
 #pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const float threshold = theta[8 * j + t + c];
+    for (int i = 0; i < kRows / 16; ++i)
 #pragma unroll
-      for (int i = 0; i < kRows / 16; ++i)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const float before = old.at[i][j][2 * h + c];
-          float& value = u.at[i][j][2 * h + c];
-          value = soft_threshold(before + step * (value - before), threshold);
-        }
-    }
+      for (int h = 0; h < 2; ++h) {
+        const float2 before = unpack2<T>(a.at[i][first / 16 + j / 2][j % 2 * 2 + h]);
+        float (&value)[4] = u.at[i][j];
+        value[2 * h] = soft_threshold(before.x + step * (value[2 * h] - before.x), threshold[0]);
+        value[2 * h + 1] = soft_threshold(before.y + step * (value[2 * h + 1] - before.y), threshold[1]);
+      }
+  }
 }
 
 // a_{t+1} from a_t; the first layer starts from a = 0.
@@ -72,13 +72,10 @@ CSAT_DEVICE void lista_layer(Operand<T, kRows, kP>& a, const Measured& z, const 
   Operand<T, kRows, kP> next;
 #pragma unroll
   for (int first = 0; first < kP; first += kColumnGroup) {
-    Sums<kRows, kColumnGroup> u = {}, old = {};
+    Sums<kRows, kColumnGroup> u = {};
     multiply_transposed(u, z, w.B(t).from_row(first));
-    if constexpr (!kFirst) {
-      multiply_transposed(u, a, w.S(t).from_row(first));
-      old = to_sums<kColumnGroup>(a, first);
-    }
-    shrink(u, old, w.theta() + t * kP + first, w.step()[t]);
+    if constexpr (!kFirst) multiply_transposed(u, a, w.S(t).from_row(first));
+    shrink(u, a, first, w.theta() + t * kP + first, w.step()[t]);
     set_columns(next, first, u);
   }
   a = next;
@@ -124,24 +121,33 @@ CSAT_DEVICE void decode_tile(Tile<T, kD> tile, const DecoderTiles<T, kD, kP>& w)
   }
 }
 
+// Rows of one layer's matrix of a head.
+template <typename T>
+CSAT_DEVICE GlobalRows<const T> weight_rows(const DecoderWeights& w, const View& v, int64_t head, int layer, int rows,
+                                            int columns) {
+  return {at<const T>(v, w.heads == 1 ? 0 : head, layer, 0), v.stride[2], rows, columns};
+}
+template <int kP>
+CSAT_DEVICE void load_thresholds(float* theta, float* step, const DecoderWeights& w, int64_t head, int thread,
+                                 int threads) {
+  const int64_t own = w.heads == 1 ? 0 : head;
+  const float* from = w.theta.data + own * w.theta.matrix;
+  for (int i = thread; i < w.layers * kP; i += threads)
+    theta[i] = i % kP < w.coefficients ? from[i / kP * w.theta.pitch + i % kP] : 0.f;
+  for (int i = thread; i < w.layers; i += threads) step[i] = w.step.data[own * w.step.matrix + i];
+}
+
 // The weights of one head -> shared memory, by a whole block of `threads`. Asynchronous, but for theta and step.
 template <typename T, int kD, int kP>
-CSAT_DEVICE void load_decoder(const DecoderTiles<T, kD, kP>& tiles, int64_t head, int threads) {
-  const DecoderWeights& w = tiles.w;
-  const int64_t own = w.heads == 1 ? 0 : head;
+CSAT_DEVICE void load_decoder(const DecoderTiles<T, kD, kP>& to, int64_t head, int threads) {
+  const DecoderWeights& w = to.w;
   const int thread = threadIdx.x;
-  const auto rows = [own](const View& v, int layer, int count, int columns) {
-    return GlobalRows<const T>{at<const T>(v, own, layer, 0), v.stride[2], count, columns};
-  };
   for (int t = 0; t < w.s_layers; ++t)
-    load_rows_async(tiles.S(t), rows(w.S, t, w.coefficients, w.coefficients), 0, kP, thread, threads);
+    load_rows_async(to.S(t), weight_rows<T>(w, w.S, head, t, w.coefficients, w.coefficients), 0, kP, thread, threads);
   for (int t = 0; t < w.b_layers; ++t)
-    load_rows_async(tiles.B(t), rows(w.B, t, w.coefficients, w.features), 0, kP, thread, threads);
-  load_rows_async(tiles.psi(), rows(w.psi, 0, w.outputs, w.coefficients), 0, kD, thread, threads);
-  const float* theta = w.theta.data + own * w.theta.matrix;
-  for (int i = thread; i < w.layers * kP; i += threads)
-    tiles.theta()[i] = i % kP < w.coefficients ? theta[i / kP * w.theta.pitch + i % kP] : 0.f;
-  for (int i = thread; i < w.layers; i += threads) tiles.step()[i] = w.step.data[own * w.step.matrix + i];
+    load_rows_async(to.B(t), weight_rows<T>(w, w.B, head, t, w.coefficients, w.features), 0, kP, thread, threads);
+  load_rows_async(to.psi(), weight_rows<T>(w, w.psi, head, 0, w.outputs, w.coefficients), 0, kD, thread, threads);
+  load_thresholds<kP>(to.theta(), to.step(), w, head, thread, threads);
 }
 
 }  // namespace csat

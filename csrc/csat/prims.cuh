@@ -5,9 +5,8 @@
 // Words: __global__, __launch_bounds__, threadIdx.x, blockIdx.x, __syncthreads(), dim3, float4 as in CUDA; CSAT_DEVICE,
 // CSAT_DYN_SMEM, CSAT_LAUNCH; bf16, f16, to_float, from_float, pack2, unpack2; lane_id, warp_id, sync_warp, shfl_xor,
 // warp_sum, warp_max, quad_sum, quad_max, load4, exp_f32, exp2_approx, log_f32, soft_threshold; cp_async16,
-// ldmatrix_x4, mma_m16n8k16, named_barrier_sync and their kin; for Hopper mbarrier_*, bulk_*, tensor_copy_*, wgmma_*,
-// registers_*, and on the host make_tensor_map; last_error, max_shared_bytes, multiprocessors on the
-// host.
+// ldmatrix_x4, mma_m16n8k16, named_barrier_sync and their kin; of Hopper mbarrier_*, bulk_*, tensor_copy_*, wgmma_*,
+// registers_*; on the host make_tensor_map, last_error, max_shared_bytes, compute_capability, multiprocessors.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -479,6 +478,15 @@ inline int64_t max_shared_bytes() {
   return bytes;
 }
 
+// 10 major + minor of the current device; 0 if there is none.
+inline int compute_capability() {
+  int device = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess)
+    return 0;
+  return 10 * major + minor;
+}
 inline int64_t multiprocessors() {
   int device = 0, count = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||

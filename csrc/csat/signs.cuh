@@ -64,7 +64,7 @@ CSAT_DEVICE const T* sign_source(const SignArgs& s, const SignColumns& c, int64_
   if (!kForward)
     return at<const T>(a.p.y, c.b, c.h * (a.heads / a.p.x_heads) + group_head, a.p.anchor_rows + k) +
            c.d * a.p.y.stride[3];
-  return is_kept(a, c.b, k) ? at<const T>(a.p.x, c.b, x_head_of(a, c.h), k) + c.d * a.p.x.stride[3] : nullptr;
+  return places_of(a, c.b).kept(k) ? at<const T>(a.p.x, c.b, x_head_of(a, c.h), k) + c.d * a.p.x.stride[3] : nullptr;
 }
 
 // Depth k0 .. k0 + 31 of this thread's eight columns -> shared, zeros where there is nothing.
@@ -127,7 +127,7 @@ CSAT_DEVICE void store_sum(const SignArgs& s, const SignBlock& block, const Sign
   if (kForward) {
     if (row < p.measurements) emit<T>(s.a, block.split, c.b, c.h, row, d, scale * value);
   } else if (row < p.tokens) {
-    at<T>(p.x, c.b, c.h, row)[d * p.x.stride[3]] = from_float<T>(is_kept(s.a, c.b, row) ? scale * value : 0.f);
+    at<T>(p.x, c.b, c.h, row)[d * p.x.stride[3]] = from_float<T>(places_of(s.a, c.b).kept(row) ? scale * value : 0.f);
   }
 }
 
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(limits::kThreads) signs_kernel(SignArgs s) {
   for (int j = 0; j < kColumns / 8; ++j) {
     const SignColumns c = sign_columns<kForward>(s, block, block.chunk * kSignChunks<T> + j);
     if (!c.exist) continue;
-    const float scale = signed_scale(s.a, c.b);
+    const float scale = signed_scale(places_of(s.a, c.b));
 #pragma unroll
     for (int e = 0; e < 4; ++e)
       store_sum<T, kForward>(s, block, c, row + e / 2 * 8, c.d + lane_id() % 4 * 2 + e % 2, scale, sums.at[0][j][e]);
@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(limits::kThreads, 3) signs_f32_kernel(SignArgs
     const int column = 32 * i + lane_id();
     const SignColumns c = sign_columns<kForward>(s, block, block.chunk * kChunks + column / 8);
     if (!c.exist) continue;
-    const float scale = signed_scale(s.a, c.b);
+    const float scale = signed_scale(places_of(s.a, c.b));
 #pragma unroll
     for (int r = 0; r < limits::kOuterRows; ++r)
       store_sum<float, kForward>(s, block, c, block.row + warp_id() * limits::kOuterRows + r, c.d + column % 8, scale,

@@ -99,6 +99,16 @@ CSAT_DEVICE RowTile row_tile_at(int64_t index, int64_t heads, int64_t queries, i
   return tile;
 }
 
+// Tile `index` of the rows that share decoder `group` of `groups`: one decoder walks every (batch, head), else decoder
+// h head h of the batch.
+CSAT_DEVICE RowTile decoder_tile(int64_t index, int64_t group, int64_t groups, int64_t heads, int64_t queries,
+                                 int rows) {
+  if (groups == 1) return row_tile_at(index, heads, queries, rows);
+  RowTile tile = row_tile_at(index, 1, queries, rows);
+  tile.head = group;
+  return tile;
+}
+
 template <typename T>
 CSAT_DEVICE T* at(const View& v, int64_t i, int64_t j, int64_t k) {
   return static_cast<T*>(v.data) + i * v.stride[0] + j * v.stride[1] + k * v.stride[2];

@@ -48,6 +48,14 @@ inline PackArgs transposed(PackArgs p) {
   return p;
 }
 
+// The bias (B H)(1, M) of attend; -inf in the padding.
+inline PackArgs bias_operand(const AttendParams& p) {
+  PackArgs bias{p.bias.data, p.bias.dtype,   p.batch, p.heads,          p.bias.stride[0], p.bias.stride[1],
+                1,           p.measurements, 0,       p.bias.stride[3], nullptr,          0,
+                0,           -INFINITY};
+  return bias;
+}
+
 // Do rows start at multiples of 16 bytes, elements side by side, so that vector copies can read them?
 inline bool has_vector_rows(const View& v) {
   return reinterpret_cast<uintptr_t>(v.data) % 16 == 0 && v.stride[3] == 1 && v.stride[0] % 8 == 0 &&

@@ -1,4 +1,5 @@
 // Host side of attend, decode and the fused forward, and of attend's backward: panels, workspace, launches.
+#include "csat/attend_backward_mma.h"
 #include "csat/dispatch.h"
 #include "csat/forward_mma.h"
 #include "csat/instances.h"
@@ -10,13 +11,6 @@ namespace {
 using limits::ceil_div;
 using limits::column_pad;
 using limits::depth_pad;
-
-PackArgs bias_operand(const AttendParams& p) {
-  PackArgs bias{p.bias.data, p.bias.dtype,   p.batch, p.heads,          p.bias.stride[0], p.bias.stride[1],
-                1,           p.measurements, 0,       p.bias.stride[3], nullptr,          0,
-                0,           -INFINITY};
-  return bias;
-}
 
 int take_attend(ForwardArgs& args, const AttendParams& p, Carver& carver, void* stream) {
   args.heads = p.heads;
@@ -132,13 +126,10 @@ struct Fused {
   bool on_tensor_cores, as_pair;
 
   Fused(const AttendParams& attend, const DecodeParams& decode) {
-    const int64_t limit = shared_memory_limit();
-    limits::ForwardMmaPlan alone;
-    DecodeParams second = decode;
-    second.z.dtype = attend.q.dtype;
-    on_tensor_cores = !limits::plan_mma(plan, &attend, &decode, limit);
+    const limits::Device device = limits::current_device();
+    on_tensor_cores = !limits::plan_forward(plan, &attend, &decode, device);
     as_pair = !on_tensor_cores &&
-              (!limits::plan_mma(alone, &attend, nullptr, limit) || !limits::plan_mma(alone, nullptr, &second, limit));
+              !limits::can_run(limits::Kernel::attend_decode, limits::Family::pair, {attend, decode}, device);
   }
 };
 
@@ -162,7 +153,8 @@ struct AttendDecodePair {
 
 int64_t attend_workspace(const AttendParams& p) {
   limits::ForwardMmaPlan plan;
-  if (!limits::plan_mma(plan, &p, nullptr, shared_memory_limit())) return forward_mma_workspace(plan, &p, nullptr);
+  if (!limits::plan_forward(plan, &p, nullptr, limits::current_device()))
+    return forward_mma_workspace(plan, &p, nullptr);
   Carver carver(nullptr);
   ForwardArgs args{};
   take_attend(args, p, carver, nullptr);
@@ -171,7 +163,7 @@ int64_t attend_workspace(const AttendParams& p) {
 
 int attend_forward(const AttendParams& p, void* workspace, void* stream) {
   limits::ForwardMmaPlan plan;
-  if (!limits::plan_mma(plan, &p, nullptr, shared_memory_limit()))
+  if (!limits::plan_forward(plan, &p, nullptr, limits::current_device()))
     return forward_mma(plan, &p, nullptr, workspace, stream);
   Carver carver(workspace);
   ForwardArgs args{};
@@ -182,7 +174,8 @@ int attend_forward(const AttendParams& p, void* workspace, void* stream) {
 
 int64_t decode_workspace(const DecodeParams& p) {
   limits::ForwardMmaPlan plan;
-  if (!limits::plan_mma(plan, nullptr, &p, shared_memory_limit())) return forward_mma_workspace(plan, nullptr, &p);
+  if (!limits::plan_forward(plan, nullptr, &p, limits::current_device()))
+    return forward_mma_workspace(plan, nullptr, &p);
   Carver carver(nullptr);
   ForwardArgs args{};
   take_decoder(args, p, carver, nullptr);
@@ -191,7 +184,7 @@ int64_t decode_workspace(const DecodeParams& p) {
 
 int decode_forward(const DecodeParams& p, void* workspace, void* stream) {
   limits::ForwardMmaPlan plan;
-  if (!limits::plan_mma(plan, nullptr, &p, shared_memory_limit()))
+  if (!limits::plan_forward(plan, nullptr, &p, limits::current_device()))
     return forward_mma(plan, nullptr, &p, workspace, stream);
   Carver carver(workspace);
   ForwardArgs args{};
@@ -238,12 +231,14 @@ int attend_decode_forward(const AttendParams& attend, const DecodeParams& decode
 }
 
 int64_t attend_backward_workspace(const AttendBackwardParams& p) {
+  if (!limits::why_not_mma(p, shared_memory_limit())) return attend_backward_mma_workspace(p);
   Carver carver(nullptr);
   BackwardPlan().take(p, carver, nullptr);
   return carver.used();
 }
 
 int attend_backward(const AttendBackwardParams& p, void* workspace, void* stream) {
+  if (!limits::why_not_mma(p, shared_memory_limit())) return attend_backward_mma(p, workspace, stream);
   const AttendParams& f = p.forward;
   Carver carver(workspace);
   BackwardPlan plan;

@@ -1,5 +1,5 @@
 // What the host asks about the device, the build and errors.
-#include "csat/launch.h"
+#include "csat/limits.h"
 #include "csat/prims.cuh"
 
 #define CSAT_TEXT_OF(x) #x
@@ -19,6 +19,8 @@ namespace csat {
 const char* build_info() { return "sm " CSAT_TEXT(CSAT_CUDA_ARCHS) ", " CSAT_COMPILER; }
 
 int64_t shared_memory_limit() { return max_shared_bytes(); }
+
+limits::Device limits::current_device() { return {compute_capability(), max_shared_bytes()}; }
 
 const char* error_string(int code) {
   if (code == 0) return "no error";

@@ -1,6 +1,7 @@
 // Host side of the tensor-core forward: operands with vector rows, grid, choice of the compiled instance.
 #include "csat/forward_mma.cuh"
 #include "csat/forward_mma.h"
+#include "csat/forward_wgmma.cuh"
 #include "csat/workspace.h"
 
 namespace csat {
@@ -93,7 +94,7 @@ int take_rows(ForwardMmaArgs& args, const DecodeParams& p, Carver& carver, void*
 int take(ForwardMmaArgs& args, const limits::ForwardMmaPlan& plan, const AttendParams* attend,
          const DecodeParams* decode, Carver& carver, void* stream) {
   CSAT_TRY(attend ? take_attend(args, plan, *attend, carver, stream) : take_rows(args, *decode, carver, stream));
-  const int rows = attend ? limits::kMmaRows : limits::decode_mma_rows(plan.atoms);
+  const int rows = plan.wgmma ? limits::kWgmmaRows : attend ? limits::kMmaRows : limits::decode_mma_rows(plan.atoms);
   args.units = static_cast<int>(ceil_div(args.queries, rows));
   return decode ? take_decoder(args, *decode, attend ? attend->q.dtype : decode->z.dtype, carver, stream) : 0;
 }
@@ -113,7 +114,16 @@ Launch decode_instance(int atoms) {
   return atoms == 128 ? launch_decode_mma<T, kD, 128> : launch_decode_mma<T, kD, 256>;
 }
 template <typename T>
+Launch wgmma_instance(const limits::ForwardMmaPlan& plan) {
+  if (plan.feature == 64) {
+    if (plan.atoms == 0) return launch_forward_wgmma<T, 64, 0>;
+    return plan.atoms == 64 ? launch_forward_wgmma<T, 64, 64> : launch_forward_wgmma<T, 64, 128>;
+  }
+  return plan.atoms == 0 ? launch_forward_wgmma<T, 128, 0> : launch_forward_wgmma<T, 128, 64>;
+}
+template <typename T>
 Launch instance(const limits::ForwardMmaPlan& plan, bool attend) {
+  if (plan.wgmma) return wgmma_instance<T>(plan);
   switch (plan.feature) {
     case 32:
       return attend ? attend_instance<T, 32>(plan.atoms) : decode_instance<T, 32>(plan.atoms);

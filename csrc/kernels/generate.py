@@ -11,7 +11,13 @@ from pathlib import Path
 DTYPES = ("bf16", "f16")
 # Kernel -> the compile-time sizes it is made for (limits.h says which problem takes which). csrc/csat/<kernel>.cuh
 # defines CSAT_<KERNEL>_INSTANCE(T, size).
-KERNELS: dict[str, tuple[int, ...]] = {"forward_mma": (32, 64, 80, 96, 128)}
+MMA_FEATURES = (32, 64, 80, 96, 128)
+KERNELS: dict[str, tuple[int, ...]] = {
+    "forward_mma": MMA_FEATURES,
+    "forward_wgmma": (64, 128),
+    "attend_backward_mma": MMA_FEATURES,
+    "decode_backward_mma": (64, 128, 256),
+}
 
 TEMPLATE = """// Written by generate.py.
 #define CSAT_INSTANTIATE

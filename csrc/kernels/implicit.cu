@@ -17,9 +17,12 @@ Launches launches(Ensemble ensemble) {
   switch (ensemble) {
     case Ensemble::rademacher:
       return {signs_splits, signs_forward, signs_backward};
-    default:
-      return {};
+    case Ensemble::pool:
+      return {segments_splits, segments_forward, segments_backward};
+    case Ensemble::srht:
+      return {hadamard_splits, hadamard_forward, hadamard_backward};
   }
+  return {};
 }
 
 ImplicitArgs arguments(const ImplicitParams& p) {

@@ -32,32 +32,48 @@ const char* check_decoder(const DecodeParams& p) {
 
 }  // namespace
 
-const char* plan_mma(ForwardMmaPlan& plan, const AttendParams* attend, const DecodeParams* decode,
-                     int64_t shared_limit) {
-  const DType dtype = attend ? attend->q.dtype : decode->z.dtype;
+namespace {
+
+const char* check_dtypes(DType dtype, const Decoder* d) {
   if (dtype == DType::f32) return "float32: the tensor cores take bf16 and fp16";
+  if (d)
+    for (const View* weight : {&d->S, &d->B, &d->psi})
+      if (weight->dtype != DType::f32 && weight->dtype != dtype) return "decoder weights of another 16-bit dtype";
+  return nullptr;
+}
+
+// The compile-time sizes of both tensor-core families; `feature_of` picks that of D, R and Dv.
+const char* plan_sizes(ForwardMmaPlan& plan, const AttendParams* attend, const DecodeParams* decode,
+                       int (*feature_of)(int64_t), const char* feature_reason) {
+  const DType dtype = attend ? attend->q.dtype : decode->z.dtype;
+  if (const char* reason = check_dtypes(dtype, decode ? &decode->decoder : nullptr)) return reason;
   int64_t feature = 0;
   if (attend) feature = attend->head_dim > attend->features ? attend->head_dim : attend->features;
   if (decode) {
     const Decoder& d = decode->decoder;
     for (int64_t n : {d.features, d.outputs}) feature = feature > n ? feature : n;
-    for (const View* weight : {&d.S, &d.B, &d.psi})
-      if (weight->dtype != DType::f32 && weight->dtype != dtype) return "decoder weights of another 16-bit dtype";
     plan.atoms = mma_atoms(d.coefficients);
     if (!plan.atoms) return "coefficient count P above 256";
     if (attend && plan.atoms > kFusedMmaAtoms) return "coefficient count P above 128 in the fused kernel";
   }
-  plan.feature = mma_feature(feature);
-  if (!plan.feature) return "D, R or Dv above 128";
-  if (attend && decode && plan.feature > kFusedMmaFeature) return "D, R or Dv above 96 in the fused kernel";
+  plan.feature = feature_of(feature);
+  if (!plan.feature) return feature_reason;
+  return attend && attend->measurements == 0 ? "no measurements" : nullptr;
+}
 
+}  // namespace
+
+const char* plan_mma(ForwardMmaPlan& plan, const AttendParams* attend, const DecodeParams* decode,
+                     int64_t shared_limit) {
+  plan = {};
+  if (const char* reason = plan_sizes(plan, attend, decode, mma_feature, "D, R or Dv above 128")) return reason;
+  if (attend && decode && plan.feature > kFusedMmaFeature) return "D, R or Dv above 96 in the fused kernel";
   const int64_t weights = decode ? decoder_mma_bytes(decode->decoder, plan.feature, plan.atoms) : 0;
   if (!attend) {
     plan.stages = 1;
     plan.shared_bytes = weights + kMmaWarps * mma_tile_bytes(decode_mma_rows(plan.atoms), plan.feature);
     return plan.shared_bytes <= shared_limit ? nullptr : "the decoder's weights exceed the shared memory of a block";
   }
-  if (attend->measurements == 0) return "no measurements";
   const int64_t chunks = ceil_div(attend->measurements, mma_chunk(plan.feature));
   const int64_t rows = kMmaWarps * mma_tile_bytes(kMmaRows, plan.feature);
   // Resident with the next rows on their way, resident, streamed: the first that fits.
@@ -75,6 +91,41 @@ const char* plan_mma(ForwardMmaPlan& plan, const AttendParams* attend, const Dec
   return "two chunks of measurements and the decoder's weights exceed the shared memory of a block";
 }
 
+const char* plan_wgmma(ForwardMmaPlan& plan, const AttendParams& attend, const DecodeParams* decode,
+                       const Device& device) {
+  plan = {};
+  if (device.capability != kWgmmaCapability) return "wgmma belongs to compute capability 9.0";
+  if (const char* reason =
+          plan_sizes(plan, &attend, decode, wgmma_feature, "D, R and Dv neither up to 64 nor 97 to 128"))
+    return reason;
+  if (decode && plan.atoms > wgmma_atoms_limit(plan.feature)) return "coefficient count P above 64 with D = 128";
+  plan.wgmma = true;
+  plan.chunks = plan.slots = static_cast<int>(ceil_div(attend.measurements, kWgmmaChunk));
+  plan.stages = 2;
+  const int64_t rows = int64_t(plan.chunks) * kWgmmaChunk;
+  plan.shared_bytes = rows * (4 * plan.feature + 4) + kMmaWarps * 2 * mma_tile_bytes(16, plan.feature);
+  if (decode) plan.shared_bytes += wgmma_decoder_bytes(decode->decoder, plan.feature, plan.atoms);
+  return plan.shared_bytes <= device.shared_bytes ? nullptr
+                                                  : "measurements and decoder exceed the shared memory of a block";
+}
+
+const char* plan_forward(ForwardMmaPlan& plan, const AttendParams* attend, const DecodeParams* decode,
+                         const Device& device) {
+  if (attend && !plan_wgmma(plan, *attend, decode, device)) return nullptr;
+  return plan_mma(plan, attend, decode, device.shared_bytes);
+}
+
+const char* why_not_mma(const DecodeBackwardParams& p, int64_t shared_limit) {
+  const Decoder& d = p.forward.decoder;
+  const int atoms = mma_atoms(d.coefficients), feature = decode_backward_feature(d.features, d.outputs);
+  if (const char* reason = check_dtypes(p.forward.z.dtype, &d)) return reason;
+  if (!atoms) return "coefficient count P above 256";
+  if (!feature) return "R or Dv above 128";
+  return decode_backward_bytes(atoms, feature, false) <= shared_limit
+             ? nullptr
+             : "a layer's weights exceed the shared memory of a block";
+}
+
 const char* why_not(const AttendParams& p, int64_t shared_limit) {
   return first_of({check_attend(p), check_row(attend_row(p.measurements, p.head_dim, p.features), shared_limit)});
 }
@@ -83,6 +134,23 @@ const char* why_not(const AttendBackwardParams& p, int64_t shared_limit) {
   const AttendParams& f = p.forward;
   return first_of({check_attend(f), check_row(query_backward_row(f.measurements, f.head_dim, f.features), shared_limit),
                    check_row(measurement_backward_row(f.head_dim, f.features), shared_limit)});
+}
+
+const char* why_not_mma(const AttendBackwardParams& p, int64_t shared_limit) {
+  const AttendParams& f = p.forward;
+  const int feature = mma_feature(f.head_dim > f.features ? f.head_dim : f.features);
+  if (const char* reason = check_dtypes(f.q.dtype, nullptr)) return reason;
+  if (!feature) return "head dimension D or feature count R above 128";
+  if (f.measurements == 0) return "no measurements";
+  if (p.dq.stride[3] != 1) return "the rows of dq are not contiguous";
+  const BackwardSlabs slabs(f.measurements, feature, shared_limit);
+  if (slabs.count == 0 || (slabs.count > 1 && backward_shift_mma_bytes(feature) > shared_limit))
+    return "the tiles of this size exceed the shared memory of a block";
+  const int64_t pairs = f.batch * f.heads, rows = pairs * f.queries;
+  if (pairs * ceil_div(f.queries, kBackwardQueries) * slabs.count > kMaxBlocks || f.queries > kMaxBlocks ||
+      (slabs.count > 1 && rows * ceil_div(f.head_dim, 32) > kMaxBlocks))
+    return "more than 2^31 tiles";
+  return nullptr;
 }
 
 const char* why_not(const DecodeParams& p, int64_t shared_limit) {
@@ -98,6 +166,106 @@ const char* why_not(const DecodeBackwardParams& p, int64_t shared_limit) {
 const char* why_not(const AttendParams& attend, const DecodeParams& decode, int64_t shared_limit) {
   return first_of(
       {check_attend(attend), check_decoder(decode), check_row(attend_decode_row(attend, decode), shared_limit)});
+}
+
+namespace {
+
+constexpr const char* kNoWgmma = "no wgmma version of this kernel";
+constexpr const char* kNoPair = "not a fused kernel";
+
+const char* can_pair(const Problem& p, const Device& device) {
+  ForwardMmaPlan plan;
+  DecodeParams decode = p.decode;
+  decode.z.dtype = p.attend.q.dtype;
+  const bool either = !plan_forward(plan, &p.attend, nullptr, device) || !plan_forward(plan, nullptr, &decode, device);
+  return either ? nullptr : "neither attend nor decode alone runs on tensor cores";
+}
+
+const char* can_run_forward(Kernel kernel, Family family, const Problem& p, const Device& device) {
+  const AttendParams* attend = kernel == Kernel::decode ? nullptr : &p.attend;
+  const DecodeParams* decode = kernel == Kernel::attend ? nullptr : &p.decode;
+  ForwardMmaPlan plan;
+  switch (family) {
+    case Family::wgmma:
+      return attend ? plan_wgmma(plan, *attend, decode, device) : kNoWgmma;
+    case Family::mma:
+      return plan_mma(plan, attend, decode, device.shared_bytes);
+    case Family::pair:
+      return kernel == Kernel::attend_decode ? can_pair(p, device) : kNoPair;
+    default:
+      if (kernel == Kernel::attend_decode) return why_not(p.attend, p.decode, device.shared_bytes);
+      return attend ? why_not(p.attend, device.shared_bytes) : why_not(p.decode, device.shared_bytes);
+  }
+}
+
+template <typename Params>
+const char* can_run_backward(Family family, const Params& p, const Device& device) {
+  if (family == Family::wgmma) return kNoWgmma;
+  if (family == Family::pair) return kNoPair;
+  return family == Family::mma ? why_not_mma(p, device.shared_bytes) : why_not(p, device.shared_bytes);
+}
+
+}  // namespace
+
+const char* can_run(Kernel kernel, Family family, const Problem& p, const Device& device) {
+  if (kernel == Kernel::attend_backward) {
+    AttendBackwardParams backward{};
+    backward.forward = p.attend;
+    backward.dq.stride[3] = 1;
+    return can_run_backward(family, backward, device);
+  }
+  if (kernel == Kernel::decode_backward) {
+    DecodeBackwardParams backward{};
+    backward.forward = p.decode;
+    return can_run_backward(family, backward, device);
+  }
+  return can_run_forward(kernel, family, p, device);
+}
+
+namespace {
+
+int64_t simt_bytes(std::initializer_list<int64_t> floats_per_row, int64_t shared_limit) {
+  int64_t most = 0;
+  for (int64_t floats : floats_per_row) {
+    const int64_t bytes = row_tile(floats, shared_limit) * floats * 4;
+    most = bytes > most ? bytes : most;
+  }
+  return most;
+}
+
+int64_t forward_bytes(Kernel kernel, Family family, const Problem& p, const Device& device) {
+  const AttendParams& a = p.attend;
+  const int64_t limit = device.shared_bytes, attend = attend_row(a.measurements, a.head_dim, a.features);
+  if (family == Family::simt) {
+    if (kernel == Kernel::attend_decode) return simt_bytes({attend_decode_row(a, p.decode)}, limit);
+    return simt_bytes({kernel == Kernel::attend ? attend : decode_row(p.decode.decoder.coefficients, a.features)},
+                      limit);
+  }
+  ForwardMmaPlan plan;
+  const DecodeParams* decode = kernel == Kernel::attend ? nullptr : &p.decode;
+  if (family == Family::wgmma) plan_wgmma(plan, a, decode, device);
+  if (family == Family::mma) plan_mma(plan, kernel == Kernel::decode ? nullptr : &a, decode, limit);
+  return plan.shared_bytes;
+}
+
+}  // namespace
+
+int64_t shared_bytes(Kernel kernel, Family family, const Problem& p, const Device& device) {
+  if (can_run(kernel, family, p, device) || family == Family::pair) return 0;
+  const int64_t M = p.attend.measurements, D = p.attend.head_dim, R = p.attend.features, limit = device.shared_bytes;
+  const Decoder& d = p.decode.decoder;
+  if (kernel == Kernel::attend_backward) {
+    if (family == Family::simt) return simt_bytes({query_backward_row(M, D, R), measurement_backward_row(D, R)}, limit);
+    const int feature = mma_feature(D > R ? D : R);
+    return attend_backward_mma_bytes(BackwardSlabs(M, feature, limit).warps, feature);
+  }
+  if (kernel == Kernel::decode_backward) {
+    if (family == Family::simt) return simt_bytes({decode_backward_row(d.coefficients, d.features, d.outputs)}, limit);
+    const int atoms = mma_atoms(d.coefficients), feature = decode_backward_feature(d.features, d.outputs);
+    const int64_t apart = decode_backward_bytes(atoms, feature, true);
+    return apart <= limit ? apart : decode_backward_bytes(atoms, feature, false);
+  }
+  return forward_bytes(kernel, family, p, device);
 }
 
 }  // namespace csat::limits

@@ -240,7 +240,7 @@ inline ProjectSizes check_project_backward(const char* op, const Tensor& dy, con
 // What names the rows of an implicit Phi, and the head counts Hx of x and Hp of Phi that meet in Hout.
 inline void check_ensemble(const char* op, const std::string& ensemble, int64_t rows, int64_t heads, int64_t x_heads,
                            int64_t tokens, int64_t layer) {
-  if (!ensemble_named(ensemble)) detail::fail(op, "ensemble must be rademacher; got ", ensemble);
+  if (!ensemble_named(ensemble)) detail::fail(op, "ensemble must be rademacher, srht or pool; got ", ensemble);
   if (rows < 1 || rows > kMaxTokens) detail::fail(op, "rows must be in [1, 2^31 - 2]; got ", rows);
   if (x_heads < 1) detail::fail(op, "x_heads must be at least 1; got ", x_heads);
   if (heads != 1 && (heads < 1 || heads % x_heads != 0))

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from csat_ext.convert import register_converter as register_converter
 from csat_ext.module import parameter_groups
 from csat_ext.op_builder import register
+from csat_ext.parallel import shard_sequence
 from csat_ext.section import SECTION as SECTION
 from csat_ext.section import CSATSection, apply, load_json, read_section
 
@@ -50,12 +51,19 @@ def initialize(
     `csat_ext.module.parameter_groups`: no weight decay on norms, biases and thresholds, and the thresholds'
     own learning rate. `model.parameters()`, a generator, is read after the replacement and therefore complete.
 
+    An ``mpu`` with sequence-parallel groups (`deepspeed.runtime.sequence_parallel.parallel_state_sp`) spreads the
+    tokens of the replaced modules over them, and the engine's gradients are made right (`csat_ext.parallel.engine`).
+
     Raises:
         ValueError: parameters of the replaced modules that `model_parameters` or `optimizer` lacks: they were
-            collected before the replacement; or as `read_section` and `apply`.
+            collected before the replacement; a setup of several ranks that would train wrongly (docs/parallel.md); or
+            as `read_section` and `apply`.
         TypeError, FileNotFoundError: as `read_section`.
     """
     import deepspeed
+
+    from csat_ext.parallel.engine import reconcile, refuse_scalars
+    from csat_ext.parallel.tensor import finish_autotp, prepare_autotp
 
     if model is None:
         raise TypeError("model: None came, an nn.Module is accepted")
@@ -67,6 +75,13 @@ def initialize(
     ds_config = load_json(config)
     section = read_section(ds_config)
     replaced = apply(model, section)
+    if replaced:
+        refuse_scalars(model)
+    split = prepare_autotp(model, replaced, ds_config)
+    if replaced and hasattr(mpu, "get_sequence_parallel_group"):
+        if split != ds_config:
+            raise ValueError("tensor_parallel and an mpu with sequence-parallel groups came: one of them is accepted")
+        shard_sequence(model, mpu.get_sequence_parallel_group(), section.sequence_parallel)
     if optimizer is None and model_parameters is None:
         model_parameters = _groups(model, ds_config, section)
     elif model_parameters is not None:
@@ -85,9 +100,12 @@ def initialize(
         mpu=mpu,
         dist_init_required=dist_init_required,
         collate_fn=collate_fn,
-        config=ds_config,
+        config=split,
         mesh_param=mesh_param,
     )
+    if split != ds_config:
+        finish_autotp(model, replaced)
+    reconcile(engine)
     _mend_universal_loading(ds_optimizer, model_parameters)
     return engine, ds_optimizer, loader, scheduler
 

@@ -27,7 +27,7 @@ from csat_ext.measurements import (
     valid_tokens,
 )
 
-IMPLICIT = ("rademacher",)
+IMPLICIT = ("rademacher", "srht", "pool")
 """The ensembles with such a form. Pools on a grid keep their matrix: a cell is no contiguous run of tokens."""
 
 

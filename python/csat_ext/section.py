@@ -18,6 +18,7 @@ from torch import nn
 from csat_ext import convert
 from csat_ext.config import CSATConfig, refuse_unknown
 from csat_ext.module import CSATCore
+from csat_ext.parallel import FORMS
 
 SECTION = "csat_attention"
 
@@ -44,6 +45,8 @@ class CSATSection:
             attention) in some of the chosen layers. The first that names a layer decides; keys it lacks are inherited.
         attention_dropout: ``"refuse"`` a layer that drops attention probabilities out, or ``"omit"`` that dropout.
         threshold_lr_scale: learning rate of the decoder's thresholds over that of the other parameters.
+        sequence_parallel: how layers work together where ``mpu`` spreads the tokens over ranks: a name from
+            `csat_ext.parallel.FORMS`.
         attention: what each chosen module becomes.
         auto: the fields of `attention` that the model fills (`AUTO`).
     """
@@ -55,6 +58,7 @@ class CSATSection:
     hybrid: tuple[CSATSection, ...] = ()
     attention_dropout: str = "refuse"
     threshold_lr_scale: float = 10.0
+    sequence_parallel: str = "measurements"
     attention: CSATConfig = field(default_factory=CSATConfig)
     auto: tuple[str, ...] = ()
 
@@ -287,7 +291,7 @@ def _parse(section: Any, where: str, inherited: Mapping[str, Any] | None = None)
     if not isinstance(section, dict):
         raise TypeError(f"{where}: {section!r} came, a mapping is accepted")
     selection = ("enabled", "layers", "types", "indices")
-    own = selection if inherited is not None else (*selection, "hybrid", "threshold_lr_scale")
+    own = selection if inherited is not None else (*selection, "hybrid", "threshold_lr_scale", "sequence_parallel")
     accepted = (*own, "attention_dropout", *(f.name for f in dataclasses.fields(CSATConfig)))
     refuse_unknown(section, accepted, where)
     chosen: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in section.items() if key in own}
@@ -323,6 +327,7 @@ _OWN = {
     "indices": (_is_choice_of_indices, "a list of integers or a slice such as '1:-1'"),
     "hybrid": (lambda v: _is_list_of(dict, v), "a list of mappings"),
     "attention_dropout": (lambda v: v in ("refuse", "omit"), "'refuse' or 'omit'"),
+    "sequence_parallel": (lambda v: v in tuple(FORMS), f"one of {', '.join(FORMS)}"),
 }
 
 

@@ -10,9 +10,12 @@
 
 extern "C" {
 
-// Frees device memory, empties the report, and sets the order of lanes, warps and blocks.
-void csat_reset(unsigned seed, int count_bank_conflicts) {
+// Frees device memory, empties the report, sets the order of lanes, warps and blocks, and the device: 10 major + minor
+// and the shared memory of a block.
+void csat_reset(unsigned seed, int count_bank_conflicts, int compute_capability, int64_t shared_bytes) {
   emulator::reset();
+  emulator::options.compute_capability = compute_capability;
+  emulator::options.shared_bytes_per_block = size_t(shared_bytes);
   emulator::options.seed = seed;
   emulator::options.count_bank_conflicts = count_bank_conflicts != 0;
 }

@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+# Of a block, by compute capability.
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -137,7 +139,10 @@ _ALL, _NO_ROW, _NO_LAST, _NO_LAYER, _ENDS = (0, 1, 2, 3), (0, 1, 3), (0, 1, 2), 
 class EmulatedOps:
     """The operators on the library at `path`; a non-zero `seed` shuffles the order of lanes, warps and blocks."""
 
-    def __init__(self, path: Path, seed: int = 0, count_bank_conflicts: bool = False) -> None:
+    def __init__(
+        self, path: Path, seed: int = 0, count_bank_conflicts: bool = False, compute_capability: int = 80
+    ) -> None:
+        self.compute_capability = compute_capability
         self.seed = seed
         self.count_bank_conflicts = count_bank_conflicts
         self.counters = Counters()
@@ -154,7 +159,8 @@ class EmulatedOps:
     # ---- device memory
 
     def _reset(self) -> None:
-        self._library.csat_reset(c_int(self.seed), c_int(self.count_bank_conflicts))
+        device = c_int(self.compute_capability), c_int64(SHARED_BYTES[self.compute_capability])
+        self._library.csat_reset(c_int(self.seed), c_int(self.count_bank_conflicts), *device)
 
     def _allocate(self, size: int) -> int:
         address = self._library.csat_allocate(c_int64(size))

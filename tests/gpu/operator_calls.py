@@ -20,6 +20,8 @@ from csat_ext import _composite
 RESULTS = {
     "project": ("y",),
     "project_backward": ("dx", "dphi"),
+    "project_implicit": ("y",),
+    "project_implicit_backward": ("dx",),
     "attend": ("z", "lse"),
     "attend_backward": ("dq", "dkc", "dvc", "dbias"),
     "decode": ("c",),
@@ -110,6 +112,37 @@ def project_calls(dtype: torch.dtype) -> Iterator[Call]:
         dy = values(batch, max(x_heads, phi_heads), m, dim)
         yield Call("project", label, (x, phi, keep))
         yield Call("project_backward", label, (dy, x, phi, keep, True, True))
+
+
+def project_implicit_calls(dtype: torch.dtype) -> Iterator[Call]:
+    # B, Hx, N, D, Hp, M, masked
+    sizes = {
+        "shared": (2, 3, 65, 16, 1, 9, False),
+        "per-head-masked": (2, 2, 333, 24, 2, 70, True),
+        "grouped": (3, 2, 21, 8, 4, 6, True),
+        "many-tokens": (1, 1, 5000, 40, 1, 130, False),
+        "many-measurements": (1, 2, 1500, 7, 2, 1100, True),
+        "one-token": (1, 1, 1, 3, 1, 1, False),
+        "no-batch": (0, 2, 5, 3, 1, 4, False),
+        "no-tokens": (2, 2, 0, 3, 4, 4, False),
+        "no-features": (2, 2, 5, 0, 1, 4, False),
+    }
+    for ensemble in ("rademacher", "srht", "pool"):
+        for label, (batch, x_heads, tokens, dim, phi_heads, m, masked) in sizes.items():
+            values = Values(dtype)
+            x = values.strided(batch, x_heads, tokens, dim)
+            counts = anchors = None
+            if masked:
+                keep = values(batch, tokens, dtype=torch.float32) > -0.5
+                keep[:, -1] = False
+                counts = torch.nn.functional.pad(keep.cumsum(-1), (1, 0)).int()
+                anchors = torch.tensor([[tokens - 1, -1]], dtype=torch.int32)
+            rows = m + (2 if masked else 0)
+            dy = values(batch, max(x_heads, phi_heads), rows, dim)
+            draw = (phi_heads, -5, 1)
+            yield Call("project_implicit", f"{ensemble}-{label}", (x, counts, anchors, ensemble, m, *draw))
+            backward = (dy, counts, anchors, ensemble, *draw, x_heads, tokens)
+            yield Call("project_implicit_backward", f"{ensemble}-{label}", backward)
 
 
 def _attend_arguments(values: Values, sizes: tuple[int, ...], bias_shape: tuple[int, int] | None) -> tuple[Any, ...]:
@@ -204,5 +237,5 @@ def attend_decode_calls(dtype: torch.dtype) -> Iterator[Call]:
 
 
 def calls(dtype: torch.dtype) -> Iterator[Call]:
-    for family in (project_calls, attend_calls, decode_calls, attend_decode_calls):
+    for family in (project_calls, project_implicit_calls, attend_calls, decode_calls, attend_decode_calls):
         yield from family(dtype)

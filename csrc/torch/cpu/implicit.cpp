@@ -17,57 +17,25 @@ constexpr int64_t kTokens = 256;  // tokens of a tile
 constexpr int64_t kRows = 128;    // measurements of a tile
 constexpr int64_t kShare = 8;     // (batch element, head) pairs that a tile of signs serves
 
-// Which tokens are measured, from running counts: token s is kept where counts[s + 1] > counts[s], and is then number
-// counts[s] of the kept ones. Without counts all are.
-class Places {
- public:
-  Places(const MaybeTensor& counts, int64_t tokens) : tokens_(tokens) {
-    if (!counts) return;
-    data_ = static_cast<const int32_t*>(counts->const_data_ptr());
-    batch_ = counts->size(0) == 1 ? 0 : counts->stride(0);
-    token_ = counts->stride(1);
-  }
-  bool all() const { return data_ == nullptr; }
-  // How many of the first s tokens are kept.
-  int64_t before(int64_t b, int64_t s) const { return all() ? s : data_[b * batch_ + s * token_]; }
-  bool kept(int64_t b, int64_t s) const { return all() || before(b, s + 1) > before(b, s); }
-  int64_t total(int64_t b) const { return before(b, tokens_); }
-  // The first token whose place is p or more.
-  int64_t find(int64_t b, int64_t p) const {
-    if (all()) return p;
-    int64_t low = 0, high = tokens_;
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (before(b, middle + 1) > p)
-        high = middle;
-      else
-        low = middle + 1;
-    }
-    return low;
-  }
-
- private:
-  const int32_t* data_ = nullptr;
-  int64_t tokens_, batch_ = 0, token_ = 0;
-};
-
 struct Task {
   ImplicitSizes n;
   Ensemble ensemble;
-  Places places;
+  const int32_t* counts;  // (1 or B, N + 1) contiguous, or null
+  int64_t counts_batch;
   RandomKey key;  // its head is set where one is known
 
   RandomKey key_of(int64_t head) const { return {key.low, key.high, static_cast<uint32_t>(head), key.layer}; }
   int64_t group() const { return n.Hout / n.Hx; }
   int64_t phi_head(int64_t h) const { return n.Hp == 1 ? 0 : h; }
-  double signed_scale(int64_t b) const { return 1 / std::sqrt(std::max<double>(1, places.total(b))); }
+  Places places(int64_t b) const { return {counts ? counts + b * counts_batch : nullptr, n.N}; }
+  double signed_scale(int64_t b) const { return 1 / std::sqrt(std::max<double>(1, places(b).total())); }
 };
 
 template <class R>
-void clear_masked(const Task& t, int64_t b, int64_t first, int64_t count, Block<R> rows) {
-  if (t.places.all()) return;
+void clear_masked(const Task& t, int64_t b, int64_t first, int64_t count, int64_t columns, Block<R> rows) {
+  const Places places = t.places(b);
   for (int64_t i = 0; i < count; ++i)
-    if (!t.places.kept(b, first + i)) std::fill_n(rows.row(i), t.n.D, R(0));
+    if (!places.kept(first + i)) std::fill_n(rows.row(i), columns, R(0));
 }
 
 template <class R>
@@ -105,7 +73,7 @@ void signs_forward(const Task& t, const Array& x, const Array& y) {
         micro_kernels<R>().signs(t.key_of(hp), row, rows, s, count, signs.data(), signs.ld());
         for (int64_t q = share; q < end; ++q) {
           load(x.matrix(pairs.b(q), pairs.h(q) / t.group(), s), count, n.D, tokens[0]);
-          clear_masked(t, pairs.b(q), s, count, tokens[0]);
+          clear_masked(t, pairs.b(q), s, count, n.D, tokens[0]);
           multiply_add(rows, n.D, count, as_is(signs[0]), tokens[0], sum[q - share]);
         }
       }
@@ -143,9 +111,209 @@ void signs_backward(const Task& t, const Array& dy, const Array& dx) {
       }
       for (int64_t q = share; q < end; ++q) {
         scale_rows(sum[q - share], count, n.D, t.signed_scale(pairs.b(q)));
-        clear_masked(t, pairs.b(q), s, count, sum[q - share]);
+        clear_masked(t, pairs.b(q), s, count, n.D, sum[q - share]);
         store(sum[q - share], count, n.D, dx.matrix(pairs.b(q), pairs.h(q), s));
       }
+    }
+  });
+}
+
+// ---- srht
+
+constexpr int64_t kTransform = 1024;  // tokens of one transform; what lies above its index is a sign of the whole block
+
+// Columns c0 .. of a matrix.
+template <class R>
+View columns_from(View view, int64_t c0) {
+  view.data = address(view.data, view.type, c0 * view.col);
+  return view;
+}
+
+// rows (size, panel) = H rows, H (size, size) the Hadamard matrix (-1)^popcount(i & k), size a power of two.
+template <class R>
+void hadamard(int64_t size, Block<R> rows) {
+  for (int64_t half = 1; half < size; half *= 2)
+    for (int64_t i = 0; i < size; i += 2 * half)
+      for (int64_t k = i; k < i + half; ++k) {
+        R *a = rows.row(k), *b = rows.row(k + half);
+        for (int64_t c = 0; c < kPanel<R>; ++c) {
+          const R sum = a[c] + b[c], difference = a[c] - b[c];
+          a[c] = sum;
+          b[c] = difference;
+        }
+      }
+}
+
+// One panel of columns of one head. The Hadamard matrix of N is the product of one over blocks of tokens and one within
+// them: the second is a fast transform, of the first only the rows that Phi has are summed.
+struct Transform {
+  int64_t size;
+  explicit Transform(int64_t tokens) : size(1) {
+    while (size < kTransform && size < tokens) size *= 2;
+  }
+  // Calls f(row of the measurement, row of the block's transform, its sign) for every measurement.
+  template <class F>
+  void for_each_row(const HadamardRows& rows, int64_t count, int64_t first_token, F f) const {
+    for (int64_t j = 0; j < count; ++j) {
+      const uint32_t row = rows(j);
+      f(j, static_cast<int64_t>(row & (size - 1)), parity(row & static_cast<uint32_t>(first_token)) != 0);
+    }
+  }
+};
+
+template <class R>
+void hadamard_forward(const Task& t, const Array& x, const Array& y) {
+  const ImplicitSizes& n = t.n;
+  const Transform transform(n.N);
+  const int64_t panels = divide_up(n.D, kPanel<R>);
+  parallel(n.B * n.Hout * panels, n.N * 16 * kPanel<R>, [&](int64_t first, int64_t last) {
+    Stack<R> block(1, transform.size, kPanel<R>), signs(1, 1, transform.size), sum(1, n.M, kPanel<R>);
+    for (int64_t unit = first; unit < last; ++unit) {
+      const int64_t c0 = unit % panels * kPanel<R>, h = unit / panels % n.Hout, b = unit / panels / n.Hout;
+      const int64_t columns = std::min(kPanel<R>, n.D - c0);
+      const RandomKey key = t.key_of(t.phi_head(h));
+      const HadamardRows rows = hadamard_rows(key);
+      const Places places = t.places(b);
+      clear(sum[0], n.M, kPanel<R>);
+      for (int64_t s = 0; s < n.N; s += transform.size) {
+        const int64_t count = std::min(transform.size, n.N - s);
+        clear(block[0], transform.size, kPanel<R>);
+        load(columns_from<R>(x.matrix(b, h / t.group(), s), c0), count, columns, block[0]);
+        micro_kernels<R>().signs(key, 0, 1, s, count, signs.data(), signs.ld());
+        for (int64_t i = 0; i < count; ++i)
+          for (int64_t c = 0; c < columns; ++c)
+            block[0].row(i)[c] = places.kept(s + i) ? block[0].row(i)[c] * signs.data()[i] : R(0);
+        hadamard(transform.size, block[0]);
+        transform.for_each_row(rows, n.M, s, [&](int64_t j, int64_t row, bool negative) {
+          const R* from = block[0].row(row);
+          R* to = sum[0].row(j);
+          for (int64_t c = 0; c < kPanel<R>; ++c) to[c] += negative ? -from[c] : from[c];
+        });
+      }
+      scale_rows(sum[0], n.M, columns, t.signed_scale(b));
+      store(sum[0], n.M, columns, columns_from<R>(y.matrix(b, h, n.A), c0));
+    }
+  });
+}
+
+template <class R>
+void hadamard_backward(const Task& t, const Array& dy, const Array& dx) {
+  const ImplicitSizes& n = t.n;
+  const Transform transform(n.N);
+  const int64_t panels = divide_up(n.D, kPanel<R>), group = t.group();
+  parallel(n.B * n.Hx * panels, n.N * 16 * kPanel<R> * group, [&](int64_t first, int64_t last) {
+    Stack<R> block(1, transform.size, kPanel<R>), sum(1, transform.size, kPanel<R>), signs(1, 1, transform.size),
+        grad(group, n.M, kPanel<R>);
+    for (int64_t unit = first; unit < last; ++unit) {
+      const int64_t c0 = unit % panels * kPanel<R>, hx = unit / panels % n.Hx, b = unit / panels / n.Hx;
+      const int64_t columns = std::min(kPanel<R>, n.D - c0);
+      for (int64_t g = 0; g < group; ++g)
+        load(columns_from<R>(dy.matrix(b, hx * group + g, n.A), c0), n.M, columns, grad[g]);
+      for (int64_t s = 0; s < n.N; s += transform.size) {
+        const int64_t count = std::min(transform.size, n.N - s);
+        clear(sum[0], count, kPanel<R>);
+        for (int64_t g = 0; g < group; ++g) {
+          const RandomKey key = t.key_of(t.phi_head(hx * group + g));
+          clear(block[0], transform.size, kPanel<R>);
+          transform.for_each_row(hadamard_rows(key), n.M, s, [&](int64_t j, int64_t row, bool negative) {
+            const R* from = grad[g].row(j);
+            R* to = block[0].row(row);
+            for (int64_t c = 0; c < kPanel<R>; ++c) to[c] += negative ? -from[c] : from[c];
+          });
+          hadamard(transform.size, block[0]);
+          micro_kernels<R>().signs(key, 0, 1, s, count, signs.data(), signs.ld());
+          for (int64_t i = 0; i < count; ++i)
+            for (int64_t c = 0; c < kPanel<R>; ++c) sum[0].row(i)[c] += block[0].row(i)[c] * signs.data()[i];
+        }
+        scale_rows(sum[0], count, columns, t.signed_scale(b));
+        clear_masked(t, b, s, count, columns, sum[0]);
+        store(sum[0], count, columns, columns_from<R>(dx.matrix(b, hx, s), c0));
+      }
+    }
+  });
+}
+
+// ---- pool
+
+Segments segments_of(const Task& t, int64_t b, int64_t h) {
+  return {t.n.M, t.n.Hp, t.phi_head(h), t.places(b).total()};
+}
+
+template <class R>
+void add_scaled(R weight, const R* from, int64_t columns, R* to) {
+  for (int64_t c = 0; c < columns; ++c) to[c] += weight * from[c];
+}
+
+template <class R>
+void segments_forward(const Task& t, const Array& x, const Array& y) {
+  const ImplicitSizes& n = t.n;
+  const int64_t row_tiles = divide_up(n.M, kRows);
+  parallel(n.B * n.Hout * row_tiles, divide_up(n.N, row_tiles) * n.D, [&](int64_t first, int64_t last) {
+    Stack<R> tokens(1, kTokens, n.D), sum(1, kRows, n.D);
+    std::vector<int64_t> kept;
+    for (int64_t unit = first; unit < last; ++unit) {
+      const int64_t row = unit % row_tiles * kRows, h = unit / row_tiles % n.Hout, b = unit / row_tiles / n.Hout;
+      const int64_t end = std::min(row + kRows, n.M);
+      const Segments segments = segments_of(t, b, h);
+      const Places places = t.places(b);
+      const int64_t length = segments.unit(), last_place = divide_up(segments.edge(end), length);
+      int64_t place = segments.edge(row) / length, s = places.token_at(place), j = row;
+      clear(sum[0], end - row, n.D);
+      while (place < last_place) {
+        kept.clear();
+        const int64_t wanted = std::min(kTokens, last_place - place);
+        for (; s < n.N && static_cast<int64_t>(kept.size()) < wanted; ++s)
+          if (places.kept(s)) kept.push_back(s);
+        const auto count = static_cast<int64_t>(kept.size());
+        if (count == 0) break;
+        View view = x.matrix(b, h / t.group());
+        view.row_index = kept.data();
+        load(view, count, n.D, tokens[0]);
+        for (int64_t i = 0; i < count; ++i, ++place) {
+          while (j + 1 < end && segments.edge(j + 1) <= place * length) ++j;
+          for (int64_t k = j; k < end && segments.edge(k) < (place + 1) * length; ++k)
+            add_scaled(static_cast<R>(segments.overlap(place, k)) / static_cast<R>(length), tokens[0].row(i), n.D,
+                       sum[0].row(k - row));
+        }
+      }
+      for (int64_t k = row; k < end; ++k) {
+        const int64_t mass = segments.edge(k + 1) - segments.edge(k);
+        if (mass == 0) continue;
+        const R factor = static_cast<R>(length) / static_cast<R>(mass);
+        for (int64_t c = 0; c < n.D; ++c) sum[0].row(k - row)[c] *= factor;
+      }
+      store(sum[0], end - row, n.D, y.matrix(b, h, n.A + row));
+    }
+  });
+}
+
+template <class R>
+void segments_backward(const Task& t, const Array& dy, const Array& dx) {
+  const ImplicitSizes& n = t.n;
+  const int64_t tiles = divide_up(n.N, kRows), group = t.group();
+  parallel(n.B * n.Hx * tiles, kRows * n.D * group, [&](int64_t first, int64_t last) {
+    Stack<R> sum(1, kRows, n.D), grad(1, 2, n.D);
+    for (int64_t unit = first; unit < last; ++unit) {
+      const int64_t s = unit % tiles * kRows, hx = unit / tiles % n.Hx, b = unit / tiles / n.Hx;
+      const int64_t count = std::min(kRows, n.N - s);
+      const Places places = t.places(b);
+      clear(sum[0], count, n.D);
+      for (int64_t h = hx * group; h < (hx + 1) * group; ++h) {
+        const Segments segments = segments_of(t, b, h);
+        int64_t loaded[2] = {-1, -1};  // two rows of dy at a time: a token lies on a border of two segments at most
+        for (int64_t i = 0; i < count; ++i) {
+          if (!places.kept(s + i)) continue;
+          const int64_t place = places.before(s + i), right = (place + 1) * segments.unit();
+          for (int64_t j = segments.at(place); j < n.M && segments.edge(j) < right; ++j) {
+            if (loaded[j % 2] != j) load(dy.matrix(b, h, n.A + j), 1, n.D, Block<R>{grad[0].row(j % 2), grad.ld()});
+            loaded[j % 2] = j;
+            const int64_t mass = segments.edge(j + 1) - segments.edge(j);
+            add_scaled(static_cast<R>(segments.overlap(place, j)) / static_cast<R>(mass), grad[0].row(j % 2), n.D,
+                       sum[0].row(i));
+          }
+        }
+      }
+      store(sum[0], count, n.D, dx.matrix(b, hx, s));
     }
   });
 }
@@ -209,8 +377,9 @@ void forward(const Task& t, const Array& x, const Array& y) {
     case Ensemble::rademacher:
       return signs_forward<R>(t, x, y);
     case Ensemble::srht:
+      return hadamard_forward<R>(t, x, y);
     case Ensemble::pool:
-      throw std::logic_error("not yet");
+      return segments_forward<R>(t, x, y);
   }
 }
 
@@ -220,17 +389,21 @@ void backward(const Task& t, const Array& dy, const Array& dx) {
     case Ensemble::rademacher:
       return signs_backward<R>(t, dy, dx);
     case Ensemble::srht:
+      return hadamard_backward<R>(t, dy, dx);
     case Ensemble::pool:
-      throw std::logic_error("not yet");
+      return segments_backward<R>(t, dy, dx);
   }
 }
 
+MaybeTensor contiguous(const MaybeTensor& t) { return t ? MaybeTensor(torch::stable::contiguous(*t)) : MaybeTensor(); }
+
+// `counts` contiguous.
 Task task(const ImplicitSizes& n, const MaybeTensor& counts, const std::string& ensemble, int64_t seed, int64_t layer) {
   const auto bits = static_cast<uint64_t>(seed);
-  return {n,
-          *ensemble_named(ensemble),
-          Places(counts, n.N),
-          {low_word(bits), high_word(bits), 0, static_cast<uint32_t>(layer)}};
+  const RandomKey key{low_word(bits), high_word(bits), 0, static_cast<uint32_t>(layer)};
+  if (!counts) return {n, *ensemble_named(ensemble), nullptr, 0, key};
+  return {n, *ensemble_named(ensemble), static_cast<const int32_t*>(counts->const_data_ptr()),
+          counts->size(0) == 1 ? 0 : n.N + 1, key};
 }
 
 }  // namespace
@@ -240,8 +413,9 @@ Tensor project_implicit(const Tensor& x, const MaybeTensor& counts, const MaybeT
   const ImplicitSizes n = check_project_implicit("project_implicit", x, counts, anchors, ensemble, rows, heads, layer);
   Tensor y = torch::stable::new_empty(x, {n.B, n.Hout, n.A + n.M, n.D});
   if (y.numel() == 0) return y;
+  const MaybeTensor places = contiguous(counts);
   with_accumulator(x, [&](auto zero) {
-    forward<decltype(zero)>(task(n, counts, ensemble, seed, layer), Array(x), Array(y));
+    forward<decltype(zero)>(task(n, places, ensemble, seed, layer), Array(x), Array(y));
     anchors_forward<decltype(zero)>(n, Anchors(anchors), Array(x), Array(y));
   });
   return y;
@@ -254,8 +428,9 @@ Tensor project_implicit_backward(const Tensor& dy, const MaybeTensor& counts, co
                                                           heads, layer, x_heads, tokens);
   Tensor dx = torch::stable::new_empty(dy, {n.B, n.Hx, n.N, n.D});
   if (dx.numel() == 0) return dx;
+  const MaybeTensor places = contiguous(counts);
   with_accumulator(dy, [&](auto zero) {
-    backward<decltype(zero)>(task(n, counts, ensemble, seed, layer), Array(dy), Array(dx));
+    backward<decltype(zero)>(task(n, places, ensemble, seed, layer), Array(dy), Array(dx));
     anchors_backward<decltype(zero)>(n, Anchors(anchors), Array(dy), Array(dx));
   });
   return dx;

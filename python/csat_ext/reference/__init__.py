@@ -8,6 +8,7 @@ from csat_ext.reference.attention import (
     csat_attention,
     decode,
     project,
+    project_implicit,
     renormalise_rows,
     soft_threshold,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "lista_untied",
     "omp",
     "project",
+    "project_implicit",
     "renormalise_rows",
     "soft_threshold",
 ]

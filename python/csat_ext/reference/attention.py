@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from csat_ext.measurements import rows_over_places
+
 
 def project(
     x: Tensor,  # (B, Hx, N, D)
@@ -32,6 +34,34 @@ def project(
         rows = torch.where(key_mask[:, None, None, :], rows, 0.0)
     heads = max(x.shape[1], phi.shape[1])
     return (_repeat_heads(rows, heads) @ _repeat_heads(tokens, heads)).to(x.dtype)
+
+
+def project_implicit(
+    x: Tensor,  # (B, Hx, N, D)
+    counts: Tensor | None,  # (1 or B, N + 1): tokens measured before s; None: all are
+    anchors: Tensor | None,  # (1 or B, A): the token of a row, -1: none
+    ensemble: str,
+    rows: int,  # M
+    heads: int,  # Hp: 1 or a multiple of Hx
+    seed: int,
+    layer: int,
+) -> Tensor:  # (B, max(Hx, Hp), A + M, D), dtype of x
+    """Measure by a Phi that the kernels hold nowhere. Over the n kept tokens s, p_s of which come before s:
+
+    rademacher  phi_js = sign(seed, layer, h, j, s) / sqrt(n)
+    srht        phi_js = sign(seed, layer, h, 0, s) (-1)^popcount(i_j & s) / sqrt(n), i_j = start + step j
+    pool        phi_js = |[p_s, p_s + 1) and [e_j, e_{j+1})| / (e_{j+1} - e_j), e_j = (j + (2 h + 1 - H) / (2 H)) n / M
+                within, e_0 = 0, e_M = n
+
+    with the draws of `csat_ext.philox`. Row a in front of them is the token of anchor a.
+    """
+    if counts is None:
+        counts = torch.arange(x.shape[2] + 1, device=x.device)[None]
+    if anchors is None:
+        anchors = counts.new_empty((1, 0))
+    phi = rows_over_places(ensemble, rows, heads, seed, layer, counts, anchors)
+    read = (phi != 0).any(2).any(1).expand(x.shape[0], -1)
+    return project(x, phi, read)
 
 
 def renormalise_rows(

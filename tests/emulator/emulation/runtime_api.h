@@ -13,7 +13,12 @@ enum cudaError_t : int {
   cudaErrorNotSupported = 801
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+};
 
 inline cudaError_t cudaGetLastError() { return cudaError_t(emulator::last_error()); }
 inline cudaError_t cudaPeekAtLastError() { return cudaGetLastError(); }

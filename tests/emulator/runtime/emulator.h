@@ -12,7 +12,8 @@ namespace emulator {
 struct Options {
   unsigned seed = 0;                           // 0: lanes, warps and blocks in order; else shuffled
   size_t shared_bytes_per_block = 227 * 1024;  // of compute capability 9.0
-  bool count_bank_conflicts = false;           // logs every shared access: three times slower
+  int compute_capability = 90;
+  bool count_bank_conflicts = false;  // logs every shared access: three times slower
 };
 extern Options options;
 

@@ -69,6 +69,12 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     case cudaDevAttrMultiProcessorCount:
       *value = 4;
       return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = emulator::options.compute_capability / 10;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = emulator::options.compute_capability % 10;
+      return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = int(emulator::options.shared_bytes_per_block);
       return cudaSuccess;

@@ -308,9 +308,9 @@ void Block::forget_clocks() {
 
 void Block::meet_named(int id, int expected, bool wait_here, int line) {
   Thread& self = *running;
-  if (id < 0 || id >= kNamedBarriers || expected <= 0 || expected % kWarpSize) {
+  if (id < 1 || id >= kNamedBarriers || expected <= 0 || expected % kWarpSize) {
     report.add(Fault::divergence, nullptr,
-               format("barrier %d for %d threads: 0..15 and whole warps are allowed", id, expected));
+               format("barrier %d for %d threads: 1..15 and whole warps are allowed", id, expected));
     return;
   }
   Barrier& barrier = named_[id];

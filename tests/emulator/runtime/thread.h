@@ -31,7 +31,7 @@ uint32_t shared_offset(const void* p);
 
 // ---- synchronisation. `line` is the source line of the call: threads of one barrier must come from one line.
 void block_barrier(int line);
-// bar.sync / bar.arrive: barrier `id` (0..15) completes when `threads` threads have arrived.
+// bar.sync / bar.arrive: barrier `id` (1..15; 0 is __syncthreads) completes when `threads` threads have arrived.
 void named_barrier(int id, int threads, bool wait, int line);
 // __syncthreads_count / _and / _or: the barrier, and how many of the threads held a true predicate.
 int block_barrier_count(bool predicate, int line);

@@ -1,0 +1,57 @@
+// What a warpgroup (four warps, 64 rows) multiplies by on Hopper: matrices in shared memory under the 128-byte swizzle,
+// and the asynchronous products with them. Each warp holds 16 rows as Sums and Operand of fragments.cuh, whose layout
+// wgmma shares.
+//
+// A product is started, not done: between start_product* and the wgmma_wait that names its sums, nothing may touch the
+// sums, the operand or the matrix. A chain of products ends with wgmma_commit.
+#pragma once
+#include "csat/fragments.cuh"
+
+namespace csat {
+
+// `rows` rows (a multiple of 8) of kColumns elements, as panels of 64 columns: rows of 128 bytes, in which the piece of
+// 16 bytes number p of row r stands at p ^ (r % 8). 1024-byte aligned.
+template <typename T, int kColumns>
+struct SwizzledTile {
+  static_assert(kColumns % 64 == 0, "panels hold 64 columns");
+  T* data;
+  int rows;
+
+  CSAT_DEVICE T* piece(int r, int c) const { return data + (c / 64 * rows + r) * 64 + ((c % 64 / 8) ^ (r % 8)) * 8; }
+  // Where block k of 16 columns starts for the rows from `row` (a multiple of 8) on.
+  CSAT_DEVICE const T* columns_from(int row, int k) const { return data + (k / 4 * rows + row) * 64 + k % 4 * 16; }
+};
+
+// load_rows_async of fragments.cuh for rows 0 .. count - 1; fence_proxy_async and a barrier before the first product.
+template <typename T, int kColumns>
+CSAT_DEVICE void load_rows_async(SwizzledTile<T, kColumns> tile, GlobalRows<const T> source, int count, int thread,
+                                 int threads) {
+  constexpr int kUnits = kColumns / 8;
+  for (int i = pinned(thread); i < count * kUnits; i += threads) {
+    const int r = i / kUnits, c = i % kUnits * 8;
+    const bool exists = r < source.rows && c < source.columns;
+    const int elements = !exists ? 0 : (source.columns - c < 8 ? source.columns - c : 8);
+    cp_async16_zfill(tile.piece(r, c), exists ? source.data + r * source.stride + c : source.data, elements * 2);
+  }
+}
+
+// sums (+)= a b^T, where b is the kColumns rows of the tile from `row` on.
+template <typename T, int kColumns, int kDepth>
+CSAT_DEVICE void start_product_transposed(Sums<16, kColumns>& sums, const Operand<T, 16, kDepth>& a,
+                                          SwizzledTile<T, kDepth> b, int row, bool accumulate) {
+#pragma unroll
+  for (int k = 0; k < kDepth / 16; ++k)
+    wgmma_k16<T, false>(sums.at[0], a.at[0][k], wgmma_descriptor(b.columns_from(row, k), 16, 1024),
+                        accumulate || k > 0);
+}
+// sums (+)= a b, where b is the kDepth rows of the tile from `row` on.
+template <typename T, int kColumns, int kDepth>
+CSAT_DEVICE void start_product(Sums<16, kColumns>& sums, const Operand<T, 16, kDepth>& a, SwizzledTile<T, kColumns> b,
+                               int row, bool accumulate) {
+#pragma unroll
+  for (int k = 0; k < kDepth / 16; ++k)
+    wgmma_k16<T, true>(sums.at[0], a.at[0][k], wgmma_descriptor(b.columns_from(row + 16 * k, 0), b.rows * 128, 1024),
+                       accumulate || k > 0);
+}
+
+}  // namespace csat

@@ -1,0 +1,7 @@
+// Written by generate.py.
+#define CSAT_INSTANTIATE
+#include "csat/forward_wgmma.cuh"
+
+namespace csat {
+CSAT_FORWARD_WGMMA_INSTANCE(f16, 128)
+}
