@@ -18,10 +18,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from csat_ext import deepspeed as integration
+from csat_ext.config import CSATConfig
 from csat_ext.module import CSATCore
 
 WIDTH, TOKENS, BATCH, STEPS = 16, 12, 4, 4
-SECTION = {"layers": "auto", "measurements": 5, "dictionary": "dct", "threshold_lr_scale": 10}
+CORE = {"measurements": 5, "dictionary": "dct"}
+SECTION = {**CORE, "layers": "auto", "threshold_lr_scale": 10}
+
+
+_BORN_OUTSIDE = CSATCore(2, WIDTH // 2, CSATConfig.from_dict(CORE))
+PHI = {length: _BORN_OUTSIDE.measurement(length, torch.device("cpu")).phi for length in (TOKENS, TOKENS + 1)}
+PSI = _BORN_OUTSIDE._psi()
 
 
 class Block(nn.Module):
@@ -105,6 +112,16 @@ def train(engine: Any, first: int = 0, steps: int = STEPS) -> list[float]:
     return losses
 
 
+def assert_float32_phi(model: nn.Module) -> None:
+    """`zero.Init` casts what torch's factories return; Phi and Psi are those of a module born outside, bit for bit."""
+    for module in model.modules():
+        if isinstance(module, CSATCore):
+            for length in (TOKENS, TOKENS + 1):  # one that is remembered and one that is not
+                phi = module.measurement(length, torch.device("cpu")).phi
+                assert phi.dtype == torch.float32 and PHI[length].equal(phi)
+            assert module._psi().dtype == torch.float32 and PSI.equal(module._psi())
+
+
 def under_zero_init(inside: bool, **more: Any) -> list[float]:
     """A model born in shards, converted after `zero.Init` or within it."""
     import deepspeed
@@ -116,6 +133,9 @@ def under_zero_init(inside: bool, **more: Any) -> list[float]:
             model = seeded(Model())
             if inside:
                 integration.apply(model, config)
+                assert_float32_phi(model)
+        if inside:
+            assert_float32_phi(model)
         return model
 
     if not inside:

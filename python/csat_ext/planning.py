@@ -20,6 +20,7 @@ from typing import Any
 from csat_ext.config import CSATConfig
 from csat_ext.implicit import IMPLICIT
 from csat_ext.measurements import ENSEMBLES, measurement
+from csat_ext.parallel import traffic
 from csat_ext.section import load_json, read_section
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -321,19 +322,21 @@ def communication(run: Run) -> dict[str, int]:
     """Bytes that one rank sends in a step of one micro batch (ring algorithms: (N - 1) / N of what is shared).
 
     Gradients: an all-reduce, or a reduce-scatter and an all-gather, twice the parameters; at stage 3 a second gather.
-    Sequences: compressed attention sums the measured K and V over its ranks, forward and backward, whatever n is; full
-    attention (Ulysses) exchanges q, k, v and the output, forward and backward.
+    Sequences: `csat_ext.parallel.traffic`; full attention by Ulysses.
     """
     model, size = run.model, BYTES[run.precision]
     n, s = run.data_ranks, run.sequence_ranks
     gradients = (3 if run.stage == 3 else 2) * parameters(run) * size * (n - 1) // n
-    kv = model.key_heads * model.head_dim
-    if run.compressed is not None:
-        measured = run.batch * run.compressed.measurements * 2 * kv * size
-        shared = 2 * (2 * measured * (s - 1) // s)
+    config = run.compressed
+    m, rank = (1, None) if config is None else (config.measurements, config.feature_rank)
+    queries, keys = (
+        traffic.Layer(run.batch, heads, model.head_dim, m, rank, size) for heads in (model.heads, model.key_heads)
+    )
+    if config is None:  # q and the output have H heads, k and v Hk
+        shared = (traffic.ulysses_bytes(queries, run.tokens, s) + traffic.ulysses_bytes(keys, run.tokens, s)) / 2
     else:
-        shared = 2 * (run.batch * run.local_tokens * 2 * (model.width + kv) * size * (s - 1) // s)
-    return {"gradients and parameters": gradients, "sequences": model.layers * shared}
+        shared = traffic.csat_bytes(keys, run.tokens, s)
+    return {"gradients and parameters": gradients, "sequences": model.layers * int(shared)}
 
 
 @dataclass(frozen=True)
