@@ -137,7 +137,14 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(job: Path) -> None:
     command = " ".join([sys.executable, "-m", "csat_ext.cli", *arguments(job, mount / "run")])
     script = f"mount -t tmpfs -o size=4m small {mount} && {command}; code=$?; cp -r {mount}/run {output}; exit $code"
     told = finish(
-        subprocess.Popen(["unshare", "-rm", "sh", "-c", script], env=ENVIRONMENT, stdout=-1, stderr=-1, text=True), 1
+        subprocess.Popen(
+            ["unshare", "-rm", "sh", "-c", script],
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ),
+        1,
     )
     line = next(line for line in told.splitlines() if line.startswith("csat: "))
     assert "step-00000008: the checkpoint could not be written" in line
