@@ -464,13 +464,17 @@ def test_project_implicit_of_nothing_is_zero(library: Any, sizes: tuple[int, ...
     assert bool((y == 0).all()) and bool((dx == 0).all())
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("batch,queries,measurements", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
-def test_attend_and_decode_of_nothing_are_zero(library: Any, batch: int, queries: int, measurements: int) -> None:
-    ops = EmulatedOps(library)
+def test_attend_and_decode_of_nothing_are_zero(
+    library: Any, batch: int, queries: int, measurements: int, dtype: torch.dtype, capability: int
+) -> None:
+    ops = EmulatedOps(library, compute_capability=capability)
     q, kc, vc = (
-        torch.ones(batch, 2, queries, 5),
-        torch.ones(batch, 1, measurements, 5),
-        torch.ones(batch, 1, measurements, 24),
+        torch.ones(batch, 2, queries, 5, dtype=dtype),
+        torch.ones(batch, 1, measurements, 5, dtype=dtype),
+        torch.ones(batch, 1, measurements, 24, dtype=dtype),
     )
     for bias in (None, torch.zeros(1, 2, measurements)):
         z, lse = ops.attend(q, kc, vc, bias, 1.0)

@@ -58,6 +58,8 @@ const char* plan_sizes(ForwardMmaPlan& plan, const AttendParams* attend, const D
   }
   plan.feature = feature_of(feature);
   if (!plan.feature) return feature_reason;
+  const int64_t pairs = attend ? attend->batch * attend->heads : decode->batch * decode->heads;
+  if (pairs > kMaxBlocks) return "more than 2^31 pairs of batch element and head";
   return attend && attend->measurements == 0 ? "no measurements" : nullptr;
 }
 
