@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "csat_attention": "functional",
+    "csat_attention_varlen": "varlen",
+    "measurement_varlen": "varlen",
     "SparseDecoder": "functional",
     "LinearDecoder": "functional",
     "CSATCache": "cache",
@@ -39,6 +41,7 @@ _MODULES = (
     "module",
     "ops",
     "reference",
+    "varlen",
 )
 
 __all__ = ["__version__", *_HOME, *_MODULES]
@@ -57,6 +60,8 @@ if TYPE_CHECKING:
     from csat_ext.measurements import measurement as measurement
     from csat_ext.measurements import measurement_matrix as measurement_matrix
     from csat_ext.module import CSATAttention as CSATAttention
+    from csat_ext.varlen import csat_attention_varlen as csat_attention_varlen
+    from csat_ext.varlen import measurement_varlen as measurement_varlen
 
 
 def __getattr__(name: str) -> Any:

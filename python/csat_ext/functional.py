@@ -193,7 +193,7 @@ def csat_attention(
             feature_sensing=feature_sensing, scale=scale, score_bias=score_bias, key_mask=key_mask,
         )[0]  # fmt: skip
     query, key, value = _autocast(query, key, value)
-    _check_attention(query, key, value)
+    check_attention(query, key, value)
     if phi_k is None:
         raise TypeError("phi_k must be a torch.Tensor or an ImplicitMeasurement, got None")
     for name, phi in (("phi_k", phi_k), ("phi_v", phi_v)):
@@ -289,7 +289,7 @@ def continue_causal(
     phi and so on are those of the new tokens. Returns the rows and the state after them. The block form also takes a
     function that measures blocks as ``phi_k``, beside their size."""
     query, key, value = _autocast(query, key, value)
-    _check_attention(query, key, value)
+    check_attention(query, key, value)
     if query.shape[2] != key.shape[2]:
         raise ValueError(
             f"query has {query.shape[2]} tokens, key {key.shape[2]}: a causal form has one query for each token"
@@ -519,7 +519,7 @@ def _is_autocast(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
 
 
-def _check_attention(query: Tensor, key: Tensor, value: Tensor) -> None:
+def check_attention(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         _check_tensor(name, tensor)
         if tensor.dtype not in _DTYPES:
