@@ -280,6 +280,7 @@ CSAT_DEVICE void attend_streamed(const ForwardMmaArgs& p, const UnitRun& run, T*
     }
     if (active) finish_unit<kP>(p, weights, run.pair, int64_t(run.first + unit) * kRows, sums.softmax, sums.z, tile);
   }
+  cp_async_wait<0>();
 }
 
 template <typename T, int kD, int kP>
