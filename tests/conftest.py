@@ -16,6 +16,8 @@ from torch import Tensor
 import csat_ext
 from csat_ext import reference
 
+# Backends of the emulator -> compute capability: what runs on Ampere, and Hopper's own kernels.
+EMULATED = {"emulated": 80, "emulated_sm_90": 90}
 RMS_LIMIT = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5, torch.float64: 1e-12}
 
 
@@ -35,11 +37,11 @@ class Backend:
 def _running(name: str) -> Iterator[Backend]:
     if name == "reference":
         yield Backend(name, reference.csat_attention, torch.device("cpu"))
-    elif name == "emulated":
+    elif name in EMULATED:
         # The kernels' own CUDA sources, compiled for the emulator, in place of the CPU kernels for the whole test.
         if reason := build.why_not_buildable():
             pytest.skip(reason)
-        with as_cpu_kernels(EmulatedOps(build.build())):
+        with as_cpu_kernels(EmulatedOps(build.build(), compute_capability=EMULATED[name])):
             yield Backend(name, csat_ext.csat_attention, torch.device("cpu"))
     elif name == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
@@ -47,13 +49,13 @@ def _running(name: str) -> Iterator[Backend]:
         yield Backend(name, csat_ext.csat_attention, torch.device(name))
 
 
-@pytest.fixture(params=["reference", "cpu", "emulated", "cuda"])
+@pytest.fixture(params=["reference", "cpu", *EMULATED, "cuda"])
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     with _running(request.param) as running:
         yield running
 
 
-@pytest.fixture(params=["cpu", "emulated", "cuda"])
+@pytest.fixture(params=["cpu", *EMULATED, "cuda"])
 def kernels(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """The backends that are not the oracle itself."""
     with _running(request.param) as running:

@@ -18,10 +18,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from csat_ext import deepspeed as integration
+from csat_ext.config import CSATConfig
 from csat_ext.module import CSATCore
 
 WIDTH, TOKENS, BATCH, STEPS = 16, 12, 4, 4
-SECTION = {"layers": "auto", "measurements": 5, "dictionary": "dct", "threshold_lr_scale": 10}
+CORE = {"measurements": 5, "dictionary": "dct"}
+SECTION = {**CORE, "layers": "auto", "threshold_lr_scale": 10}
+
+
+_BORN_OUTSIDE = CSATCore(2, WIDTH // 2, CSATConfig.from_dict(CORE))
+PHI = {length: _BORN_OUTSIDE.measurement(length, torch.device("cpu")).phi for length in (TOKENS, TOKENS + 1)}
+PSI = _BORN_OUTSIDE._psi()
 
 
 class Block(nn.Module):
@@ -105,6 +112,16 @@ def train(engine: Any, first: int = 0, steps: int = STEPS) -> list[float]:
     return losses
 
 
+def assert_float32_phi(model: nn.Module) -> None:
+    """`zero.Init` casts what torch's factories return; Phi and Psi are those of a module born outside, bit for bit."""
+    for module in model.modules():
+        if isinstance(module, CSATCore):
+            for length in (TOKENS, TOKENS + 1):  # one that is remembered and one that is not
+                phi = module.measurement(length, torch.device("cpu")).phi
+                assert phi.dtype == torch.float32 and PHI[length].equal(phi)
+            assert module._psi().dtype == torch.float32 and PSI.equal(module._psi())
+
+
 def under_zero_init(inside: bool, **more: Any) -> list[float]:
     """A model born in shards, converted after `zero.Init` or within it."""
     import deepspeed
@@ -116,12 +133,31 @@ def under_zero_init(inside: bool, **more: Any) -> list[float]:
             model = seeded(Model())
             if inside:
                 integration.apply(model, config)
+                assert_float32_phi(model)
+        if inside:
+            assert_float32_phi(model)
         return model
 
     if not inside:
         return train(build(config, born))
     engine, *_ = integration.initialize(model=born(), config={**config, "csat_attention": {"enabled": False}})
     return train(engine)
+
+
+def held_bytes(stage: int, precision: str) -> list[float]:
+    """Parameters of the model, and bytes of parameters and of Adam's state that this rank holds after a step."""
+    half = {"bf16": {"enabled": True}} if precision == "bf16" else {}
+    engine = build(configuration(stage, **half))
+    train(engine, steps=1)
+    parameters = list(engine.module.parameters())
+    count = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+    own = [p.ds_tensor if stage == 3 else p for p in parameters]
+    adam = engine.optimizer.optimizer
+    masters = [p for group in adam.param_groups for p in group["params"]]
+    if stage == 3:
+        masters = engine.optimizer.fp32_partitioned_groups_flat
+    moments = [t for state in adam.state.values() for t in state.values() if t.dim()]
+    return [count, *(float(sum(t.numel() * t.element_size() for t in held)) for held in (own, [*masters, *moments]))]
 
 
 def checkpointed(around: Callable[..., Tensor], stage: int) -> list[float]:
@@ -163,6 +199,7 @@ CASES: dict[str, Callable[[], list[float]]] = {
     "torch checkpointing": lambda: checkpointed(partial(checkpoint, use_reentrant=False), 2),
     "selective checkpointing": lambda: checkpointed(SELECTIVE, 3),
     "deepspeed checkpointing": lambda: checkpointed(deepspeed_checkpoint, 1),
+    **{f"bytes {s} {p}": partial(held_bytes, s, p) for s in (1, 2, 3) for p in ("fp32", "bf16")},
     "compile": compiled,
     "offload": lambda: train(build(configuration(**OFFLOAD))),
     "bf16": lambda: train(build(configuration(1, bf16={"enabled": True}))),

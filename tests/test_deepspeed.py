@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -282,80 +284,76 @@ def test_initialize_names_what_is_missing(argument: str, keys: dict[str, Any]) -
         integration.initialize(**keys)
 
 
-# ---- the real engine -------------------------------------------------------------------------------------------------
+# ---- the op builder --------------------------------------------------------------------------------------------------
 
-ENGINE = """
-import json, logging, sys
+FACTS = """
+import json
 import torch
-from csat_ext.pretrain.train import set_up_process_group
-
-set_up_process_group()
-import deepspeed
-from deepspeed.accelerator import get_accelerator
 from csat_ext import deepspeed as integration
-from csat_ext.module import CSATAttention
-from test_deepspeed import Model
+assert not torch.cuda.is_initialized()
+from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.op_builder.all_ops import ALL_OPS
 
 integration.register()
-integration.register()
-from deepspeed.ops.op_builder.all_ops import ALL_OPS
 builder = get_accelerator().create_op_builder("CSATAttentionBuilder")
-facts = {
+other = get_accelerator().create_op_builder("NoSuchBuilder")
+print(json.dumps({
     "listed": [name for name, op in ALL_OPS.items() if name == "csat_attention" and op.is_compatible()],
     "loaded": builder.load().__name__,
-    "others": get_accelerator().create_op_builder("NoSuchBuilder") is None
-    or type(get_accelerator().create_op_builder("NoSuchBuilder")).__name__,
-}
-losses = {}
-for name in sys.argv[1:]:
-    stage = int(name[0])
-    config = {
-        "train_micro_batch_size_per_gpu": 2,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-        "csat_attention": {"layers": "vision.*|cross_attn", "measurements": 4, "threshold_lr_scale": 10},
-    }
-    torch.manual_seed(0)
-    if name.endswith("zero.Init"):
-        with deepspeed.zero.Init(config_dict_or_path=config):
-            model = Model()
-    else:
-        model = Model()
-    engine, optimizer, _, _ = integration.initialize(model=model, config=config)
-    assert sum(isinstance(module, CSATAttention) for module in engine.module.modules()) == 3
-    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
-    losses[name] = []
-    for step in range(3):
-        loss = engine(torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(step)))
-        engine.backward(loss)
-        engine.step()
-        losses[name].append(loss.item())
-print("FACTS", json.dumps({**facts, "losses": losses, "rates": rates}))
-torch.distributed.destroy_process_group()
+    "same": type(builder) is type(ALL_OPS["csat_attention"]),
+    "other": None if other is None else type(other).__name__,
+}))
 """
 
 
-@pytest.mark.slow
-def test_engine_at_every_zero_stage() -> None:
-    """The same float32 losses at ZeRO 0 to 3, the last also under `zero.Init`; registration is idempotent."""
+def in_process(code: str, *path: Path) -> subprocess.CompletedProcess[str]:
+    search = [*map(str, path), *(p for p in sys.path if p)]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(search)}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240)
+
+
+def test_importing_registers_the_builder_once() -> None:
+    """A second `register` changes nothing, and no CUDA context is made."""
     pytest.importorskip("deepspeed")
-    path = [str(Path(__file__).parent), *(p for p in sys.path if p)]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
-    stages = ["0", "1", "2", "3", "3 with zero.Init"]
-    done = subprocess.run(
-        [sys.executable, "-c", ENGINE, *stages], env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    facts = json.loads(done.stdout.split("FACTS", 1)[1])
-    assert facts["listed"] == ["csat_attention"]
-    assert facts["loaded"] == "csat_ext._C"
-    assert facts["others"] in (True, "NotImplementedBuilder")
-    assert facts["rates"]["threshold"] == pytest.approx(10 * facts["rates"]["decay"])
-    first = facts["losses"]["0"]
-    assert first[0] != first[-1]
-    for stage in stages[1:]:
-        assert facts["losses"][stage] == pytest.approx(first, rel=1e-5)
+    done = in_process(FACTS)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts.pop("other") in (None, "NotImplementedBuilder")
+    assert facts == {"listed": ["csat_attention"], "loaded": "csat_ext._C", "same": True}
+
+
+@pytest.fixture
+def never_built(tmp_path: Path) -> Path:
+    """A checkout without the compiled library, whose `setup.py` puts it there instead of compiling it."""
+    package = Path(convert.__file__).parent
+    ignored = shutil.ignore_patterns("_C*.so", "_cuda*.so", "__pycache__", "pretrain")
+    shutil.copytree(package, tmp_path / "python" / "csat_ext", ignore=ignored)
+    library = importlib.util.find_spec("csat_ext._C")
+    assert library is not None and library.origin is not None
+    copying = f"shutil.copy({library.origin!r}, 'python/csat_ext'); open('built', 'a').write('once ')"
+    checked = "assert sys.argv[1:] == ['build_ext', '--inplace']"
+    (tmp_path / "setup.py").write_text(f"import shutil, sys; {checked}; {copying}")
+    return tmp_path
+
+
+LOAD = "from csat_ext import op_builder; print(op_builder.load().__file__)"
+
+
+def test_the_library_is_built_where_a_checkout_has_none(never_built: Path) -> None:
+    for _ in range(2):  # the second process finds it
+        done = in_process(LOAD, never_built / "python")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(str(never_built))
+    assert (never_built / "built").read_text() == "once "
+
+
+def test_what_cannot_be_built_or_loaded_says_so(never_built: Path) -> None:
+    (never_built / "setup.py").write_text("raise SystemExit('no compiler')")
+    assert "could not be built" in (told := in_process(LOAD, never_built / "python").stderr) and "no compiler" in told
+    (never_built / "setup.py").unlink()
+    assert "its sources are not here: reinstall csat_ext" in in_process(LOAD, never_built / "python").stderr
+    (never_built / "python" / "csat_ext" / "_C.abi3.so").write_bytes(b"not a library")
+    assert "csat_ext._C could not be loaded" in in_process(LOAD, never_built / "python").stderr
 
 
 def test_an_attention_called_otherwise_is_not_taken_for_ours() -> None:

@@ -171,10 +171,14 @@ def _on_tensor_cores(ops: EmulatedOps) -> bool:
     return ops.counters.mma > 0
 
 
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
 @pytest.mark.parametrize("sizes", MMA_ATTEND, ids=str)
-def test_attend_on_tensor_cores(library: Any, generator: torch.Generator, sizes: tuple[int, ...], dtype: Any) -> None:
-    ops = EmulatedOps(library, seed=5)
+def test_attend_on_tensor_cores(
+    library: Any, generator: torch.Generator, sizes: tuple[int, ...], dtype: Any, capability: int
+) -> None:
+    """On 90 D = 64 and 128 take warpgroup products, with an odd and an even number of units a block."""
+    ops = EmulatedOps(library, seed=5, compute_capability=capability)
     check(ops, "attend", *_attend_inputs(generator, dtype, sizes, "masked"))
     assert _on_tensor_cores(ops)
 
@@ -203,19 +207,23 @@ def test_decode_on_tensor_cores(library: Any, generator: torch.Generator, sizes:
     assert _on_tensor_cores(ops)
 
 
-# sizes of attend, of the decoder: one kernel; a pair, because z leaves no registers; a pair whose decoder is too large
+# sizes of attend, of the decoder: one kernel; a pair, because z leaves no registers; a pair whose decoder is too large;
+# one kernel that keeps B z on Hopper; one that does not
 FUSED = [
     ((1, 2, 1, 75, 70, 64, 64), (2, 3, 1, 1, 128, 64, 50)),
     ((1, 2, 2, 33, 40, 128, 100), (1, 2, 2, 1, 64, 100, 128)),
     ((1, 2, 1, 20, 13, 32, 24), (1, 2, 1, 1, 260, 24, 18)),
+    ((1, 1, 1, 330, 200, 40, 64), (1, 3, 1, 1, 64, 64, 60)),
+    ((2, 1, 1, 65, 30, 100, 128), (1, 3, 1, 3, 50, 128, 100)),
 ]
 
 
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("attend,decoder", FUSED, ids=str)
 def test_fused_on_tensor_cores_equals_the_pair(
-    library: Any, generator: torch.Generator, attend: tuple[int, ...], decoder: tuple[int, ...]
+    library: Any, generator: torch.Generator, attend: tuple[int, ...], decoder: tuple[int, ...], capability: int
 ) -> None:
-    ops = EmulatedOps(library, seed=5)
+    ops = EmulatedOps(library, seed=5, compute_capability=capability)
     inputs, weights = _attend_inputs(generator, torch.bfloat16, attend, "finite"), _decoder(generator, decoder)
     for need_z in (True, False):
         out, z, lse = ops.attend_decode(*inputs, *weights, need_z)
@@ -311,13 +319,13 @@ ON_CORES = [((1, 2, 9), (1, 2, 1, 1, 260, 24, 18)), ((1, 2, 9), (2, 2, 2, 2, 17,
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
 @pytest.mark.parametrize("shape,sizes", ON_TENSOR_CORES + ON_CORES, ids=str)
 def test_decode_backward_in_16_bits(
-    ops: EmulatedOps,
+    library: Any,
     generator: torch.Generator,
     shape: tuple[int, int, int],
     sizes: tuple[int, ...],
     dtype: torch.dtype,
 ) -> None:
-    ops.compute_capability = 90  # for the shared memory
+    ops = EmulatedOps(library, seed=5, compute_capability=90 if sizes[4] > 128 else 80)  # for the shared memory
     check_decode_backward(ops, *_settled_decode(generator, dtype, shape, sizes))
     assert _on_tensor_cores(ops) == ((shape, sizes) in ON_TENSOR_CORES)
 
@@ -341,7 +349,7 @@ def test_decode_backward_recomputes_the_iterates_of_decode(
     library: Any, generator: torch.Generator, sizes: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     """Bit for bit: a coefficient at its threshold is on in both passes or off in both."""
-    ops = EmulatedOps(library, seed=5, compute_capability=90)
+    ops = EmulatedOps(library, seed=5, compute_capability=90)  # for the shared memory
     S, B, theta, psi, step = _decoder(generator, sizes)
     z = _tokens(generator, dtype, 1, 1, sizes[6], sizes[5])
     coefficients = ops.decode(z, S, B, theta, torch.eye(64, sizes[4])[None], step)
@@ -456,13 +464,17 @@ def test_project_implicit_of_nothing_is_zero(library: Any, sizes: tuple[int, ...
     assert bool((y == 0).all()) and bool((dx == 0).all())
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("batch,queries,measurements", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
-def test_attend_and_decode_of_nothing_are_zero(library: Any, batch: int, queries: int, measurements: int) -> None:
-    ops = EmulatedOps(library)
+def test_attend_and_decode_of_nothing_are_zero(
+    library: Any, batch: int, queries: int, measurements: int, dtype: torch.dtype, capability: int
+) -> None:
+    ops = EmulatedOps(library, compute_capability=capability)
     q, kc, vc = (
-        torch.ones(batch, 2, queries, 5),
-        torch.ones(batch, 1, measurements, 5),
-        torch.ones(batch, 1, measurements, 24),
+        torch.ones(batch, 2, queries, 5, dtype=dtype),
+        torch.ones(batch, 1, measurements, 5, dtype=dtype),
+        torch.ones(batch, 1, measurements, 24, dtype=dtype),
     )
     for bias in (None, torch.zeros(1, 2, measurements)):
         z, lse = ops.attend(q, kc, vc, bias, 1.0)

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from csat_ext.planning import state_bytes
+
 pytest.importorskip("deepspeed")
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -29,6 +31,7 @@ FLOAT32 = [
     "compile",
     "offload",
 ]
+BYTES = [f"bytes {stage} {precision}" for stage in (1, 2, 3) for precision in ("fp32", "bf16")]
 STAGES = [1, 3]
 HALF = ["bf16", "bf16 zero.Init", "fp16"]
 
@@ -60,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def losses(folder: Path) -> dict[str, list[float]]:
     """Every training on two ranks, in one launch: starting an interpreter takes longer than a case."""
     checkpoints = [f"{verb} {stage} {folder / str(stage)}" for stage in STAGES for verb in ("save", "resume")]
-    return job(folder, "stage 0", *FLOAT32, *HALF, *checkpoints)
+    return job(folder, "stage 0", *FLOAT32, *HALF, *BYTES, *checkpoints)
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +111,15 @@ def test_zero_to_fp32_gives_weights_that_need_no_deepspeed(
     weights = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
     expected = losses[f"resume {stage} {folder / str(stage)}"][0]
     assert first_loss(weights) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("case", BYTES)
+def test_a_rank_holds_the_bytes_that_the_plan_says(losses: dict[str, list[float]], case: str) -> None:
+    _, stage, precision = case.split()
+    count, parameters, optimizer = losses[case]
+    foreseen = state_bytes(int(count), int(stage), 2, precision)
+    assert parameters == pytest.approx(foreseen["parameters"], rel=0.01)
+    assert optimizer == pytest.approx(foreseen["optimizer"], rel=0.01)
 
 
 def first_loss(weights: dict[str, torch.Tensor]) -> float:

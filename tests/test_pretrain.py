@@ -214,11 +214,37 @@ def test_auto_is_filled_from_the_yaml_and_contradictions_are_refused(job: Path) 
         fill_auto(Run(run.config, {**run.deepspeed, "gradient_accumulation_steps": "auto"}), world_size=1)
 
 
-@pytest.mark.parametrize("name", ["ds_csat.json", "ds_csat_linear.json", "ds_sdpa.json"])
-def test_the_shipped_configs_are_valid(name: str) -> None:
-    run = read_run(configs.load(EXAMPLES / "pretrain.yaml", deepspeed=str(EXAMPLES / name)))
+SHIPPED = sorted([*EXAMPLES.glob("ds_*.json"), *(EXAMPLES / "scale").glob("*.json")])
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_the_shipped_configs_are_valid(path: Path) -> None:
+    """For us and for DeepSpeed, and they convert what they name."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    run = read_run(configs.load(EXAMPLES / "pretrain.yaml", deepspeed=str(path)))
     attention = set(kinds(run).values())
-    assert attention == ({SDPAttention} if name == "ds_sdpa.json" else {SDPAttention, CSATAttention})
+    assert attention == ({SDPAttention} if path.name == "ds_sdpa.json" else {SDPAttention, CSATAttention})
+    filled = fill_auto(run, world_size=1)
+    assert DeepSpeedConfig(filled).zero_config.stage == filled["zero_optimization"]["stage"]
+
+
+def test_the_shipped_batch_script_is_a_script() -> None:
+    subprocess.run(["bash", "-n", EXAMPLES / "scale" / "pretrain.slurm"], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_config_of_many_nodes_trains_on_two_ranks(trained: tuple[Path, str], job: Path) -> None:
+    """ZeRO-3 in bfloat16: nearly the losses of one rank in float32."""
+    shipped = json.loads((EXAMPLES / "scale" / "many_nodes.json").read_text())
+    (job / "many.json").write_text(json.dumps({**shipped, "csat_attention": SECTION, **DENSE}))
+    output = job / "many"
+    fixed = ("pretrain", "--config", job / "job.yaml", "--deepspeed", job / "many.json", "--output", output)
+    screen = command(*fixed, "data.batch_size=4", "train.evaluate=false", ranks=2)
+    assert "2 rank(s) on cpu, ZeRO stage 3" in screen
+    totals = [np.array(losses(folder))[:, 1] for folder in (output, trained[0])]
+    assert totals[0] == pytest.approx(totals[1], rel=2e-2)
 
 
 BAD_COMMANDS = {

@@ -15,7 +15,7 @@
 // Budget of a row: 6 T P (P + R) + 6 P Dv FLOP (less with B tied), the sums over rows included; shared memory
 // limits::decode_backward_row floats; workspace (2 T + 1 + b_layers) P + R + Dv floats, each padded to 64.
 #pragma once
-#include "csat/tile.cuh"
+#include "csat/forward.cuh"
 
 namespace csat {
 
@@ -37,138 +37,137 @@ struct DecodeBackwardArgs {
   float* step_parts;   // (groups, group_tiles, T)
 };
 
+// What a block works on: its rows in shared memory and its slots of the workspace, whose places are computed, not kept.
+struct BackwardTile {
+  const DecodeBackwardArgs& p;
+  int64_t group, index;         // of the tile, in the group
+  float *wide, *a, *next, *bz;  // wide: z, then dc, then dz
+
+  CSAT_DEVICE BackwardTile(const DecodeBackwardArgs& p, float* shared, int64_t group, int64_t index)
+      : p(p),
+        group(group),
+        index(index),
+        wide(shared),
+        a(wide + p.rows * p.wide_pitch),
+        next(a + size()),
+        bz(next + size()) {}
+  CSAT_DEVICE int size() const { return p.rows * p.a_pitch; }                 // floats of an array of coefficients
+  CSAT_DEVICE int64_t slot() const { return group * p.group_tiles + index; }  // the tile in all groups
+  CSAT_DEVICE float* iterate(int t) const { return p.iterates + place(p.layers + 1, t); }
+  CSAT_DEVICE float* error(int t) const { return p.errors + place(p.layers, t); }
+  CSAT_DEVICE float* b_error(int t) const { return p.b_errors + place(p.b_layers, t); }
+
+ private:
+  CSAT_DEVICE int64_t place(int layers, int t) const { return ((group * layers + t) * p.group_tiles + index) * size(); }
+};
+
+// Rows of z or dc -> shared, and as float32 to the workspace for the sums over rows.
+template <typename T>
+CSAT_DEVICE void take_rows(const BackwardTile& b, const View& source, const RowTile& tile, int columns, int pitch,
+                           float* kept) {
+  load_rows(b.wide, pitch, b.p.rows, at<const T>(source, tile.batch, tile.head, tile.first), source.stride[2],
+            source.stride[3], tile.valid, columns);
+  __syncthreads();
+  kept += b.slot() * b.p.rows * pitch;
+  for (int i = threadIdx.x; i < b.p.rows * pitch; i += limits::kThreads) kept[i] = b.wide[i];
+}
+
+// out (rows, columns) = or += left (rows, depth) w, `w` one matrix of a panel.
+template <bool kAdd>
+CSAT_DEVICE void multiply_rows(float* out, int out_pitch, const float* left, int left_pitch, const Panel& panel,
+                               int64_t matrix, int rows) {
+  const float* w = panel.data + matrix * panel.matrix + lane_id();
+  for_each_micro_tile(rows, out_pitch, [&](int row, int column) {
+    Accumulator acc = {};
+    multiply(acc, left + row * left_pitch, left_pitch, w + column, panel.pitch, left_pitch);
+    float* place = out + row * out_pitch + column + lane_id();
+#pragma unroll
+    for (int r = 0; r < limits::kMicroRows; ++r)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float& value = place[r * out_pitch + 32 * i];
+        value = kAdd ? value + acc[r][i] : acc[r][i];
+      }
+  });
+}
+
+// a_0 .. a_T and v_0 .. v_{T-1} -> workspace.
+CSAT_DEVICE void recompute_iterates(BackwardTile& b) {
+  const DecodeBackwardArgs& p = b.p;
+  fill(b.iterate(0), b.size(), 0.f);
+  for (int t = 0; t < p.layers; ++t) {
+    const DecodeLayer layer(p.S_t, p.B_t, p.theta, p.step, b.group, p.s_layers, p.b_layers, t);
+    float *v_slot = b.error(t), *a_slot = b.iterate(t + 1);
+    decode_layer(layer, p.rows, p.a_pitch, b.a, b.next, b.bz, b.wide, p.features_pitch, p.z_depth,
+                 [&](int e, float v, float after) {
+                   v_slot[e] = v;
+                   a_slot[e] = after;
+                 });
+    __syncthreads();
+    float* swap = b.a;
+    b.a = b.next;
+    b.next = swap;
+  }
+}
+
+// e from g, in columns: e' -> workspace, `scaled` and `sum`, g = e - e'; the tile's dtheta_t and dstep_t.
+CSAT_DEVICE void threshold_backward(const BackwardTile& b, int t, float* g, float* scaled, float* sum) {
+  float* warp_sums = b.bz + b.size();
+  const DecodeBackwardArgs& p = b.p;
+  const int pitch = p.a_pitch;
+  const float gain = p.step.data[b.group * p.step.matrix + t];
+  const bool fresh = t == p.layers - 1 || p.b_layers > 1;  // of e' summed over the layers that share B
+  float* e_slot = b.error(t);
+  const float* a_slot = b.iterate(t + 1);
+  float step_sum = 0.f;
+  for (int c = threadIdx.x; c < pitch; c += limits::kThreads) {
+    float theta_sum = 0.f;
+    for (int i = c; i < b.size(); i += pitch) {
+      const float after = a_slot[i];
+      const float e = after != 0.f ? g[i] : 0.f;
+      theta_sum -= after > 0.f ? e : (after < 0.f ? -e : 0.f);
+      step_sum += e * e_slot[i];
+      e_slot[i] = scaled[i] = gain * e;
+      sum[i] = fresh ? scaled[i] : sum[i] + scaled[i];
+      g[i] = e - scaled[i];
+    }
+    p.theta_parts[(b.slot() * p.layers + t) * pitch + c] = theta_sum;
+  }
+  step_sum = warp_sum(step_sum);
+  if (lane_id() == 0) warp_sums[warp_id()] = step_sum;
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  float total = 0.f;
+  for (int w = 0; w < limits::kWarps; ++w) total += warp_sums[w];
+  p.step_parts[b.slot() * p.layers + t] = total;
+}
+
 template <typename T>
 __global__ void __launch_bounds__(limits::kThreads) decode_backward_kernel(DecodeBackwardArgs p) {
   CSAT_DYN_SMEM(float, shared);
-  const int rows = p.rows, pitch = p.a_pitch, lane = lane_id(), size = rows * pitch;
-  float* wide = shared;  // z, then dc, then dz
-  float* a = wide + rows * p.wide_pitch;
-  float* next = a + size;
-  float* bz = next + size;
-  float* warp_sums = bz + size;
   const int64_t group = blockIdx.x / p.group_tiles, index = blockIdx.x % p.group_tiles;
-  const RowTile tile = decoder_tile(p.first_tile + index, group, p.groups, p.heads, p.queries, rows);
-  const int64_t layer_stride = p.group_tiles * size;
-  float* iterates = p.iterates + group * (p.layers + 1) * layer_stride + index * size;
-  float* errors = p.errors + group * p.layers * layer_stride + index * size;
-  float* b_errors = p.b_errors + group * p.b_layers * layer_stride + index * size;
-  const float* theta = p.theta.data + group * p.theta.matrix + lane;
-  const float* step = p.step.data + group * p.step.matrix;
-
-  load_rows(wide, p.features_pitch, rows, at<const T>(p.z, tile.batch, tile.head, tile.first), p.z.stride[2],
-            p.z.stride[3], tile.valid, p.features);
-  fill(iterates, size, 0.f);
-  __syncthreads();
-  float* z_rows = p.z_rows + (group * p.group_tiles + index) * rows * p.features_pitch;
-  for (int i = threadIdx.x; i < rows * p.features_pitch; i += limits::kThreads) z_rows[i] = wide[i];
-
-  for (int t = 0; t < p.layers; ++t) {
-    const float* S = p.S_t.data + (group * p.s_layers + (p.s_layers == 1 ? 0 : t)) * p.S_t.matrix + lane;
-    const float* B = p.B_t.data + (group * p.b_layers + t) * p.B_t.matrix + lane;  // read while t < b_layers
-    const float* th = theta + t * p.theta.pitch;
-    const float gain = step[t];
-    float* v_slot = errors + t * layer_stride;
-    float* a_slot = iterates + (t + 1) * layer_stride;
-    for_each_micro_tile(rows, pitch, [&](int row, int column) {
-      const int offset = row * pitch + column + lane;
-      if (t < p.b_layers) {
-        Accumulator acc = {};
-        multiply(acc, wide + row * p.features_pitch, p.features_pitch, B + column, p.B_t.pitch, p.z_depth);
-#pragma unroll
-        for (int r = 0; r < limits::kMicroRows; ++r)
-          bz[offset + r * pitch] = acc[r][0], bz[offset + r * pitch + 32] = acc[r][1];
-      }
-      Accumulator acc = {};
-      if (t > 0) multiply(acc, a + row * pitch, pitch, S + column, p.S_t.pitch, pitch);
-#pragma unroll
-      for (int r = 0; r < limits::kMicroRows; ++r)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int e = offset + r * pitch + 32 * i;
-          const float old = t > 0 ? a[e] : 0.f, v = acc[r][i] + bz[e] - old;
-          next[e] = soft_threshold(old + gain * v, th[column + 32 * i]);
-          v_slot[e] = v;
-          a_slot[e] = next[e];
-        }
-    });
-    __syncthreads();
-    float* swap = a;
-    a = next;
-    next = swap;
-  }
+  const RowTile tile = decoder_tile(p.first_tile + index, group, p.groups, p.heads, p.queries, p.rows);
+  BackwardTile b(p, shared, group, index);
+  take_rows<T>(b, p.z, tile, p.features, p.features_pitch, p.z_rows);
+  recompute_iterates(b);
 
   // g_T = dc psi. From here on: g, e' and the sum of e' take the places of a, next and B z.
-  float *g = a, *scaled = next, *sum = bz;
-  load_rows(wide, p.outputs_pitch, rows, at<const T>(p.dout, tile.batch, tile.head, tile.first), p.dout.stride[2],
-            p.dout.stride[3], tile.valid, p.outputs);
+  float *g = b.a, *scaled = b.next, *sum = b.bz;
+  take_rows<T>(b, p.dout, tile, p.outputs, p.outputs_pitch, p.dout_rows);
+  multiply_rows<false>(g, p.a_pitch, b.wide, p.outputs_pitch, p.psi, group, p.rows);
   __syncthreads();
-  float* dout_rows = p.dout_rows + (group * p.group_tiles + index) * rows * p.outputs_pitch;
-  for (int i = threadIdx.x; i < rows * p.outputs_pitch; i += limits::kThreads) dout_rows[i] = wide[i];
-  const float* psi = p.psi.data + group * p.psi.matrix + lane;
-  for_each_micro_tile(rows, pitch, [&](int row, int column) {
-    Accumulator acc = {};
-    multiply(acc, wide + row * p.outputs_pitch, p.outputs_pitch, psi + column, p.psi.pitch, p.outputs_pitch);
-    float* out = g + row * pitch + column + lane;
-#pragma unroll
-    for (int r = 0; r < limits::kMicroRows; ++r) out[r * pitch] = acc[r][0], out[r * pitch + 32] = acc[r][1];
-  });
-  __syncthreads();
-  fill(wide, rows * p.features_pitch, 0.f);  // dz
-
+  fill(b.wide, p.rows * p.features_pitch, 0.f);  // dz
   for (int t = p.layers - 1; t >= 0; --t) {
-    const float gain = step[t];
-    float* e_slot = errors + t * layer_stride;
-    const float* a_slot = iterates + (t + 1) * layer_stride;
-    const bool fresh = t == p.layers - 1 || p.b_layers > 1;
-    float step_sum = 0.f;
-    for (int c = threadIdx.x; c < pitch; c += limits::kThreads) {
-      float theta_sum = 0.f;
-      for (int i = c; i < size; i += pitch) {
-        const float after = a_slot[i];
-        const float e = after != 0.f ? g[i] : 0.f;
-        theta_sum -= after > 0.f ? e : (after < 0.f ? -e : 0.f);
-        step_sum += e * e_slot[i];
-        e_slot[i] = scaled[i] = gain * e;
-        sum[i] = fresh ? scaled[i] : sum[i] + scaled[i];
-        g[i] = e - scaled[i];
-      }
-      p.theta_parts[((group * p.group_tiles + index) * p.layers + t) * pitch + c] = theta_sum;
-    }
-    step_sum = warp_sum(step_sum);
-    if (lane == 0) warp_sums[warp_id()] = step_sum;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      float total = 0.f;
-      for (int w = 0; w < limits::kWarps; ++w) total += warp_sums[w];
-      p.step_parts[(group * p.group_tiles + index) * p.layers + t] = total;
-    }
-    if (t > 0) {
-      const float* S = p.S.data + (group * p.s_layers + (p.s_layers == 1 ? 0 : t)) * p.S.matrix + lane;
-      for_each_micro_tile(rows, pitch, [&](int row, int column) {
-        Accumulator acc = {};
-        multiply(acc, scaled + row * pitch, pitch, S + column, p.S.pitch, pitch);
-        float* out = g + row * pitch + column + lane;
-#pragma unroll
-        for (int r = 0; r < limits::kMicroRows; ++r) out[r * pitch] += acc[r][0], out[r * pitch + 32] += acc[r][1];
-      });
-    }
+    threshold_backward(b, t, g, scaled, sum);
+    if (t > 0)
+      multiply_rows<true>(g, p.a_pitch, scaled, p.a_pitch, p.S, group * p.s_layers + (p.s_layers == 1 ? 0 : t), p.rows);
     if (t < p.b_layers) {
-      const float* B = p.B.data + (group * p.b_layers + t) * p.B.matrix + lane;
-      for_each_micro_tile(rows, p.features_pitch, [&](int row, int column) {
-        Accumulator acc = {};
-        multiply(acc, sum + row * pitch, pitch, B + column, p.B.pitch, pitch);
-        float* out = wide + row * p.features_pitch + column + lane;
-#pragma unroll
-        for (int r = 0; r < limits::kMicroRows; ++r) {
-          out[r * p.features_pitch] += acc[r][0];
-          out[r * p.features_pitch + 32] += acc[r][1];
-        }
-      });
-      for (int i = threadIdx.x; i < size; i += limits::kThreads) b_errors[t * layer_stride + i] = sum[i];
+      multiply_rows<true>(b.wide, p.features_pitch, sum, p.a_pitch, p.B, group * p.b_layers + t, p.rows);
+      for (int i = threadIdx.x; i < b.size(); i += limits::kThreads) b.b_error(t)[i] = sum[i];
     }
     __syncthreads();
   }
-  store_rows(at<T>(p.dz, tile.batch, tile.head, tile.first), p.dz.stride[2], p.dz.stride[3], wide, p.features_pitch,
+  store_rows(at<T>(p.dz, tile.batch, tile.head, tile.first), p.dz.stride[2], p.dz.stride[3], b.wide, p.features_pitch,
              tile.valid, p.features);
 }
 

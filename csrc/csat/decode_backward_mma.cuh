@@ -96,8 +96,8 @@ struct LayerTiles {
     const int s = t == 0 ? s_held : (w.s_layers == 1 ? 0 : t), b = w.b_layers == 1 ? 0 : t;
     if (s == s_held && b == b_held) return;
     __syncthreads();  // the other warps have read what is replaced
-    if (s != s_held) load(S, w.S, group, s, kP, w.coefficients, w.coefficients);
-    if (b != b_held) load(B, w.B, group, b, kP, w.coefficients, w.features);
+    if (s != s_held) load(S, w, w.S, group, s, kP, w.coefficients, w.coefficients);
+    if (b != b_held) load(B, w, w.B, group, b, kP, w.coefficients, w.features);
     s_held = s;
     b_held = b;
     psi_held = psi_held && psi.data != B.data;
@@ -106,7 +106,7 @@ struct LayerTiles {
   CSAT_DEVICE void want_psi(const DecoderWeights& w, int64_t group) {
     if (psi_held) return;
     __syncthreads();
-    load(psi, w.psi, group, 0, kF, w.outputs, w.coefficients);
+    load(psi, w, w.psi, group, 0, kF, w.outputs, w.coefficients);
     psi_held = true;
     if (psi.data == B.data) b_held = -1;
     arrive();
@@ -114,10 +114,10 @@ struct LayerTiles {
 
  private:
   template <int kColumns>
-  CSAT_DEVICE static void load(Tile<T, kColumns> tile, const View& v, int64_t group, int layer, int tile_rows, int rows,
-                               int columns) {
-    const GlobalRows<const T> source{at<const T>(v, group, layer, 0), v.stride[2], rows, columns};
-    load_rows_async(tile, source, 0, tile_rows, threadIdx.x, limits::kMmaThreads);
+  CSAT_DEVICE static void load(Tile<T, kColumns> tile, const DecoderWeights& w, const View& v, int64_t group, int layer,
+                               int tile_rows, int rows, int columns) {
+    load_rows_async(tile, weight_rows<T>(w, v, group, layer, rows, columns), 0, tile_rows, threadIdx.x,
+                    limits::kMmaThreads);
   }
   CSAT_DEVICE static void arrive() {
     cp_async_commit();

@@ -121,6 +121,53 @@ CSAT_DEVICE void attend_rows(const ForwardArgs& p, const RowTile& tile, float* z
   __syncthreads();
 }
 
+// Layer t of the decoder of `head`: this lane's columns of its panels.
+struct DecodeLayer {
+  const float *S, *B, *theta;
+  int64_t S_pitch, B_pitch;
+  float step;
+  bool first, multiplies_z;  // a_0 = 0 is nowhere; B z of a tied B stands from the first layer
+
+  CSAT_DEVICE DecodeLayer(const Panel& S, const Panel& B, const Panel& theta, const Panel& step, int64_t head,
+                          int s_layers, int b_layers, int t)
+      : S(S.data + (head * s_layers + (s_layers == 1 ? 0 : t)) * S.matrix + lane_id()),
+        B(B.data + (head * b_layers + t) * B.matrix + lane_id()),
+        theta(theta.data + head * theta.matrix + t * theta.pitch + lane_id()),
+        S_pitch(S.pitch),
+        B_pitch(B.pitch),
+        step(step.data[head * step.matrix + t]),
+        first(t == 0),
+        multiplies_z(t < b_layers) {}
+};
+
+// next = soft(a + step v, theta) with v = S a + B z - a, for (rows, pitch) iterates; calls keep(place, v, next) for
+// each.
+template <typename F>
+CSAT_DEVICE void decode_layer(const DecodeLayer& layer, int rows, int pitch, const float* a, float* next, float* bz,
+                              const float* z, int z_pitch, int z_depth, F keep) {
+  for_each_micro_tile(rows, pitch, [&](int row, int column) {
+    const int offset = row * pitch + column + lane_id();
+    if (layer.multiplies_z) {
+      Accumulator acc = {};
+      multiply(acc, z + row * z_pitch, z_pitch, layer.B + column, layer.B_pitch, z_depth);
+#pragma unroll
+      for (int r = 0; r < limits::kMicroRows; ++r)
+        bz[offset + r * pitch] = acc[r][0], bz[offset + r * pitch + 32] = acc[r][1];
+    }
+    Accumulator acc = {};
+    if (!layer.first) multiply(acc, a + row * pitch, pitch, layer.S + column, layer.S_pitch, pitch);
+#pragma unroll
+    for (int r = 0; r < limits::kMicroRows; ++r)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int e = offset + r * pitch + 32 * i;
+        const float old = layer.first ? 0.f : a[e], v = acc[r][i] + bz[e] - old;
+        next[e] = soft_threshold(old + layer.step * v, layer.theta[column + 32 * i]);
+        keep(e, v, next[e]);
+      }
+  });
+}
+
 template <typename T>
 CSAT_DEVICE void decode_rows(const ForwardArgs& p, const RowTile& tile, const float* z, float* rest) {
   const int rows = p.rows, pitch = p.a_pitch, lane = lane_id();
@@ -128,35 +175,9 @@ CSAT_DEVICE void decode_rows(const ForwardArgs& p, const RowTile& tile, const fl
   float* next = a + rows * pitch;
   float* bz = next + rows * pitch;
   const int64_t head = p.decoder_heads == 1 ? 0 : tile.head;
-  const float* theta = p.theta.data + head * p.theta.matrix + lane;
-  const float* step = p.step.data + head * p.step.matrix;
-
   for (int t = 0; t < p.layers; ++t) {
-    const int64_t s_index = head * p.s_layers + (p.s_layers == 1 ? 0 : t);
-    const float* S = p.S.data + s_index * p.S.matrix + lane;
-    const float* B = p.B.data + (head * p.b_layers + t) * p.B.matrix + lane;  // read while t < b_layers
-    const float* th = theta + t * p.theta.pitch;
-    const float gain = step[t];
-    for_each_micro_tile(rows, pitch, [&](int row, int column) {
-      const int offset = row * pitch + column + lane;
-      if (t < p.b_layers) {
-        Accumulator acc = {};
-        multiply(acc, z + row * p.z_pitch, p.z_pitch, B + column, p.B.pitch, p.z_depth);
-#pragma unroll
-        for (int r = 0; r < limits::kMicroRows; ++r)
-          bz[offset + r * pitch] = acc[r][0], bz[offset + r * pitch + 32] = acc[r][1];
-      }
-      Accumulator acc = {};
-      if (t > 0) multiply(acc, a + row * pitch, pitch, S + column, p.S.pitch, pitch);
-#pragma unroll
-      for (int r = 0; r < limits::kMicroRows; ++r)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int e = offset + r * pitch + 32 * i;
-          const float old = t > 0 ? a[e] : 0.f;
-          next[e] = soft_threshold(old + gain * (acc[r][i] + bz[e] - old), th[column + 32 * i]);
-        }
-    });
+    const DecodeLayer layer(p.S, p.B, p.theta, p.step, head, p.s_layers, p.b_layers, t);
+    decode_layer(layer, rows, pitch, a, next, bz, z, p.z_pitch, p.z_depth, [](int, float, float) {});
     __syncthreads();
     float* swap = a;
     a = next;

@@ -82,40 +82,48 @@ struct Turn {
   CSAT_DEVICE void pass() const { named_barrier_arrive(2 - group, limits::kMmaThreads); }
 };
 
-// z and the softmax of one unit over all chunks. A warpgroup without a unit only takes its turns.
-template <typename T, int kD, int kP>
-CSAT_DEVICE void attend_unit(const Resident<T, kD, kP>& resident, const Turn& turn, bool active,
-                             const Operand<T, 16, kD>& q, Softmax<16>& state, Sums<16, kD>& z) {
+// What a unit carries from chunk to chunk.
+template <typename T, int kD>
+struct UnitState {
+  Operand<T, 16, kD> q;
+  Sums<16, kD> z;
+  Softmax<16> softmax;
+  Operand<T, 16, limits::kWgmmaChunk> probabilities;
+};
+
+// The scores of chunk c, z of the chunk before, then the softmax of chunk c.
+template <bool kFirst, typename T, int kD, int kP>
+CSAT_DEVICE void attend_chunk(const Resident<T, kD, kP>& resident, const Turn& turn, int c, UnitState<T, kD>& unit) {
   constexpr int kChunk = limits::kWgmmaChunk;
-  const ForwardMmaArgs& p = resident.p;
-  Operand<T, 16, kChunk> probabilities;
-  for (int c = 0; c < p.chunks; ++c) {
-    Sums<16, kChunk> s;
-    turn.wait();
-    if (active) {
-      wgmma_fence(s.at[0], z.at[0]);
-      start_product_transposed(s, q, resident.keys(), c * kChunk, false);
-      if (c > 0) start_product(z, probabilities, resident.values(), (c - 1) * kChunk, true);
-      wgmma_commit();
-    }
-    turn.pass();
-    if (!active) continue;
-    wgmma_wait<0>(s.at[0], z.at[0]);
-    online_softmax(state, z, s, resident.bias() + c * kChunk, p.scale * kLog2e);
-    probabilities = to_operand<T>(s);
-  }
-  if (!active) return;
-  wgmma_fence(z.at[0]);
-  start_product(z, probabilities, resident.values(), (p.chunks - 1) * kChunk, true);
+  Sums<16, kChunk> s;
+  turn.wait();
+  wgmma_fence(s.at[0], unit.z.at[0], unit.q.at[0], unit.probabilities.at[0]);
+  start_product_transposed(s, unit.q, resident.keys(), c * kChunk, false);
+  if constexpr (!kFirst) start_product(unit.z, unit.probabilities, resident.values(), (c - 1) * kChunk, true);
   wgmma_commit();
-  wgmma_wait<0>(z.at[0]);
+  turn.pass();
+  wgmma_wait<0>(s.at[0], unit.z.at[0]);
+  online_softmax(unit.softmax, unit.z, s, resident.bias() + c * kChunk, resident.p.scale * kLog2e);
+  unit.probabilities = to_operand<T>(s);
+}
+
+// z and the softmax of one unit over all chunks.
+template <typename T, int kD, int kP>
+CSAT_DEVICE void attend_unit(const Resident<T, kD, kP>& resident, const Turn& turn, UnitState<T, kD>& unit) {
+  const int last = resident.p.chunks - 1;
+  attend_chunk<true>(resident, turn, 0, unit);
+  for (int c = 1; c <= last; ++c) attend_chunk<false>(resident, turn, c, unit);
+  wgmma_fence(unit.z.at[0], unit.probabilities.at[0]);
+  start_product(unit.z, unit.probabilities, resident.values(), last * limits::kWgmmaChunk, true);
+  wgmma_commit();
+  wgmma_wait<0>(unit.z.at[0]);
 }
 
 // sums (+)= a w^T, waited for.
 template <typename T, int kColumns, int kDepth>
-CSAT_DEVICE void product_transposed(Sums<16, kColumns>& sums, const Operand<T, 16, kDepth>& a,
-                                    SwizzledTile<T, kDepth> w, bool accumulate) {
-  wgmma_fence(sums.at[0]);
+CSAT_DEVICE void product_transposed(Sums<16, kColumns>& sums, Operand<T, 16, kDepth>& a, SwizzledTile<T, kDepth> w,
+                                    bool accumulate) {
+  wgmma_fence(sums.at[0], a.at[0]);
   start_product_transposed(sums, a, w, 0, accumulate);
   wgmma_commit();
   wgmma_wait<0>(sums.at[0]);
@@ -124,8 +132,8 @@ CSAT_DEVICE void product_transposed(Sums<16, kColumns>& sums, const Operand<T, 1
 // psi a_T from z: the layers of lista.cuh, each one product of all coefficients. B z of a tied B is kept where
 // registers hold it beside u.
 template <typename T, int kD, int kP>
-CSAT_DEVICE Sums<16, kD> decode_rows(const Operand<T, 16, kD>& z, const Resident<T, kD, kP>& resident) {
-  constexpr bool kKeep = kP <= 64;
+CSAT_DEVICE Sums<16, kD> decode_rows(Operand<T, 16, kD> z, const Resident<T, kD, kP>& resident) {
+  constexpr bool kKeep = kP <= 64 && kD <= 64;
   const DecoderWeights& w = resident.p.decoder;
   Operand<T, 16, kP> a = {};
   Sums<16, kKeep ? kP : 16> bz = {};
@@ -147,22 +155,20 @@ CSAT_DEVICE Sums<16, kD> decode_rows(const Operand<T, 16, kD>& z, const Resident
   return c;
 }
 
-// One unit of this warpgroup, whose queries stand in `tile`.
+// One unit of this warpgroup, whose queries stand in `tile`. One that does not exist is computed from zeros and writes
+// nothing: products under a condition that threads decide would be serialised by the compiler, and turns must be taken.
 template <typename T, int kD, int kP>
-CSAT_DEVICE void run_unit(const Resident<T, kD, kP>& resident, const Turn& turn, bool active, int pair, int64_t row,
+CSAT_DEVICE void run_unit(const Resident<T, kD, kP>& resident, const Turn& turn, int pair, int64_t row,
                           Tile<T, kD> tile) {
   const ForwardMmaArgs& p = resident.p;
-  Operand<T, 16, kD> q = {};
-  if (active) q = load_operand<16>(tile);
-  Sums<16, kD> z = {};
-  Softmax<16> state = {};
-  for_each_row(state.peak, [](float& peak, int) { peak = -INFINITY; });
-  attend_unit(resident, turn, active, q, state, z);
-  if (!active) return;
+  UnitState<T, kD> unit = {};
+  unit.q = load_operand<16>(tile);
+  for_each_row(unit.softmax.peak, [](float& peak, int) { peak = -INFINITY; });
+  attend_unit(resident, turn, unit);
   sync_warp();  // every lane has read its queries
-  write_softmax(p, pair, row, state, z, tile);
+  write_softmax(p, pair, row, unit.softmax, unit.z, tile);
   if constexpr (kP > 0) {
-    const Sums<16, kD> c = decode_rows(to_operand<T>(z), resident);
+    const Sums<16, kD> c = decode_rows(to_operand<T>(unit.z), resident);
     sync_warp();  // z has been stored
     store_tile(tile, 0, c);
     sync_warp();
@@ -173,11 +179,14 @@ CSAT_DEVICE void run_unit(const Resident<T, kD, kP>& resident, const Turn& turn,
 template <typename T, int kD, int kP>
 CSAT_DEVICE void attend_run(const Resident<T, kD, kP>& resident, const Turn& turn, const UnitRun& run) {
   const ForwardMmaArgs& p = resident.p;
-  const int warp = warp_id() % 4;
-  // A unit's 64 rows are four of the units of 16 that fetch_rows knows, one a warp.
-  const UnitRun sixteens{run.pair, 4 * run.first, 4 * run.count};
+  // This warp's 16 of a unit's 64 rows; past the last query where there is no such unit.
+  const auto first_row = [&](int unit) {
+    return unit < run.count ? int64_t(run.first + unit) * limits::kWgmmaRows + warp_id() % 4 * 16 : p.queries;
+  };
   const auto fetch = [&](int stage, int unit) {
-    fetch_rows<16>(resident.rows(warp_id(), stage), p, p.q, p.head_dim, sixteens, 4 * unit + warp);
+    load_rows_async(resident.rows(warp_id(), stage), rows_of<const T>(p.q, p, run.pair, p.head_dim), first_row(unit),
+                    16, lane_id(), 32);
+    cp_async_commit();
   };
   fetch(0, turn.group);
   for (int first = 0, stage = 0; first < run.count; first += 2, stage ^= 1) {
@@ -185,8 +194,7 @@ CSAT_DEVICE void attend_run(const Resident<T, kD, kP>& resident, const Turn& tur
     fetch(stage ^ 1, unit + 2);
     cp_async_wait<1>();
     sync_warp();
-    run_unit(resident, turn, unit < run.count, run.pair, int64_t(run.first + unit) * limits::kWgmmaRows + 16 * warp,
-             resident.rows(warp_id(), stage));
+    run_unit(resident, turn, run.pair, first_row(unit), resident.rows(warp_id(), stage));
     sync_warp();  // before the tile is filled again
   }
   cp_async_wait<0>();

@@ -229,5 +229,7 @@ struct Problem {
 
 // nullptr if the kernel runs in this family on the device, else the reason.
 const char* can_run(Kernel kernel, Family family, const Problem& p, const Device& device);
+// Bytes of shared memory that a block of it then takes: of the larger kernel where there are two.
+int64_t shared_bytes(Kernel kernel, Family family, const Problem& p, const Device& device);
 
 }  // namespace csat::limits

@@ -58,6 +58,8 @@ const char* plan_sizes(ForwardMmaPlan& plan, const AttendParams* attend, const D
   }
   plan.feature = feature_of(feature);
   if (!plan.feature) return feature_reason;
+  const int64_t pairs = attend ? attend->batch * attend->heads : decode->batch * decode->heads;
+  if (pairs > kMaxBlocks) return "more than 2^31 pairs of batch element and head";
   return attend && attend->measurements == 0 ? "no measurements" : nullptr;
 }
 
@@ -271,6 +273,52 @@ const char* can_run(Kernel kernel, Family family, const Problem& p, const Device
     return can_run_backward(family, backward, device);
   }
   return can_run_forward(kernel, family, p, device);
+}
+
+namespace {
+
+int64_t simt_bytes(std::initializer_list<int64_t> floats_per_row, int64_t shared_limit) {
+  int64_t most = 0;
+  for (int64_t floats : floats_per_row) {
+    const int64_t bytes = row_tile(floats, shared_limit) * floats * 4;
+    most = bytes > most ? bytes : most;
+  }
+  return most;
+}
+
+int64_t forward_bytes(Kernel kernel, Family family, const Problem& p, const Device& device) {
+  const AttendParams& a = p.attend;
+  const int64_t limit = device.shared_bytes, attend = attend_row(a.measurements, a.head_dim, a.features);
+  if (family == Family::simt) {
+    if (kernel == Kernel::attend_decode) return simt_bytes({attend_decode_row(a, p.decode)}, limit);
+    return simt_bytes({kernel == Kernel::attend ? attend : decode_row(p.decode.decoder.coefficients, a.features)},
+                      limit);
+  }
+  ForwardMmaPlan plan;
+  const DecodeParams* decode = kernel == Kernel::attend ? nullptr : &p.decode;
+  if (family == Family::wgmma) plan_wgmma(plan, a, decode, device);
+  if (family == Family::mma) plan_mma(plan, kernel == Kernel::decode ? nullptr : &a, decode, limit);
+  return plan.shared_bytes;
+}
+
+}  // namespace
+
+int64_t shared_bytes(Kernel kernel, Family family, const Problem& p, const Device& device) {
+  if (can_run(kernel, family, p, device) || family == Family::pair) return 0;
+  const int64_t M = p.attend.measurements, D = p.attend.head_dim, R = p.attend.features, limit = device.shared_bytes;
+  const Decoder& d = p.decode.decoder;
+  if (kernel == Kernel::attend_backward) {
+    if (family == Family::simt) return simt_bytes({query_backward_row(M, D, R), measurement_backward_row(D, R)}, limit);
+    const int feature = mma_feature(D > R ? D : R);
+    return attend_backward_mma_bytes(BackwardSlabs(M, feature, limit).warps, feature);
+  }
+  if (kernel == Kernel::decode_backward) {
+    if (family == Family::simt) return simt_bytes({decode_backward_row(d.coefficients, d.features, d.outputs)}, limit);
+    const int atoms = mma_atoms(d.coefficients), feature = decode_backward_feature(d.features, d.outputs);
+    const int64_t apart = decode_backward_bytes(atoms, feature, true);
+    return apart <= limit ? apart : decode_backward_bytes(atoms, feature, false);
+  }
+  return forward_bytes(kernel, family, p, device);
 }
 
 }  // namespace csat::limits

@@ -55,22 +55,25 @@ inline limits::Problem problem_of(const ProblemSizes& sizes, DType dtype, DType 
   return p;
 }
 
-// The reason why not, or nothing.
-inline std::optional<std::string> can_run(const std::string& kernel, const std::string& family,
-                                          const ProblemSizes& sizes, const std::string& dtype,
-                                          const std::string& weights, int capability, int64_t shared_bytes) {
+// Why it does not run, or nothing, and the shared memory that a block of it takes.
+inline std::pair<std::optional<std::string>, int64_t> can_run(const std::string& kernel, const std::string& family,
+                                                              const ProblemSizes& sizes, const std::string& dtype,
+                                                              const std::string& weights, int capability,
+                                                              int64_t shared_bytes) {
   using limits::Family, limits::Kernel;
-  const char* reason = limits::can_run(
-      named<Kernel>("kernel", kernel,
-                    {{"attend", Kernel::attend},
-                     {"decode", Kernel::decode},
-                     {"attend_decode", Kernel::attend_decode},
-                     {"attend_backward", Kernel::attend_backward},
-                     {"decode_backward", Kernel::decode_backward}}),
+  const Kernel which = named<Kernel>("kernel", kernel,
+                                     {{"attend", Kernel::attend},
+                                      {"decode", Kernel::decode},
+                                      {"attend_decode", Kernel::attend_decode},
+                                      {"attend_backward", Kernel::attend_backward},
+                                      {"decode_backward", Kernel::decode_backward}});
+  const Family of =
       named<Family>("family", family,
-                    {{"wgmma", Family::wgmma}, {"mma", Family::mma}, {"pair", Family::pair}, {"simt", Family::simt}}),
-      problem_of(sizes, dtype_named("dtype", dtype), dtype_named("weights", weights)), {capability, shared_bytes});
-  return reason ? std::optional<std::string>(reason) : std::nullopt;
+                    {{"wgmma", Family::wgmma}, {"mma", Family::mma}, {"pair", Family::pair}, {"simt", Family::simt}});
+  const limits::Problem problem = problem_of(sizes, dtype_named("dtype", dtype), dtype_named("weights", weights));
+  const limits::Device device{capability, shared_bytes};
+  const char* reason = limits::can_run(which, of, problem, device);
+  return {reason ? std::optional<std::string>(reason) : std::nullopt, limits::shared_bytes(which, of, problem, device)};
 }
 
 }  // namespace csat

@@ -91,8 +91,10 @@ PYBIND11_MODULE(_C, m) {
   for (const char* name : {"project", "project_backward", "project_implicit", "project_implicit_backward", "attend",
                            "attend_backward", "decode", "decode_backward", "attend_decode"})
     expose(m, name);
-  m.def("can_run", &csat::can_run, py::arg("kernel"), py::arg("family"), py::arg("sizes"), py::arg("dtype"),
-        py::arg("weights"), py::arg("capability"), py::arg("shared_bytes"),
-        "Why a CUDA kernel does not take a problem in a family, or None if it does (csrc/csat/limits.h).");
+  m.def(
+      "can_run", &csat::can_run, py::arg("kernel"), py::arg("family"), py::arg("sizes"), py::arg("dtype"),
+      py::arg("weights"), py::arg("capability"), py::arg("shared_bytes"),
+      "Why a CUDA kernel does not take a problem in a family, or None if it does, and the bytes of shared memory of a "
+      "block (csrc/csat/limits.h).");
   m.def("build_info", &build_info, "What this library was built from and for.");
 }

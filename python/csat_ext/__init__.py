@@ -24,6 +24,7 @@ _HOME = {
     "ImplicitMeasurement": "implicit",
     "implicit_measurement": "implicit",
     "dictionary": "dictionaries",
+    "explain": "info",
 }
 _MODULES = (
     "config",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from csat_ext.functional import csat_attention as csat_attention
     from csat_ext.implicit import ImplicitMeasurement as ImplicitMeasurement
     from csat_ext.implicit import implicit_measurement as implicit_measurement
+    from csat_ext.info import explain as explain
     from csat_ext.measurements import Measurement as Measurement
     from csat_ext.measurements import measurement as measurement
     from csat_ext.measurements import measurement_matrix as measurement_matrix

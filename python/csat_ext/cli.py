@@ -19,7 +19,7 @@ app = typer.Typer(
     help="Compressed Sensing Attention: pretraining, evaluation, reports.",
 )
 
-USER_ERRORS = (FileNotFoundError, FileExistsError, FloatingPointError, ValueError, TypeError)
+USER_ERRORS = (OSError, FloatingPointError, ValueError, TypeError)
 
 
 @app.callback()
@@ -68,6 +68,41 @@ def evaluate(
     _evaluate(checkpoint, output)
 
 
+@app.command()
+def plan(
+    model: Annotated[str, typer.Option(help="vit-b16, vit-l16, bert-large, ... or layers=24,width=1024,heads=16")],
+    seq: Annotated[int, typer.Option(help="Tokens of one sequence.")],
+    gpus: Annotated[int, typer.Option(help="Ranks in all.")] = 1,
+    batch: Annotated[int, typer.Option(help="Sequences that a data-parallel rank takes at once.")] = 1,
+    sequence_parallel: Annotated[int, typer.Option(help="Ranks that share one sequence.")] = 1,
+    deepspeed: Annotated[
+        Path | None, typer.Option(help="DeepSpeed JSON: its csat_attention section, ZeRO stage and precision.")
+    ] = None,
+    measurements: Annotated[int | None, typer.Option(help="m, wins over the JSON.")] = None,
+    zero: Annotated[int | None, typer.Option(help="ZeRO stage, wins over the JSON.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16, wins over the JSON.")] = None,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Every block is recomputed.")] = False,
+    tflops: Annotated[float, typer.Option(help="Assumed: 10^12 operations a second that a rank achieves.")] = 200.0,
+    bandwidth: Annotated[float, typer.Option(help="Assumed: 10^9 bytes a second that a rank sends.")] = 50.0,
+) -> None:
+    """Memory, communication, work and step time of a rank, beside those of full attention."""
+    from csat_ext import planning
+
+    run = planning.read_run(
+        planning.model_shape(model),
+        {} if deepspeed is None else deepspeed,
+        measurements=measurements,
+        stage=zero,
+        precision=precision,
+        tokens=seq,
+        batch=batch,
+        ranks=gpus,
+        sequence_ranks=sequence_parallel,
+        checkpointing=checkpointing,
+    )
+    typer.echo(planning.table(run, tflops=tflops, bandwidth=bandwidth))
+
+
 @app.command("ds-report")
 def ds_report() -> None:
     """DeepSpeed's ds_report with our operator in its list."""
@@ -77,9 +112,9 @@ def ds_report() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.env_report import main as report
 
-    import csat_ext.deepspeed
+    from csat_ext import op_builder
 
-    csat_ext.deepspeed.register()
+    op_builder.register()
     report()
 
 

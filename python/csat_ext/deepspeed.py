@@ -6,13 +6,12 @@
 ```
 
 `initialize` has the signature of `deepspeed.initialize`: it reads the section, replaces the attention modules whose
-names match `layers`, and hands the rest to DeepSpeed. `apply` does the replacement alone. Importing this module
-imports neither DeepSpeed nor a compiled library.
+names match `layers`, and hands the rest to DeepSpeed. `apply` does the replacement alone. Importing this module makes
+DeepSpeed, where it is installed, know the op builder (`csat_ext.op_builder`); no CUDA context is made.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Callable
 from functools import partial
@@ -23,52 +22,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from csat_ext.config import CSATConfig
-from csat_ext.convert import family
 from csat_ext.convert import register_converter as register_converter
-from csat_ext.module import CSATCore, parameter_groups
-from csat_ext.section import SECTION, CSATSection, choose, load_json, read_section
-
-BUILDER = "CSATAttentionBuilder"
-
-
-def apply(model: nn.Module, section: CSATSection | str | Path | dict[str, Any]) -> list[str]:
-    """Replaces, in place, the attention modules that the section chooses; their Parameter objects are reused.
-
-    Runs before `deepspeed.initialize`, so that the optimizer sees the new parameters; before, inside or after
-    `deepspeed.zero.Init`.
-
-    Args:
-        model: any module that holds attention modules of the families of `csat_ext.convert`.
-        section: a section that was read, or a DeepSpeed config or its path (`read_section`).
-
-    Returns:
-        The names of the replaced modules, in the model's order.
-
-    Raises:
-        ValueError: what `csat_ext.section.choose` or a converter refuses; the model is then as it was.
-        TypeError, FileNotFoundError: as `read_section`.
-    """
-    section = section if isinstance(section, CSATSection) else read_section(section)
-    new = {name: _converted(model, name, config) for name, config in choose(model, section).items()}
-    for name, replacement in new.items():
-        parent, _, child = name.rpartition(".")
-        replacement.train(model.get_submodule(name).training)
-        setattr(model.get_submodule(parent), child, replacement)
-    for encoder in model.modules():
-        if isinstance(encoder, nn.TransformerEncoder) and any(isinstance(m, CSATCore) for m in encoder.modules()):
-            encoder.use_nested_tensor = False  # of its inference path, which a measurement of padded keys does not take
-    return list(new)
-
-
-def _converted(model: nn.Module, name: str, config: CSATConfig) -> nn.Module:
-    old = model.get_submodule(name)
-    form = family(old)
-    assert form is not None
-    try:
-        return form.convert(old, config)
-    except ValueError as error:
-        raise ValueError(f"{SECTION}.layers: {name} ({type(old).__name__}): {error}") from error
+from csat_ext.module import parameter_groups
+from csat_ext.op_builder import register
+from csat_ext.parallel import shard_sequence
+from csat_ext.section import SECTION as SECTION
+from csat_ext.section import CSATSection, apply, load_json, read_section
 
 
 def initialize(
@@ -92,12 +51,19 @@ def initialize(
     `csat_ext.module.parameter_groups`: no weight decay on norms, biases and thresholds, and the thresholds'
     own learning rate. `model.parameters()`, a generator, is read after the replacement and therefore complete.
 
+    An ``mpu`` with sequence-parallel groups (`deepspeed.runtime.sequence_parallel.parallel_state_sp`) spreads the
+    tokens of the replaced modules over them, and the engine's gradients are made right (`csat_ext.parallel.engine`).
+
     Raises:
         ValueError: parameters of the replaced modules that `model_parameters` or `optimizer` lacks: they were
-            collected before the replacement; or as `read_section` and `apply`.
+            collected before the replacement; a setup of several ranks that would train wrongly (docs/parallel.md); or
+            as `read_section` and `apply`.
         TypeError, FileNotFoundError: as `read_section`.
     """
     import deepspeed
+
+    from csat_ext.parallel.engine import reconcile, refuse_scalars
+    from csat_ext.parallel.tensor import finish_autotp, prepare_autotp
 
     if model is None:
         raise TypeError("model: None came, an nn.Module is accepted")
@@ -106,10 +72,16 @@ def initialize(
         config = getattr(args, "deepspeed_config", None)
     if config is None:
         raise TypeError("config: None came, a dict or the path of a DeepSpeed JSON is accepted")
-    register()
     ds_config = load_json(config)
     section = read_section(ds_config)
     replaced = apply(model, section)
+    if replaced:
+        refuse_scalars(model)
+    split = prepare_autotp(model, replaced, ds_config)
+    if replaced and hasattr(mpu, "get_sequence_parallel_group"):
+        if split != ds_config:
+            raise ValueError("tensor_parallel and an mpu with sequence-parallel groups came: one of them is accepted")
+        shard_sequence(model, mpu.get_sequence_parallel_group(), section.sequence_parallel)
     if optimizer is None and model_parameters is None:
         model_parameters = _groups(model, ds_config, section)
     elif model_parameters is not None:
@@ -128,9 +100,12 @@ def initialize(
         mpu=mpu,
         dist_init_required=dist_init_required,
         collate_fn=collate_fn,
-        config=ds_config,
+        config=split,
         mesh_param=mesh_param,
     )
+    if split != ds_config:
+        finish_autotp(model, replaced)
+    reconcile(engine)
     _mend_universal_loading(ds_optimizer, model_parameters)
     return engine, ds_optimizer, loader, scheduler
 
@@ -150,65 +125,6 @@ def checkpoint_contexts(*ops: str) -> Callable[[], tuple[Any, Any]]:
             raise ValueError(f"ops: {name!r} is not an op of torch.ops.csat; accepted: {', '.join(known)}")
     kept = [getattr(torch.ops.csat, name).default for name in ops]
     return partial(create_selective_checkpoint_contexts, kept)
-
-
-def register() -> None:
-    """Makes DeepSpeed know `CSATAttentionBuilder`: `create_op_builder`, `deepspeed.ops.op_builder` and `ds_report`.
-
-    DeepSpeed has no entry point for third parties: a CUDA accelerator looks names up in a class dictionary, the
-    CPU one in a chain of ifs, which is wrapped. Idempotent.
-    """
-    import deepspeed.ops.op_builder as op_builder
-    from deepspeed.accelerator import get_accelerator
-    from deepspeed.git_version_info import installed_ops
-    from deepspeed.ops.op_builder.all_ops import ALL_OPS
-
-    accelerator = get_accelerator()
-    if accelerator.get_op_builder(BUILDER) is None or getattr(op_builder, BUILDER, None) is None:
-        builder = _builder_class()
-        if hasattr(accelerator, "class_dict"):
-            accelerator._lazy_init_class_dict()
-            accelerator.class_dict[BUILDER] = builder
-        else:
-            known = accelerator.get_op_builder
-            accelerator.get_op_builder = lambda name: builder if name == BUILDER else known(name)
-        setattr(op_builder, BUILDER, builder)
-        ALL_OPS[builder.NAME] = builder()
-        installed_ops[builder.NAME] = builder().is_prebuilt()
-
-
-def _builder_class() -> Any:
-    from deepspeed.ops.op_builder.builder import OpBuilder
-
-    class CSATAttentionBuilder(OpBuilder):
-        """Hands DeepSpeed the library that is installed with this package; nothing is built at run time."""
-
-        BUILD_VAR = "DS_BUILD_CSAT_ATTENTION"
-        NAME = SECTION
-
-        def __init__(self, name: str = NAME) -> None:
-            super().__init__(name=name)
-
-        def absolute_name(self) -> str:
-            return "csat_ext._C"
-
-        def sources(self) -> list[str]:
-            return []
-
-        def is_prebuilt(self) -> bool:
-            """Whether the compiled library is there; one that is there but does not load raises its own error."""
-            return importlib.util.find_spec(self.absolute_name()) is not None
-
-        def is_compatible(self, verbose: bool = False) -> bool:
-            return self.is_prebuilt()
-
-        def load(self, verbose: bool = True) -> Any:
-            # The stock load() compares recorded torch versions; the stable ABI makes that comparison wrong.
-            if not self.is_prebuilt():
-                raise ImportError(f"{self.absolute_name()} is not built: reinstall csat_ext with a C++ compiler")
-            return importlib.import_module(self.absolute_name())
-
-    return CSATAttentionBuilder
 
 
 def _check_trained(model: nn.Module, replaced: list[str], argument: str, groups: list[Any]) -> None:
@@ -258,3 +174,7 @@ def _groups(model: nn.Module, ds_config: dict[str, Any], section: CSATSection) -
         weight_decay=float(params.get("weight_decay", 0.0)),
         threshold_lr_scale=section.threshold_lr_scale,
     )
+
+
+if importlib.util.find_spec("deepspeed") is not None:
+    register()

@@ -107,13 +107,13 @@ def _identity(size: Atoms) -> Tensor:
 @_register("dct", square=True)
 def _dct(size: Atoms) -> Tensor:
     """Orthonormal DCT, column j of frequency j. Sparse for smooth rows, which a network's features are not."""
-    return dct_rows(size.index(size.dim), size.dim, size.device).T
+    return dct_rows(size.index(size.dim), size.dim, size.index(size.dim)[:, 0]).T
 
 
 @_register("haar", square=True)
 def _haar(size: Atoms) -> Tensor:
     """Orthonormal Haar wavelets of any dim, coarse to fine: sparse for piecewise constant rows."""
-    return haar_rows(size.index(size.dim), size.dim, size.device).T
+    return haar_rows(size.index(size.dim), size.dim, size.index(size.dim)[:, 0]).T
 
 
 @_register("random", square=False)

@@ -169,6 +169,8 @@ def csat_attention(
         )
     query, key, value = _autocast(query, key, value)
     _check_attention(query, key, value)
+    for name, phi in (("phi_k", phi_k), ("phi_v", phi_v)):
+        _check_compresses(name, phi, key)
     kc, vc, score_bias = measure(key, value, phi_k, phi_v, feature_sensing, score_bias, key_mask, heads=query.shape[1])
     return recover(query, kc, vc, decoder=decoder, scale=scale, score_bias=score_bias)
 
@@ -184,11 +186,15 @@ def measure(
     *,
     heads: int,
     renormalise: bool = True,
+    whole: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """First half of `csat_attention`: (Kc, Vc, score bias) from K and V. Arguments as there; ``heads`` is H.
 
     ``renormalise=False``: Phi and the bias were made for this ``key_mask`` (`measurement(..., key_mask=)`); masked
     tokens are skipped and nothing else is done.
+
+    N may be below M: measurements of consecutive pieces of K and V, with those columns of Phi, add up to those of the
+    whole. ``whole``: the Phi (1 or B, Hp, M, n) and key mask (B, n) to renormalise for, of which these are a piece.
 
     Returns:
         Kc (B, Hc, M, D), Vc (B, Hc, M, R) with Hc = Hk or H, and the score bias (1 or B, 1 or H, M), in which rows of
@@ -197,8 +203,8 @@ def measure(
     if key_mask is not None:
         checked_mask(key_mask, key)
     mask = key_mask if renormalise else None
-    rows_k = _measurement_rows("phi_k", phi_k, key, heads, mask)
-    rows_v = rows_k if phi_v is None else _measurement_rows("phi_v", phi_v, value, heads, mask)
+    rows_k = _measurement_rows("phi_k", phi_k, key, heads, mask, whole)
+    rows_v = rows_k if phi_v is None else _measurement_rows("phi_v", phi_v, value, heads, mask, whole)
     if rows_v.m != rows_k.m:
         raise ValueError(f"phi_v has {rows_v.m} measurements, phi_k has {rows_k.m}: they must agree")
     bias = _canonical_bias(score_bias, key, heads, rows_k.m)
@@ -253,12 +259,14 @@ class _Rows:
         return measured if self.ratio is None else (measured * self.ratio.unsqueeze(-1)).to(measured.dtype)
 
 
-def _measurement_rows(name: str, phi: Phi, x: Tensor, heads: int, key_mask: Tensor | None) -> _Rows:
+def _measurement_rows(
+    name: str, phi: Phi, x: Tensor, heads: int, key_mask: Tensor | None, whole: tuple[Tensor, Tensor] | None
+) -> _Rows:
     if not isinstance(phi, ImplicitMeasurement):
         phi = _canonical_phi(name, phi, x, heads)
         if key_mask is None:
             return _Rows(phi, phi.shape[-2])
-        return _Rows(phi, phi.shape[-2], *renormalise_rows(phi, key_mask))
+        return _Rows(phi, phi.shape[-2], *renormalise_rows(*(whole or (phi, key_mask))))
     _check_implicit(name, phi, x, heads)
     if key_mask is None:
         return _Rows(phi, phi.m)
@@ -416,6 +424,13 @@ def _check_attention(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
 
 
+def _check_compresses(name: str, phi: Phi | None, key: Tensor) -> None:
+    """m <= n, which holds for the whole Phi only: one rank's columns of it may be fewer than its rows."""
+    if isinstance(phi, Tensor) and phi.dim() >= 2 and phi.shape[-1] == key.shape[2] < phi.shape[-2]:
+        m, n = phi.shape[-2:]
+        raise ValueError(f"{name} has m = {m} measurements of n = {n} tokens; accepted: 1 <= m <= n")
+
+
 def _canonical_phi(name: str, phi: Tensor, x: Tensor, heads: int) -> Tensor:
     """phi with batch and head axes, (1 or B, Hp, M, N), checked against the tokens x (B, Hk, N, D)."""
     _check_parameter(name, phi, (2, 3, 4))
@@ -423,8 +438,8 @@ def _canonical_phi(name: str, phi: Tensor, x: Tensor, heads: int) -> Tensor:
     m, n = phi.shape[-2:]
     if n != x.shape[2]:
         raise ValueError(f"{name} has {n} columns, key has {x.shape[2]} tokens: they must agree")
-    if not 1 <= m <= n:
-        raise ValueError(f"{name} has m = {m} measurements of n = {n} tokens; accepted: 1 <= m <= n")
+    if m < 1:
+        raise ValueError(f"{name} has m = {m} measurements; accepted: 1 <= m <= n")
     phi = phi.reshape((1,) * (4 - phi.dim()) + phi.shape)
     if phi.shape[1] not in (1, x.shape[1], heads):
         raise ValueError(f"{name} has {phi.shape[1]} heads; accepted: 1, {x.shape[1]} (keys) or {heads} (queries)")

@@ -1,6 +1,27 @@
-"""The text of `python -m csat_ext info`: what to paste into an issue."""
+"""Which kernels run, and why: the text of `python -m csat_ext info`, and `explain` for one problem."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+    from torch import Tensor
+
+    from csat_ext.functional import Decoder, Phi
+
+# Families of CUDA kernels in the order of preference (csrc/csat/limits.h).
+FAMILIES = {
+    "wgmma": "Hopper's warpgroup products",
+    "mma": "tensor cores",
+    "pair": "attend, then decode, in two kernels",
+    "simt": "float32 arithmetic",
+}
+# Shared memory that a block may have, by compute capability (CUDA programming guide, "Technical Specifications").
+_SHARED_BYTES = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
 
 
 def info() -> str:
@@ -12,3 +33,145 @@ def info() -> str:
     facts = build_facts()
     width = max(map(len, facts))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """What runs one operator.
+
+    op: name in `torch.ops.csat`. family: a key of `FAMILIES`, "cublas", or "none" where nothing takes the problem.
+    refused: (family, reason) of every family that comes before the chosen one. shared_bytes: of a block.
+    """
+
+    op: str
+    family: str
+    refused: tuple[tuple[str, str], ...] = ()
+    shared_bytes: int = 0
+
+    def __str__(self) -> str:
+        line = f"{self.op}: {self.family}"
+        if self.family in FAMILIES:
+            line += f" ({FAMILIES[self.family]})"
+        return "\n".join([line, *(f"  not {family}: {reason}" for family, reason in self.refused)])
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The operators of one `csat_attention` call and of its backward pass, on one device."""
+
+    device: str
+    choices: tuple[KernelChoice, ...]
+
+    def __str__(self) -> str:
+        return "\n".join([f"on {self.device}", *map(str, self.choices)])
+
+    def __iter__(self) -> Iterator[KernelChoice]:
+        return iter(self.choices)
+
+    def __getitem__(self, op: str) -> KernelChoice:
+        for choice in self.choices:
+            if choice.op == op:
+                return choice
+        raise KeyError(f"{op!r} is not among {[choice.op for choice in self.choices]}")
+
+
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    phi_k: Phi,
+    *,
+    decoder: Decoder | None = None,
+    feature_sensing: Tensor | None = None,
+    device: str | torch.device | None = None,
+) -> Explanation:
+    """Which kernels `csat_attention` with these arguments runs, and why not faster ones.
+
+    Only shapes and dtypes are looked at: tensors may be on the "meta" device.
+
+    Args:
+        query, key, value, phi_k, decoder, feature_sensing: as `csat_attention` takes them.
+        device: where it would run: None is the query's own device; "sm_80", "sm_90", .. is a GPU of that compute
+            capability, which need not be there.
+
+    Raises:
+        ValueError: an unknown device.
+    """
+    import torch
+
+    from csat_ext.implicit import ImplicitMeasurement
+
+    where, capability, shared = _device(query.device if device is None else device)
+    if capability is None:
+        return Explanation(where, ())
+    if query.dtype == torch.float64:
+        return Explanation(where, (KernelChoice("attend", "none", (("simt", "float64 belongs to the CPU"),)),))
+    measurements = phi_k.m if isinstance(phi_k, ImplicitMeasurement) else phi_k.shape[-2]
+    features = value.shape[3] if feature_sensing is None else feature_sensing.shape[-2]
+    sizes = dict(zip(("B", "H", "Nq", "D"), query.shape, strict=True))
+    sizes |= {"Hk": key.shape[1], "M": measurements, "R": features}
+    dtypes = {"dtype": _name(query.dtype), "weights": _name(query.dtype)}
+    sparse = decoder is not None and hasattr(decoder, "psi")
+    if sparse:
+        S, B, theta, psi, _ = decoder.with_head_axis()  # type: ignore[union-attr]
+        sizes |= {"Hd": S.shape[0], "T": theta.shape[1], "Ts": S.shape[1], "Tb": B.shape[1], "P": S.shape[2]}
+        sizes |= {"Dv": psi.shape[1]}
+        dtypes["weights"] = _name(S.dtype)
+
+    def choose(op: str) -> KernelChoice:
+        return _choose(op, sizes=sizes, capability=capability, shared_bytes=shared, **dtypes)
+
+    choices = [_projection(phi_k, query.dtype), choose("attend_decode" if sparse else "attend")]
+    if choices[-1].family == "pair":
+        choices += [choose("attend"), choose("decode")]
+    choices += [choose("attend_backward"), *([choose("decode_backward")] if sparse else [])]
+    return Explanation(where, tuple(choices))
+
+
+def _choose(op: str, **problem: Any) -> KernelChoice:
+    from csat_ext._library import _C
+
+    refused: list[tuple[str, str]] = []
+    for family in FAMILIES:
+        reason, shared_bytes = _C.can_run(kernel=op, family=family, **problem)
+        if reason is None:
+            return KernelChoice(op, family, tuple(refused), shared_bytes)
+        if family != "pair" or op == "attend_decode":
+            refused.append((family, reason))
+    return KernelChoice(op, "none", tuple(refused))
+
+
+def _projection(phi: Phi, dtype: torch.dtype) -> KernelChoice:
+    from csat_ext.implicit import ImplicitMeasurement
+
+    if not isinstance(phi, ImplicitMeasurement):
+        return KernelChoice("project", "cublas")
+    if phi.ensemble != "rademacher":
+        return KernelChoice("project_implicit", "simt", (("mma", f"{phi.ensemble} has no matrix to multiply by"),))
+    if dtype.itemsize == 2:
+        return KernelChoice("project_implicit", "mma")
+    return KernelChoice("project_implicit", "simt", (("mma", f"{_name(dtype)}: the tensor cores take bf16 and fp16"),))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _device(device: str | torch.device) -> tuple[str, int | None, int]:
+    """Its name, and of a GPU the compute capability and the shared memory of a block."""
+    import torch
+
+    from csat_ext._library import CUDA, backend_of
+
+    name = str(device)
+    if name.startswith("sm_"):
+        capability = int(name[3:].rstrip("a")) if name[3:].rstrip("a").isdigit() else 0
+        if capability not in _SHARED_BYTES:
+            raise ValueError(f"device {name!r}: accepted are {[f'sm_{c}' for c in _SHARED_BYTES]} and torch devices")
+        return name, capability, _SHARED_BYTES[capability] * 1024
+    kind = torch.device(name).type
+    if kind != "cuda" or not CUDA.kernels or not torch.cuda.is_available():
+        return f"{name}: {backend_of(kind)}", None, 0
+    properties = torch.cuda.get_device_properties(torch.device(name))
+    shared = int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+    return f"{name} ({properties.name})", 10 * properties.major + properties.minor, shared

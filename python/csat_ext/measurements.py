@@ -51,12 +51,40 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class Part:
+    """The piece of a Phi that is made: columns [start, stop) of n, heads [first, last) of those there are.
+
+    This class is a Phi made in one place. Where several ranks hold consecutive columns of one Phi, a subclass lets them
+    count together (`csat_ext.parallel.sequence`), so that each of them makes its columns of the very Phi that one rank
+    would make. Counts are int64, so their sums are exact.
+    """
+
+    start: int
+    stop: int
+    first: int
+    last: int
+
+    def total(self, count: Tensor) -> Tensor:
+        """The sum of a count over all columns, from the sum over those of this part."""
+        return count
+
+    def before_and_total(self, count: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum over the columns before `start`, and `total`."""
+        return torch.zeros_like(count), count
+
+    def all_columns(self, key_mask: Tensor) -> Tensor:
+        """The mask (B, n) of all tokens, from that of the part's."""
+        return key_mask
+
+
+@dataclass(frozen=True)
 class Layout:
     """What a builder knows: sizes, coordinates of the random draws, and which tokens are to be measured.
 
-    m rows, n tokens, heads >= 1; kept (B or 1, 1, 1, n) bool: False for masked tokens and anchors; grid: shape of the
-    token grid, None in 1-D; coordinate (B or 1, 1, 1, n) int64: a token's place in the sequence or flattened grid, with
-    whatever is left out of it closed up; extent (B or 1, 1, 1, 1) int64: how many places there are.
+    m rows, n tokens and heads >= 1 in all, of which `part` is made: c columns; kept (B or 1, 1, 1, c) bool: False for
+    masked tokens and anchors; grid: shape of the token grid, None in 1-D; coordinate (B or 1, 1, 1, c) int64: a token's
+    place in the sequence or flattened grid, with whatever is left out of it closed up; extent (B or 1, 1, 1, 1) int64:
+    how many places there are.
     """
 
     m: int
@@ -64,6 +92,7 @@ class Layout:
     seed: int
     layer: int
     heads: int
+    part: Part
     device: torch.device
     kept: Tensor
     coordinate: Tensor
@@ -76,13 +105,16 @@ class Layout:
         return torch.arange(self.m, dtype=torch.int64, device=self.device)[:, None]
 
     def tokens(self) -> Tensor:
-        """(n,) token positions."""
-        return torch.arange(self.n, dtype=torch.int64, device=self.device)
+        """(c,) positions of the part's tokens."""
+        return torch.arange(self.part.start, self.part.stop, dtype=torch.int64, device=self.device)
+
+    def head_numbers(self) -> Tensor:
+        """(heads of the part,) numbers."""
+        return torch.arange(self.part.first, self.part.last, dtype=torch.int64, device=self.device)
 
     def words(self, row: int | Tensor, position: int | Tensor) -> philox.Words:
         """Random words of shape (heads, ...) for rows and positions of shape (...) with two axes or none."""
-        head = torch.arange(self.heads, dtype=torch.int64, device=self.device)[:, None, None]
-        return philox.philox_bits(self.seed, self.layer, head, row, position)
+        return philox.philox_bits(self.seed, self.layer, self.head_numbers()[:, None, None], row, position)
 
 
 @dataclass(frozen=True)
@@ -91,8 +123,8 @@ class Ensemble:
 
     name: what users write. averaging: rows are means (else signed, variance 1/N). options: which of `grid` and
     `head_shift` it takes. summary: its docstring, the honest note included.
-    build: from a `Layout`; signed: (heads or 1, m, n) float64 values; averaging: int64 token weights, broadcastable to
-    (B, heads, m, n), and the integer that stands for one whole token.
+    build: from a `Layout`; signed: (heads or 1, m, c) float64 values; averaging: int64 token weights, broadcastable to
+    (B, heads, m, c), and the integer that stands for one whole token; heads and columns c are those of the part.
     """
 
     name: str
@@ -138,6 +170,7 @@ def measurement(
     grid: Sequence[int] | None = None,
     head_shift: bool = False,
     key_mask: Tensor | None = None,
+    part: Part | None = None,
 ) -> Measurement:
     """Makes Phi and its score bias.
 
@@ -160,6 +193,8 @@ def measurement(
             renormalised: averaging rows sum to 1 over the rest and their mass counts the rest; signed rows are
             multiplied by sqrt(n / n_kept). 1-D pools divide the valid tokens only (grids keep their cells). A row
             without a token gets zeros and bias -inf, never NaN.
+        part: which columns and heads to make, all when absent; key_mask then has the part's columns, (B, c). The score
+            bias always counts all n tokens.
 
     Note:
         `csat_attention(..., key_mask=)` renormalises signed rows itself: give it the phi made *without* a key mask.
@@ -174,18 +209,19 @@ def measurement(
         raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
     checked_grid = check_options(chosen, grid, head_shift, n, anchors)
     device = resolve_device(device if device is not None or key_mask is None else key_mask.device)
-    valid = valid_tokens(key_mask, n, device)
+    part = Part(0, n, 0, 1 if heads is None else heads) if part is None else part
+    valid = valid_tokens(key_mask, part.stop - part.start, device)
 
     outside = checked_grid is not None and math.prod(checked_grid) != n
-    anchor_rows = one_hot_rows(anchors, n, torch.ones_like(valid) if outside else valid, key_mask is not None)
+    anchor_rows = one_hot_rows(anchors, n, torch.ones_like(valid) if outside else valid, key_mask is not None, part)
     anchored = anchor_rows.any(dim=2, keepdim=True)
     anchor_rows = anchor_rows & valid
     kept = valid & ~anchored
     in_line = ~anchored if outside else (torch.ones_like(kept) if checked_grid is not None else kept)
+    coordinate, extent = _numbered(in_line, part)
     layout = Layout(
-        m=m - len(anchors), n=n, seed=seed, layer=layer, heads=1 if heads is None else heads, device=device,
-        kept=kept, coordinate=in_line.long().cumsum(-1) - 1, extent=in_line.long().sum(-1, keepdim=True),
-        grid=checked_grid, head_shift=head_shift,
+        m=m - len(anchors), n=n, seed=seed, layer=layer, heads=1 if heads is None else heads, part=part, device=device,
+        kept=kept, coordinate=coordinate, extent=extent, grid=checked_grid, head_shift=head_shift,
     )  # fmt: skip
     phi, bias = _averaging_rows(chosen, layout) if chosen.averaging else _signed_rows(chosen, layout)
 
@@ -193,7 +229,7 @@ def measurement(
         shape = [max(a, b) for a, b in zip(phi.shape[:2], anchor_rows.shape[:2], strict=True)]
         parts = [anchor_rows.to(torch.float64), phi]
         phi = torch.cat([part.expand(*shape, -1, -1) for part in parts], dim=2)
-        biases = [_empty_is_minus_infinity(anchor_rows.any(-1)), bias]
+        biases = [_empty_is_minus_infinity(part.total(anchor_rows.long().sum(-1)) > 0), bias]
         bias = torch.cat([part.expand(*shape, -1) for part in biases], dim=2)
     if key_mask is None:
         phi, bias = phi[0], bias[0]
@@ -215,7 +251,8 @@ def rows_over_places(
     tokens = torch.arange(counts.shape[-1] - 1, dtype=torch.int64, device=counts.device)
     chosen = lookup(ensemble)
     layout = Layout(
-        m=rows, n=tokens.shape[0], seed=seed % 2**64, layer=layer, heads=heads, device=counts.device,
+        m=rows, n=tokens.shape[0], seed=seed % 2**64, layer=layer, heads=heads,
+        part=Part(0, tokens.shape[0], 0, heads), device=counts.device,
         kept=counts[..., 1:] > counts[..., :-1], coordinate=counts[..., :-1], extent=counts[..., -1:],
         grid=None, head_shift=True,
     )  # fmt: skip
@@ -281,11 +318,12 @@ def _bucket(layout: Layout) -> tuple[Tensor, int]:
     where neighbours are alike (benchmarks/results/ensembles.json); it is meant for tokens whose order says nothing, as
     every head deals them out differently.
     """
-    stretches = -(-layout.n // layout.m)
-    positions = torch.arange(stretches * layout.m, dtype=torch.int64, device=layout.device)
+    first, last = layout.part.start // layout.m, -(-layout.part.stop // layout.m)  # the stretches that the part meets
+    positions = torch.arange(first * layout.m, last * layout.m, dtype=torch.int64, device=layout.device)
     words = layout.words(0, positions[None, :])
-    keys = (words[0] << 31 | words[1] >> 1).unflatten(-1, (stretches, layout.m))  # (heads, 1, stretches, m)
-    bucket = keys.argsort(dim=-1, stable=True).flatten(-2)[..., : layout.n]
+    keys = (words[0] << 31 | words[1] >> 1).unflatten(-1, (last - first, layout.m))  # (heads, 1, stretches, m)
+    dealt = keys.argsort(dim=-1, stable=True).flatten(-2)
+    bucket = dealt[..., layout.part.start - first * layout.m : layout.part.stop - first * layout.m]
     return (bucket == layout.rows()).long()[None], 1
 
 
@@ -348,34 +386,37 @@ def _count_sketch(layout: Layout) -> Tensor:
 def _dct(layout: Layout) -> Tensor:
     """Low-pass DCT-II: the first m rows of the orthonormal cosine transform. Deterministic. Its row 0 alone is an
     average; not an approximation of softmax attention (benchmarks/results/ensembles.json)."""
-    return dct_rows(layout.rows(), layout.n, layout.device)[None]
+    return dct_rows(layout.rows(), layout.n, layout.tokens())[None]
 
 
 @_signed("haar")
 def _haar(layout: Layout) -> Tensor:
     """The first m rows, coarse to fine, of an orthonormal Haar transform, for every n. Deterministic. Not an
     approximation of softmax attention: signed, as `dct`."""
-    return haar_rows(layout.rows(), layout.n, layout.device)[None]
+    return haar_rows(layout.rows(), layout.n, layout.tokens())[None]
 
 
 # --- orthonormal transforms, shared with the dictionaries ------------------------------------------------------------
 
 
-def dct_rows(rows: Tensor, n: int, device: torch.device) -> Tensor:
-    """Rows (m, 1) of the orthonormal DCT-II of length n, float64: sqrt((2 - [j = 0]) / n) cos(pi j (2 s + 1) / 2 n)."""
-    odd = 2 * torch.arange(n, dtype=torch.int64, device=device) + 1
+def dct_rows(rows: Tensor, n: int, tokens: Tensor) -> Tensor:
+    """Rows (m, 1) of the orthonormal DCT-II of length n, float64: sqrt((2 - [j = 0]) / n) cos(pi j (2 s + 1) / 2 n),
+    at the tokens (c,) s."""
+    odd = 2 * tokens + 1
     angle = (rows * odd % (4 * n)).to(torch.float64) * (math.pi / (2 * n))  # reduced exactly, as integers
     amplitude = torch.sqrt((2 - (rows == 0).long()).to(torch.float64) / n)
     return torch.cos(angle) * amplitude
 
 
-def haar_rows(rows: Tensor, n: int, device: torch.device) -> Tensor:
-    """Rows (m, 1) of an orthonormal Haar transform of any length n, float64 (unbalanced Haar on dyadic borders).
+def haar_rows(rows: Tensor, n: int, token: Tensor) -> Tensor:
+    """Rows (m, 1) of an orthonormal Haar transform of any length n, float64 (unbalanced Haar on dyadic borders), at
+    the tokens (c,).
 
     Level l splits [0, n) at floor(k n / 2^l). Row 0 is constant; row 2^l + k compares the two halves [a, c), [c, b) of
     node k of level l: +sqrt((b - c) / ((c - a)(b - a))) and -sqrt((c - a) / ((b - c)(b - a))). On the last level,
     2^l <= n < 2^(l + 1), nodes hold one token or two, and the rows are those of the nodes with two, in order.
     """
+    device = rows.device
     powers = torch.ones(32, dtype=torch.int64, device=device) << torch.arange(32, dtype=torch.int64, device=device)
     level = (powers <= rows).sum(-1, keepdim=True) - 1
     level = level.clamp_min(0)
@@ -386,7 +427,6 @@ def haar_rows(rows: Tensor, n: int, device: torch.device) -> Tensor:
     node = torch.where(level == last, -(-((node + 1) * nodes) // pairs) - 1, node)
     left, middle, right = node * n // nodes, (2 * node + 1) * n // (2 * nodes), (node + 1) * n // nodes
     low, high = (middle - left).clamp_min(1).to(torch.float64), (right - middle).clamp_min(1).to(torch.float64)
-    token = torch.arange(n, dtype=torch.int64, device=device)
     wavelet = torch.where(token < middle, torch.sqrt(high / low), -torch.sqrt(low / high)) / torch.sqrt(low + high)
     wavelet = torch.where((token >= left) & (token < right), wavelet, 0.0)
     return torch.where(rows == 0, math.sqrt(1 / n), wavelet)
@@ -399,17 +439,17 @@ def _averaging_rows(ensemble: Ensemble, layout: Layout) -> tuple[Tensor, Tensor]
     """phi = weight / mass and bias = log(mass), over the kept tokens; (B or 1, heads or 1, m, n) and without n."""
     weights, unit = ensemble.build(layout)
     weights = torch.where(layout.kept, weights, 0)
-    mass = weights.sum(-1, keepdim=True)
+    mass = layout.part.total(weights.sum(-1, keepdim=True))
     phi = weights.to(torch.float64) / mass.clamp_min(1).to(torch.float64)
     return phi, torch.log(mass[..., 0].to(torch.float64) / unit)
 
 
 def _signed_rows(ensemble: Ensemble, layout: Layout) -> tuple[Tensor, Tensor]:
     """phi times sqrt(n / n_kept) over the kept tokens, bias 0 (-inf for a row of zeros); shapes as above."""
-    count = layout.kept.long().sum(-1, keepdim=True).clamp_min(1)
+    count = layout.part.total(layout.kept.long().sum(-1, keepdim=True)).clamp_min(1)
     scale = torch.sqrt(layout.n / count.to(torch.float64))
     phi = torch.where(layout.kept, ensemble.build(layout) * scale, 0.0)
-    return phi, _empty_is_minus_infinity((phi != 0).any(-1))
+    return phi, _empty_is_minus_infinity(layout.part.total((phi != 0).long().sum(-1)) > 0)
 
 
 def _empty_is_minus_infinity(filled: Tensor) -> Tensor:
@@ -447,6 +487,8 @@ def _overlaps(layout: Layout, place: Tensor, extent: int | Tensor, segments: int
     a whole number. place (B or 1, 1, 1, n); extent an int or (B or 1, 1, 1, 1). Returns (B or 1, H or 1, m, n), unit.
     """
     edges, unit = segment_edges(segments, layout.heads if layout.head_shift else 1, layout.device)
+    if layout.head_shift:
+        edges = edges[layout.part.first : layout.part.last]
     edges = edges[None, :, :, None] * extent
     low, high = edges[:, :, :-1], edges[:, :, 1:]
     overlap = torch.minimum((place + 1) * unit, high) - torch.maximum(place * unit, low)
@@ -464,6 +506,12 @@ def segment_edges(segments: int, heads: int, device: torch.device) -> tuple[Tens
 # --- anchors and masks -----------------------------------------------------------------------------------------------
 
 
+def _numbered(chosen: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+    """Each token's number among the chosen (B or 1, 1, 1, c) of all columns, and how many of those there are."""
+    before, total = part.before_and_total(chosen.long().sum(-1, keepdim=True))
+    return chosen.long().cumsum(-1) - 1 + before, total
+
+
 def valid_tokens(key_mask: Tensor | None, n: int, device: torch.device) -> Tensor:
     """(B or 1, 1, 1, n) bool."""
     if key_mask is None:
@@ -478,12 +526,11 @@ def valid_tokens(key_mask: Tensor | None, n: int, device: torch.device) -> Tenso
     return key_mask[:, None, None, :]
 
 
-def one_hot_rows(anchors: tuple[int, ...], n: int, valid: Tensor, masked: bool) -> Tensor:
-    """(B or 1, 1, A, n) bool one-hot rows; an anchor that repeats an earlier one or does not exist is an empty row."""
+def one_hot_rows(anchors: tuple[int, ...], n: int, valid: Tensor, masked: bool, part: Part | None = None) -> Tensor:
+    """(B or 1, 1, A, c) bool one-hot rows; an anchor that repeats an earlier one or does not exist is an empty row."""
     if not masked and (outside := [anchor for anchor in anchors if not -n <= anchor < n]):
         raise ValueError(f"anchors {outside} do not exist among n = {n} tokens")
-    rank = valid.long().cumsum(-1) - 1
-    count = valid.long().sum(-1, keepdim=True)
+    rank, count = _numbered(valid, Part(0, n, 0, 1) if part is None else part)
     targets = [count + anchor if anchor < 0 else torch.zeros_like(count) + anchor for anchor in anchors]
     if not targets:
         return valid[:, :, :0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from csat_ext.config import CSATConfig
 from csat_ext.dictionaries import dictionary
 from csat_ext.functional import Decoder, LinearDecoder, Phi, SparseDecoder, autocasts, checked_mask, measure, recover
 from csat_ext.implicit import IMPLICIT, ImplicitMeasurement, implicit_measurement
-from csat_ext.measurements import ENSEMBLES, Measurement, measurement
+from csat_ext.measurements import ENSEMBLES, Measurement, Part, measurement
 from csat_ext.philox import GENERATOR_VERSION
 from csat_ext.reference.attention import has_values
 from csat_ext.reference.lista import (
@@ -30,6 +30,21 @@ _INDEPENDENT_PHI_V = 1 << 32
 
 _FEATURE_SENSING = 2 << 32
 """Offset of the seed that F starts from."""
+
+
+class Parallel(Protocol):
+    """How several ranks compute one layer together: `CSATCore.parallel`, set by `csat_ext.parallel`."""
+
+    def heads(self, count: int) -> range:
+        """Which of ``count`` heads, those of the queries or of the keys, this rank computes."""
+
+    def own(self, weight: Tensor) -> Tensor:
+        """The rows of a weight with a leading head axis that belong to this rank's heads."""
+
+    def attend(
+        self, core: CSATCore, queries: Callable[[], Tensor], k: Tensor, v: Tensor, key_mask: Tensor | None
+    ) -> Tensor:
+        """What `CSATCore.attend` returns, of this rank's tokens and heads; the queries are projected when called."""
 
 
 class CSATCore(nn.Module):
@@ -48,6 +63,8 @@ class CSATCore(nn.Module):
     - ``threshold`` (H, T, P), ``step`` (H, T) and the weights of the decoder: ``decoder_w`` (H, R, P) of the coupled
       form, ``decoder_s`` (H, T, P, P) and ``decoder_b`` (H, T, P, R) of the untied one, ``linear_weight`` (H, R, Dv)
       of the control.
+
+    ``parallel``, None by default, spreads the layer over ranks: by tokens or by heads (`csat_ext.parallel`).
 
     Args:
         num_heads: H.
@@ -73,7 +90,32 @@ class CSATCore(nn.Module):
         key = (GENERATOR_VERSION, _ensemble_code(config.ensemble), config.seed, config.layer)
         self.register_buffer("measurement_key", torch.tensor(key, dtype=torch.int64))
         self._fixed: dict[tuple[Any, ...], Any] = {}
+        self._parallel: Parallel | None = None
         self._create_parameters()
+
+    # ---- what this rank computes ------------------------------------------------------------------------------------
+
+    @property
+    def parallel(self) -> Parallel | None:
+        return self._parallel
+
+    @parallel.setter
+    def parallel(self, parallel: Parallel | None) -> None:
+        self._parallel = parallel
+        self._fixed.clear()  # made for other heads
+
+    @property
+    def heads(self) -> range:
+        """The heads of the queries that are computed here."""
+        return range(self.num_heads) if self._parallel is None else self._parallel.heads(self.num_heads)
+
+    @property
+    def key_heads(self) -> range:
+        """The heads of the keys, those of Phi, that are computed here."""
+        return range(self.kv_heads) if self._parallel is None else self._parallel.heads(self.kv_heads)
+
+    def _own(self, weight: Tensor) -> Tensor:
+        return weight if self._parallel is None else self._parallel.own(weight)
 
     # ---- parameters -------------------------------------------------------------------------------------------------
 
@@ -127,7 +169,7 @@ class CSATCore(nn.Module):
         """The dictionary, (1 or H, Dv, P)."""
         config, dtype, device = self.config, self._decoder_dtype, self.measurement_key.device
         if config.dictionary == "learned":
-            return self._wide(self.psi)
+            return self._wide(self._own(self.psi))
 
         def make() -> Tensor:
             kind, seed = config.dictionary, config.seed
@@ -145,8 +187,8 @@ class CSATCore(nn.Module):
 
     def _sensing_matrix(self) -> Tensor:
         """A = F Psi, (H, R, P)."""
-        psi = self._psi().expand(self.num_heads, -1, -1)
-        return psi if self.config.feature_rank is None else self._wide(self.feature_sensing) @ psi
+        psi, f = self._psi().expand(len(self.heads), -1, -1), self._f()
+        return psi if f is None else self._wide(f) @ psi
 
     def decoder(self) -> Decoder | None:
         """The decoder at the parameters' present values, or None; its weights are in float32 (float64 for float64),
@@ -159,22 +201,22 @@ class CSATCore(nn.Module):
         if config.decoder == "none":
             return None
         if config.decoder == "linear":
-            return LinearDecoder(self.linear_weight)
+            return LinearDecoder(self._own(self.linear_weight))
         # The forward clamps at 0, the backward passes: a threshold pushed below 0 can come back.
-        raw = self._wide(self.threshold)
+        raw = self._wide(self._own(self.threshold))
         theta = raw + (raw.clamp(min=0) - raw).detach()
         s, b, theta, psi, step = (weight.contiguous() for weight in self._decoder_weights(theta))
         return SparseDecoder(s, b, theta, psi, step, check_values=False)
 
     def _decoder_weights(self, theta: Tensor) -> DecoderWeights:
         config, a = self.config, self._sensing_matrix()
-        psi = self._psi().expand(self.num_heads, -1, -1)
+        psi = self._psi().expand(len(self.heads), -1, -1)
         ones = torch.ones_like(theta[..., 0])
         if config.decoder == "lista_untied":
-            s, b = self._wide(self.decoder_s), self._wide(self.decoder_b)
+            s, b = self._wide(self._own(self.decoder_s)), self._wide(self._own(self.decoder_b))
             return DecoderWeights(s, b, theta, psi, ones)
-        w = self._wide(self.decoder_w) if config.decoder == "lista" else self._unlearned_weight(a)
-        step = ones if config.decoder == "ista" else self._wide(self.step)
+        w = self._wide(self._own(self.decoder_w)) if config.decoder == "lista" else self._unlearned_weight(a)
+        step = ones if config.decoder == "ista" else self._wide(self._own(self.step))
         return coupled_weights(w, a, theta, step, psi)
 
     def _unlearned_weight(self, a: Tensor) -> Tensor:
@@ -205,14 +247,24 @@ class CSATCore(nn.Module):
                 self._fixed[key] = make()
         return self._fixed[key]
 
-    def _draw(self, n: int, device: torch.device, key_mask: Tensor | None, seed_offset: int = 0) -> Measurement:
+    def _draw(
+        self,
+        n: int,
+        device: torch.device,
+        key_mask: Tensor | None,
+        part: Part | None = None,
+        seed_offset: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> Measurement:
         return measurement(
             self.config.ensemble,
             self.config.measurements,
             n,
+            dtype=dtype,
             device=device,
             grid=self.config.grid,
             key_mask=key_mask,
+            part=part,
             **self._draw_options(seed_offset),
         )
 
@@ -226,14 +278,30 @@ class CSATCore(nn.Module):
             "head_shift": "head_shift" in ENSEMBLES[config.ensemble].options and config.head_shift,
         }
 
-    def measurement(self, n: int, device: torch.device, key_mask: Tensor | None = None) -> Measurement:
+    def measurement(
+        self, n: int, device: torch.device, key_mask: Tensor | None = None, part: Part | None = None
+    ) -> Measurement:
         """Phi (and the score bias) that keys of length n meet, in float32; with a key mask one for each batch
-        element."""
+        element; with a part its columns and heads."""
         if self.config.learned:
-            return Measurement(self.phi, self.score_bias)
+            phi = self._own(self.phi)
+            columns = phi if part is None else phi[..., part.start : part.stop].contiguous()
+            return Measurement(columns, self._own(self.score_bias))
+        return self._drawn(n, device, key_mask, part, 0, torch.float32)
+
+    def _drawn(
+        self,
+        n: int,
+        device: torch.device,
+        key_mask: Tensor | None,
+        part: Part | None,
+        seed_offset: int,
+        dtype: torch.dtype,
+    ) -> Measurement:
         if key_mask is not None:
-            return self._draw(n, device, key_mask)
-        return self._remember(("phi", n, device), lambda: self._draw(n, device, None))
+            return self._draw(n, device, key_mask, part, seed_offset, dtype)
+        key = ("phi", seed_offset, n, device, part, dtype)
+        return self._remember(key, lambda: self._draw(n, device, None, part, seed_offset, dtype))
 
     @property
     def _has_matrix(self) -> bool:
@@ -253,23 +321,33 @@ class CSATCore(nn.Module):
 
         return make() if key_mask is not None else self._remember(("implicit", seed_offset, n, device), make)
 
-    def _phis(self, n: int, device: torch.device, key_mask: Tensor | None) -> tuple[Phi, Phi | None, Tensor | None]:
-        """Phi_K, Phi_V (None: Phi_K) and the score bias."""
-        shared = self.config.share_kv
-        if not self._has_matrix:
-            phi_k = self._implicit(n, device, key_mask)
-            phi_v = None if shared else self._implicit(n, device, key_mask, _INDEPENDENT_PHI_V)
-            return phi_k, phi_v, phi_k.score_bias
-        drawn = self.measurement(n, device, key_mask)
-        return drawn.phi, None if shared else self._phi_v(n, device, key_mask), drawn.score_bias
+    def _phis(
+        self, n: int, k: Tensor, key_mask: Tensor | None, part: Part | None
+    ) -> tuple[Phi, Phi | None, Tensor | None]:
+        """Phi_K, Phi_V (None: Phi_K) and the score bias. A part of an implicit one has a matrix, as exact as that."""
+        shared, device = self.config.share_kv, k.device
+        if part is None and not self._has_matrix:
+            implicit = self._implicit(n, device, key_mask)
+            of_v = None if shared else self._implicit(n, device, key_mask, _INDEPENDENT_PHI_V)
+            return implicit, of_v, implicit.score_bias
+        if self.config.learned:
+            drawn = self.measurement(n, device, key_mask, part)
+            return drawn.phi, None, drawn.score_bias
+        dtype = torch.float64 if k.dtype == torch.float64 and not self._has_matrix else torch.float32
+        drawn = self._drawn(n, device, key_mask, part, 0, dtype)
+        phi_v = None if shared else self._drawn(n, device, key_mask, part, _INDEPENDENT_PHI_V, dtype).phi
+        bias = drawn.score_bias
+        return drawn.phi, phi_v, bias if bias is None else bias.float()  # as an implicit one has it
 
-    def _phi_v(self, n: int, device: torch.device, key_mask: Tensor | None) -> Tensor:
-        if key_mask is not None:
-            return self._draw(n, device, key_mask, _INDEPENDENT_PHI_V).phi
-        return self._remember(("phi_v", n, device), lambda: self._draw(n, device, None, _INDEPENDENT_PHI_V)).phi
+    def measured(
+        self, k: Tensor, v: Tensor, key_mask: Tensor | None, n: int, part: Part | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Kc, Vc and the score bias of `functional.measure` from the keys and values (B, Hk, N, D).
 
-    def _measure(self, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        config, n = self.config, k.shape[2]
+        With a part they are those of its heads and tokens out of n; measurements of the parts of one sequence add up to
+        those of the whole, and the bias is that of the whole already.
+        """
+        config = self.config
         if key_mask is not None:
             checked_mask(key_mask, k)
         if config.learned and n != config.length:
@@ -282,23 +360,33 @@ class CSATCore(nn.Module):
                     f"keys of length {n} are no longer than the {config.measurements} measurements "
                     "and exact_when_short is False"
                 )
-            return self._exact(k, v, key_mask)
-        phi_k, phi_v, bias = self._phis(n, k.device, key_mask)
+            return self._exact(k, v, key_mask, n, part)
+        phi_k, phi_v, bias = self._phis(n, k, key_mask, part)
         if not (config.log_mass or config.learned or key_mask is not None):
             bias = None
         if bias is not None and not (config.log_mass or config.learned):
             bias = torch.zeros_like(bias).masked_fill(bias == -torch.inf, -torch.inf)
-        if bias is not None and bias.shape[-2] not in (1, self.num_heads):
+        heads, whole = len(self.heads), None
+        if bias is not None and bias.shape[-2] not in (1, heads):
             bias = self._per_query_head(bias, axis=-2)
-        return measure(k, v, phi_k, phi_v, self._f(), bias, key_mask, heads=self.num_heads, renormalise=config.learned)
+        if part is not None and config.learned and key_mask is not None:
+            whole = self._own(self.phi).unsqueeze(0), part.all_columns(key_mask)
+        return measure(
+            k, v, phi_k, phi_v, self._f(), bias, key_mask, heads=heads, renormalise=config.learned, whole=whole
+        )
 
-    def _exact(self, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _exact(
+        self, k: Tensor, v: Tensor, key_mask: Tensor | None, n: int, part: Part | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Phi = I: the tokens are their own measurements, masked ones zeroed and silenced."""
         bias = None
         if key_mask is not None:
             keep = key_mask[:, None, :, None]
             k, v = torch.where(keep, k, 0), torch.where(keep, v, 0)
-            bias = torch.zeros(key_mask.shape, device=k.device).masked_fill(~key_mask, -torch.inf).unsqueeze(1)
+            mask = key_mask if part is None else part.all_columns(key_mask)
+            bias = torch.zeros(mask.shape, device=k.device).masked_fill(~mask, -torch.inf).unsqueeze(1)
+        if part is not None:
+            k, v = (nn.functional.pad(t, (0, 0, part.start, n - part.stop)) for t in (k, v))
         f = self._f()
         if f is None:
             return k, v, bias
@@ -311,7 +399,7 @@ class CSATCore(nn.Module):
         return x if groups == 1 else x.repeat_interleave(groups, dim=axis)
 
     def _f(self) -> Tensor | None:
-        return None if self.config.feature_rank is None else self.feature_sensing
+        return None if self.config.feature_rank is None else self._own(self.feature_sensing)
 
     # ---- forward ----------------------------------------------------------------------------------------------------
 
@@ -329,11 +417,20 @@ class CSATCore(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what came and what is accepted.
         """
-        kc, vc, bias = self._measure(k, v, key_mask)
-        if self.config.gain and kc.shape[1] == self.num_heads:
-            kc = kc * self.gain.to(kc.dtype)[:, None, None]
-        elif self.config.gain:
-            q = q * self.gain.to(q.dtype)[:, None, None]
+        return self._attend(lambda: q, k, v, key_mask)
+
+    def _attend(self, queries: Callable[[], Tensor], k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        if self._parallel is not None:
+            return self._parallel.attend(self, queries, k, v, key_mask)
+        return self.rows(queries(), *self.measured(k, v, key_mask, k.shape[2]))
+
+    def rows(self, q: Tensor, kc: Tensor, vc: Tensor, bias: Tensor | None) -> Tensor:
+        """What `attend` returns, from what `measured` returned."""
+        gain = self._own(self.gain)[:, None, None] if self.config.gain else None
+        if gain is not None and kc.shape[1] == q.shape[1]:
+            kc = kc * gain.to(kc.dtype)
+        elif gain is not None:
+            q = q * gain.to(q.dtype)
         rows = recover(q, kc, vc, decoder=self.decoder(), score_bias=bias)
         return rows.transpose(1, 2).flatten(2)
 
@@ -344,10 +441,12 @@ class CSATCore(nn.Module):
         The decoder that inverts F Psi starts anew at its analytic weights.
 
         Raises:
-            ValueError: the config has no ``feature_rank``.
+            ValueError: the config has no ``feature_rank``, or the layer is spread over ranks.
         """
         if self.config.feature_rank is None:
             raise ValueError("calibrate sets the feature sensing F: the config has feature_rank = None")
+        if self._parallel is not None:
+            raise ValueError("calibrate needs all tokens and heads: call it before the layer is spread over ranks")
         values = self._per_query_head(values).float().transpose(0, 1).flatten(1, 2)
         _, directions = torch.linalg.eigh(values.mT @ values)
         principal = directions[..., -self.config.feature_rank :].flip(-1).mT
@@ -476,7 +575,7 @@ class CSATAttention(CSATCore):
         return new
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return x.unflatten(-1, (x.shape[-1] // self.head_dim, self.head_dim)).transpose(1, 2)
 
     def forward(self, x: Tensor, context: Tensor | None = None, *, key_mask: Tensor | None = None) -> Tensor:
         """Attend from x to ``context`` (to x itself when absent).
@@ -494,8 +593,9 @@ class CSATAttention(CSATCore):
         """
         context = x if context is None else context
         self._check_inputs(x, context)
-        q, k, v = self._heads(self.q_proj(x)), self._heads(self.k_proj(context)), self._heads(self.v_proj(context))
-        return self.out_proj(self.attend(q, k, v, key_mask))
+        k, v = self._heads(self.k_proj(context)), self._heads(self.v_proj(context))
+        # Queries are projected while measurements of other ranks are on their way.
+        return self.out_proj(self._attend(lambda: self._heads(self.q_proj(x)), k, v, key_mask))
 
     def _check_inputs(self, x: Tensor, context: Tensor) -> None:
         weight = self.q_proj.weight

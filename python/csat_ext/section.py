@@ -1,4 +1,4 @@
-"""The `csat_attention` section of a DeepSpeed JSON: its schema, its defaults, and what it chooses of a model."""
+"""The `csat_attention` section of a DeepSpeed JSON: its schema, its defaults, and what it does to a model."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from torch import nn
 
 from csat_ext import convert
 from csat_ext.config import CSATConfig, refuse_unknown
+from csat_ext.module import CSATCore
+from csat_ext.parallel import FORMS
 
 SECTION = "csat_attention"
 
@@ -43,6 +45,8 @@ class CSATSection:
             attention) in some of the chosen layers. The first that names a layer decides; keys it lacks are inherited.
         attention_dropout: ``"refuse"`` a layer that drops attention probabilities out, or ``"omit"`` that dropout.
         threshold_lr_scale: learning rate of the decoder's thresholds over that of the other parameters.
+        sequence_parallel: how layers work together where ``mpu`` spreads the tokens over ranks: a name from
+            `csat_ext.parallel.FORMS`.
         attention: what each chosen module becomes.
         auto: the fields of `attention` that the model fills (`AUTO`).
     """
@@ -54,6 +58,7 @@ class CSATSection:
     hybrid: tuple[CSATSection, ...] = ()
     attention_dropout: str = "refuse"
     threshold_lr_scale: float = 10.0
+    sequence_parallel: str = "measurements"
     attention: CSATConfig = field(default_factory=CSATConfig)
     auto: tuple[str, ...] = ()
 
@@ -97,6 +102,45 @@ def load_json(config: str | Path | dict[str, Any]) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise TypeError(f"DeepSpeed config: {type(config).__name__} came, a mapping is accepted")
     return config
+
+
+def apply(model: nn.Module, section: CSATSection | str | Path | dict[str, Any]) -> list[str]:
+    """Replaces, in place, the attention modules that the section chooses; their Parameter objects are reused.
+
+    Runs before `deepspeed.initialize`, so that the optimizer sees the new parameters; before, inside or after
+    `deepspeed.zero.Init`.
+
+    Args:
+        model: any module that holds attention modules of the families of `csat_ext.convert`.
+        section: a section that was read, or a DeepSpeed config or its path (`read_section`).
+
+    Returns:
+        The names of the replaced modules, in the model's order.
+
+    Raises:
+        ValueError: what `choose` or a converter refuses; the model is then as it was.
+        TypeError, FileNotFoundError: as `read_section`.
+    """
+    section = section if isinstance(section, CSATSection) else read_section(section)
+    new = {name: _converted(model, name, config) for name, config in choose(model, section).items()}
+    for name, replacement in new.items():
+        parent, _, child = name.rpartition(".")
+        replacement.train(model.get_submodule(name).training)
+        setattr(model.get_submodule(parent), child, replacement)
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and any(isinstance(m, CSATCore) for m in encoder.modules()):
+            encoder.use_nested_tensor = False  # of its inference path, which a measurement of padded keys does not take
+    return list(new)
+
+
+def _converted(model: nn.Module, name: str, config: CSATConfig) -> nn.Module:
+    old = model.get_submodule(name)
+    form = convert.family(old)
+    assert form is not None
+    try:
+        return form.convert(old, config)
+    except ValueError as error:
+        raise ValueError(f"{SECTION}.layers: {name} ({type(old).__name__}): {error}") from error
 
 
 # ---- choice ----------------------------------------------------------------------------------------------------------
@@ -247,7 +291,7 @@ def _parse(section: Any, where: str, inherited: Mapping[str, Any] | None = None)
     if not isinstance(section, dict):
         raise TypeError(f"{where}: {section!r} came, a mapping is accepted")
     selection = ("enabled", "layers", "types", "indices")
-    own = selection if inherited is not None else (*selection, "hybrid", "threshold_lr_scale")
+    own = selection if inherited is not None else (*selection, "hybrid", "threshold_lr_scale", "sequence_parallel")
     accepted = (*own, "attention_dropout", *(f.name for f in dataclasses.fields(CSATConfig)))
     refuse_unknown(section, accepted, where)
     chosen: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in section.items() if key in own}
@@ -283,6 +327,7 @@ _OWN = {
     "indices": (_is_choice_of_indices, "a list of integers or a slice such as '1:-1'"),
     "hybrid": (lambda v: _is_list_of(dict, v), "a list of mappings"),
     "attention_dropout": (lambda v: v in ("refuse", "omit"), "'refuse' or 'omit'"),
+    "sequence_parallel": (lambda v: v in tuple(FORMS), f"one of {', '.join(FORMS)}"),
 }
 
 

@@ -63,6 +63,8 @@ class TrainConfig:
         log_every: steps between two lines of metrics.
         checkpoint_every: steps between two checkpoints; the last step always writes one.
         keep_checkpoints: how many of the newest checkpoints stay on disk.
+        bad_batches: what a batch does whose loss is not finite on some rank: ``"stop"`` the run before it touches a
+            weight, or be left out (``"skip"``), by all ranks alike.
         evaluate: run the evaluation on the held-out split after the last step.
     """
 
@@ -74,6 +76,7 @@ class TrainConfig:
     log_every: int = 10
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
+    bad_batches: str = "stop"
     evaluate: bool = True
 
     def __post_init__(self) -> None:
@@ -81,6 +84,8 @@ class TrainConfig:
             _at_least(f"train.{name}", getattr(self, name), 1)
         for name in ("contrastive_weight", "caption_weight"):
             _at_least(f"train.{name}", getattr(self, name), 0)
+        if self.bad_batches not in ("stop", "skip"):
+            raise ValueError(f"train.bad_batches: {self.bad_batches!r} came, 'stop' or 'skip' is accepted")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"train.label_smoothing: {self.label_smoothing} came, a number in [0, 1) is accepted")
 

@@ -52,6 +52,9 @@ class CorruptSampleWarning(UserWarning):
 class CorruptSampleError(ValueError):
     """A sample or shard that could not be read, under ``strict``."""
 
+    def __str__(self) -> str:
+        return str(self.args[0])  # webdataset appends what it was reading to the arguments of what passes through it
+
 
 @dataclass(frozen=True)
 class DataConfig:

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import csat_ext.deepspeed as csat_deepspeed
 from csat_ext.pretrain.data import PIXEL_MEAN, PIXEL_STD, CaptionTokenizer, validation_batches
 from csat_ext.pretrain.metrics import bleu4, chance_recall_at_k, cider_d, recall_at_k
 from csat_ext.pretrain.model import VisionLanguageModel
 from csat_ext.pretrain.train import CHECKPOINTS, METRICS, RUN, Run, build_model
+from csat_ext.section import apply
 
 RANKS = (1, 5, 10)
 RESULTS, PICTURE = "results.json", "examples.png"
@@ -90,7 +90,7 @@ def load_trained(checkpoint: Path) -> tuple[Run, VisionLanguageModel, int]:
         raise FileNotFoundError(f"{latest} does not exist: the run in {checkpoint} has not written a checkpoint")
     tag = latest.read_text().strip()
     model = build_model(run)
-    csat_deepspeed.apply(model, csat_deepspeed.read_section(run.deepspeed))
+    apply(model, run.deepspeed)
     model.load_state_dict(_weights(latest.parent, tag))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return run, model.eval().to(device), int(tag.rpartition("-")[2])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
-import shutil
 import socket
 import sys
 import time
@@ -20,14 +20,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import csat_ext.deepspeed as csat_deepspeed
+from csat_ext import __version__, checkpoints
 from csat_ext.pretrain.config import PretrainConfig, from_dict, to_dict
 from csat_ext.pretrain.data import CaptionTokenizer, batches_per_epoch, expand_shards, train_batches
-from csat_ext.pretrain.model import VisionLanguageModel
+from csat_ext.pretrain.model import Losses, VisionLanguageModel
+from csat_ext.section import SECTION, load_json, read_section
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 RUN = "run.json"  # the config of the run: what `evaluate` and `--resume` read
+MAX_BAD_BATCHES = 10  # in a row: then it is not the data
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,20 @@ class Run:
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: {output} is not the output folder of a pretraining run")
         raw = json.loads(path.read_text())
-        return cls(from_dict(raw["config"]), raw["deepspeed"])
+        try:
+            read_section(raw["deepspeed"])
+            return cls(from_dict(raw["config"]), raw["deepspeed"])
+        except (ValueError, TypeError, KeyError) as error:
+            written = raw.get("csat_ext", "an older version")
+            raise ValueError(
+                f"{path} was written by csat_ext {written} and this is {__version__}, which does not take it: {error}"
+            ) from error
 
     def save(self, output: Path) -> None:
         output.mkdir(parents=True, exist_ok=True)
         (output / RUN).write_text(
-            json.dumps({"config": to_dict(self.config), "deepspeed": self.deepspeed}, indent=1) + "\n"
+            json.dumps({"csat_ext": __version__, "config": to_dict(self.config), "deepspeed": self.deepspeed}, indent=1)
+            + "\n"
         )
 
 
@@ -58,10 +68,10 @@ def read_run(config: PretrainConfig) -> Run:
 
     Raises:
         FileNotFoundError: the JSON, a shard or the tokenizer does not exist.
-        ValueError, TypeError: as `csat_ext.deepspeed.read_section`.
+        ValueError, TypeError: as `csat_ext.section.read_section`.
     """
-    ds_config = csat_deepspeed.load_json(config.deepspeed)
-    csat_deepspeed.read_section(ds_config)
+    ds_config = load_json(config.deepspeed)
+    read_section(ds_config)
     expand_shards(config.data.train_shards, "data.train_shards")
     expand_shards(config.data.val_shards, "data.val_shards")
     CaptionTokenizer(config.data.tokenizer, config.data.text_length)
@@ -87,31 +97,37 @@ def pretrain(run: Run, output: Path, *, resume: bool = False) -> None:
     Args:
         run: config and DeepSpeed JSON.
         output: folder of the run; one that holds checkpoints is only accepted with `resume`.
-        resume: continue from the newest checkpoint. On CPU the losses are bitwise those of an uninterrupted run.
+        resume: continue from the newest sound checkpoint (`csat_ext.checkpoints`). On CPU the losses are bitwise those
+            of an uninterrupted run.
 
     Raises:
-        FileExistsError, FileNotFoundError: `output` holds checkpoints without `resume`, or none with it.
-        ValueError: the run in `output` had another model, other data or another attention.
-        FloatingPointError: the loss is no longer finite.
+        FileExistsError, FileNotFoundError: `output` holds checkpoints without `resume`, or no sound one with it.
+        ValueError: the run in `output` had another model, other data or another attention, or an older version wrote
+            it and its config means nothing here.
+        FloatingPointError: a loss or a gradient is not finite; the checkpoints on disk are from before.
+        OSError: a checkpoint could not be written.
     """
     _check_output(run, output, resume)
     set_up_process_group()
     engine = _engine(run)
-    step = 0
+    step = drawn = 0
     if resume:
-        _, state = engine.load_checkpoint(str(output / CHECKPOINTS))
+        state = checkpoints.restore(engine, output / CHECKPOINTS)
         step = int(state["step"])
+        drawn = int(state.get("batches", step * engine.gradient_accumulation_steps()))
     if dist.get_rank() == 0:
         run.save(output)
     train = run.config.train
     with _Reporter(run, output, step, engine) as report:
-        batches = _batches(run, step * engine.gradient_accumulation_steps())
+        batches = _Batches(run, drawn)
         while step < train.steps:
-            losses, tokens = _train_step(engine, batches)
             step += 1
+            losses, tokens = _train_step(engine, batches, step)
             report.add(step, losses, tokens)
             if step % train.checkpoint_every == 0 or step == train.steps:
-                _save(engine, output / CHECKPOINTS, step, train.keep_checkpoints)
+                _check_gradients(engine, step)
+                state = {"step": step, "batches": batches.drawn}
+                checkpoints.save(engine, output / CHECKPOINTS, step, state, train.keep_checkpoints)
 
 
 def set_up_process_group() -> None:
@@ -162,7 +178,7 @@ def _check_output(run: Run, output: Path, resume: bool) -> None:
     pairs = {
         "model": (before.config.model, run.config.model),
         "data": (before.config.data, run.config.data),
-        csat_deepspeed.SECTION: tuple(csat_deepspeed.read_section(r.deepspeed) for r in (before, run)),
+        SECTION: tuple(read_section(r.deepspeed) for r in (before, run)),
     }
     for name, (old, new) in pairs.items():
         if old != new:
@@ -170,9 +186,11 @@ def _check_output(run: Run, output: Path, resume: bool) -> None:
 
 
 def _engine(run: Run) -> Any:
+    from csat_ext import deepspeed  # imports DeepSpeed, whose accelerator `set_up_process_group` chose
+
     model = build_model(run)
     model.train()
-    engine, *_ = csat_deepspeed.initialize(model=model, config=fill_auto(run, dist.get_world_size()))
+    engine, *_ = deepspeed.initialize(model=model, config=fill_auto(run, dist.get_world_size()))
     return engine
 
 
@@ -206,38 +224,70 @@ def _fill(section: dict[str, Any], key: str, value: int) -> None:
     section[key] = value
 
 
-def _batches(run: Run, start: int) -> Iterator[dict[str, Any]]:
-    """This rank's batches from micro batch `start` of the run on, epoch after epoch."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    epoch, first = divmod(start, batches_per_epoch(run.config.data, world_size))
-    while True:
-        yield from train_batches(run.config.data, epoch, rank, world_size, start_batch=first)
-        epoch, first = epoch + 1, 0
+class _Batches:
+    """This rank's batches from micro batch `drawn` of the run on, epoch after epoch."""
+
+    def __init__(self, run: Run, drawn: int) -> None:
+        self.skip_bad, self.drawn = run.config.train.bad_batches == "skip", drawn
+        self._stream = self._endless(run, drawn)
+
+    @staticmethod
+    def _endless(run: Run, start: int) -> Iterator[dict[str, Any]]:
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        epoch, first = divmod(start, batches_per_epoch(run.config.data, world_size))
+        while True:
+            yield from train_batches(run.config.data, epoch, rank, world_size, start_batch=first)
+            epoch, first = epoch + 1, 0
+
+    def __next__(self) -> dict[str, Any]:
+        self.drawn += 1
+        return next(self._stream)
 
 
-def _train_step(engine: Any, batches: Iterator[dict[str, Any]]) -> tuple[torch.Tensor, int]:
+def _train_step(engine: Any, batches: _Batches, step: int) -> tuple[torch.Tensor, int]:
     """One optimizer step; returns this rank's mean losses (3,) and how many tokens, visual and text, it saw."""
     accumulation = engine.gradient_accumulation_steps()
     total, tokens = torch.zeros(3, device=engine.device), 0
     for _ in range(accumulation):
-        batch = next(batches)
-        image, ids, mask = (
-            batch[key].to(engine.device, non_blocking=True) for key in ("image", "tokens", "token_mask")
-        )
-        losses = engine(image, ids, mask)
+        losses, batch = _finite_losses(engine, batches, step)
         engine.backward(losses.total)
         engine.step()
         total += torch.stack([loss.detach().float() for loss in losses]) / accumulation
-        tokens += image.shape[0] * engine.module.vision.position.shape[1] + int(batch["token_mask"].sum())
+        tokens += len(batch["key"]) * engine.module.vision.position.shape[1] + int(batch["token_mask"].sum())
     return total, tokens
 
 
-def _save(engine: Any, folder: Path, step: int, keep: int) -> None:
-    engine.save_checkpoint(str(folder), tag=f"step-{step:08d}", client_state={"step": step})
-    if dist.get_rank() == 0:
-        for old in sorted(folder.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
+def _finite_losses(engine: Any, batches: _Batches, step: int) -> tuple[Losses, dict[str, Any]]:
+    """Losses of the next batch, and the batch; one that is not finite on some rank stops the run or is left out by all
+    ranks, before a gradient is made of it."""
+    for _ in range(MAX_BAD_BATCHES):
+        batch = next(batches)
+        losses = engine(*(batch[key].to(engine.device, non_blocking=True) for key in ("image", "tokens", "token_mask")))
+        bad = (~losses.total.detach().isfinite()).float()
+        dist.all_reduce(bad)
+        if not bad:
+            return losses, batch
+        where = f"{int(bad)} of {dist.get_world_size()} rank(s)"
+        told = f"step {step}: the loss of batch {batches.drawn} is not finite on {where}"
+        if not batches.skip_bad:
+            raise FloatingPointError(
+                f"{told}; no weight was touched. Mend the data, or resume with train.bad_batches=skip"
+            )
+        if dist.get_rank() == 0:
+            warnings.warn(f"{told}; left out", stacklevel=2)
+    raise FloatingPointError(
+        f"step {step}: {MAX_BAD_BATCHES} batches in a row have a loss that is not finite: the weights are at fault; "
+        "lower the learning rate and resume an earlier checkpoint"
+    )
+
+
+def _check_gradients(engine: Any, step: int) -> None:
+    """Refuses to save weights that a gradient of NaN went into; under fp16 the loss scaler leaves such steps out."""
+    norm = engine.get_global_grad_norm()
+    if norm is not None and not engine.fp16_enabled() and not math.isfinite(norm):
+        raise FloatingPointError(
+            f"step {step}: the norm of the gradient is {norm}; nothing was saved. Lower the learning rate and resume"
+        )
 
 
 class _Reporter(AbstractContextManager["_Reporter"]):
@@ -286,10 +336,6 @@ class _Reporter(AbstractContextManager["_Reporter"]):
         dist.all_reduce(sums)
         *means, tokens = sums.tolist()
         total, contrastive, caption = (mean / dist.get_world_size() / (step - self.last) for mean in means)
-        if not torch.isfinite(torch.tensor(total)):
-            raise FloatingPointError(
-                f"step {step}: the loss is {total}; lower the learning rate or resume an earlier checkpoint"
-            )
         now = time.perf_counter()
         if self.main:
             metrics = {
@@ -330,7 +376,9 @@ class _Reporter(AbstractContextManager["_Reporter"]):
         """Drops the metrics of steps that a resumed run will make again."""
         path = self.output / METRICS
         if path.is_file():
-            kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
+            # A line that was being written when the run was killed has no brace at its end.
+            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
             path.write_text("".join(line + "\n" for line in kept))
 
     def __exit__(
@@ -350,7 +398,7 @@ def _describe(run: Run, engine: Any) -> str:
     sites = {kind: sum(isinstance(m, cls) for m in engine.module.modules()) for kind, cls in kinds.items()}
     weights = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     words = ", ".join(f"{count} {kind}" for kind, count in sites.items() if count)
-    section = csat_deepspeed.read_section(run.deepspeed)
+    section = read_section(run.deepspeed)
     if section.enabled:
         attention = section.attention
         words += f" (m = {attention.measurements}, {attention.ensemble}, decoder {attention.decoder})"

@@ -1,0 +1,250 @@
+"""Budgets of the CUDA kernels: registers as compiled, and for the published sizes bytes, FLOPs and the floor time.
+
+python benchmarks/kernel_budgets.py check LIBRARY.so     # no spills, registers as recorded, HMMA and HGMMA
+python benchmarks/kernel_budgets.py record LIBRARY.so    # write the registers, and docs/kernels.md with them
+python benchmarks/kernel_budgets.py page [--check]       # docs/kernels.md from the recorded registers
+
+cuobjdump comes with the CUDA toolkit, and with triton, which a CUDA torch brings along. Nothing here needs a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from machine import header
+from readme_tables import table
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORD = ROOT / "benchmarks" / "results" / "kernel_registers.json"
+PAGE = ROOT / "docs" / "kernels.md"
+ARCHITECTURES = ("sm_80", "sm_90a")
+# Instructions that a kernel of the family must show.
+INSTRUCTIONS = {"_wgmma_kernel": "HGMMA", "_mma_kernel": "HMMA"}
+
+# ---- what the compiler made ------------------------------------------------------------------------------------------
+
+
+def find_cuobjdump(given: str | None) -> str:
+    """The tool given, the toolkit's or triton's. Raises SystemExit if there is none."""
+    spec = find_spec("triton")
+    triton = [
+        Path(p) / "backends" / "nvidia" / "bin" / "cuobjdump" for p in (spec and spec.submodule_search_locations) or ()
+    ]
+    for candidate in (given, shutil.which("cuobjdump"), *map(str, triton)):
+        if candidate and Path(candidate).exists():
+            return candidate
+    sys.exit("no cuobjdump: pass --cuobjdump, install the CUDA toolkit's, or run where triton is installed")
+
+
+def kernel_name(mangled: str) -> str:
+    """forward_mma<bf16, 64, 0> from the Itanium name of csat::forward_mma_kernel<__nv_bfloat16, 64, 0>."""
+    match = re.match(r"_ZN4csat(\d+)", mangled)
+    if not match:
+        return mangled
+    start = match.end()
+    name, rest = mangled[start : start + int(match[1])], mangled[start + int(match[1]) :]
+    types = {"13__nv_bfloat16": "bf16", "6__half": "f16", "f": "f32"}
+    arguments = []
+    if rest.startswith("I"):
+        for part in re.finditer(r"13__nv_bfloat16|6__half|L[ib](\d+)E|f(?=[LE1-9])|N\d?_?|E", rest[1:]):
+            if part[0] == "E":
+                break
+            arguments.append(part[1] if part[1] is not None else types.get(part[0], part[0]))
+    return f"{name.removesuffix('_kernel')}<{', '.join(arguments)}>" if arguments else name.removesuffix("_kernel")
+
+
+def resources(library: Path, tool: str) -> dict[str, dict[str, dict[str, int]]]:
+    """Architecture -> mangled kernel -> registers and bytes of local memory (spills)."""
+    text = subprocess.run(
+        [tool, "--dump-resource-usage", str(library)], capture_output=True, text=True, check=True
+    ).stdout
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    architecture, function = "", ""
+    for line in text.splitlines():
+        if match := re.search(r"arch = (sm_\w+)", line):
+            architecture = match[1]
+        elif match := re.search(r"Function (\S+):", line):
+            function = match[1]
+        elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", line):
+            registers, stack, local = map(int, match.groups())
+            found.setdefault(architecture, {})[function] = {"registers": registers, "spilled": stack + local}
+    return {architecture: kernels for architecture, kernels in found.items() if architecture in ARCHITECTURES}
+
+
+def instructions(library: Path, tool: str, architecture: str) -> Iterator[tuple[str, str]]:
+    """(mangled kernel, its SASS)."""
+    command = [tool, "-sass", "-arch", architecture, str(library)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for part in text.split("Function : ")[1:]:
+        name, _, body = part.partition("\n")
+        yield name.strip(), body
+
+
+def faults(library: Path, tool: str, recorded: dict[str, dict[str, int]]) -> list[str]:
+    """What contradicts the record: spills, more registers, kernels that nobody recorded, missing instructions."""
+    found = []
+    for architecture, kernels in resources(library, tool).items():
+        for mangled, used in kernels.items():
+            name, registers = kernel_name(mangled), used["registers"]
+            budget = recorded.get(architecture, {}).get(name)
+            if used["spilled"]:
+                found.append(f"{architecture} {name}: {used['spilled']} bytes spilled")
+            if budget is None:
+                found.append(f"{architecture} {name}: not recorded")
+            elif registers > budget:
+                found.append(f"{architecture} {name}: {registers} registers, {budget} recorded")
+        for mangled, body in instructions(library, tool, architecture):
+            for suffix, instruction in INSTRUCTIONS.items():
+                if (
+                    suffix in mangled
+                    and instruction not in body
+                    and (suffix != "_wgmma_kernel" or architecture == "sm_90a")
+                ):
+                    found.append(f"{architecture} {kernel_name(mangled)}: no {instruction}")
+                if suffix in mangled:
+                    break
+    return found
+
+
+# ---- what the sizes ask for ------------------------------------------------------------------------------------------
+
+PAIRS, HEADS, LAYERS = 64, 16, 3  # B H, H, layers of LISTA
+TOKENS, WIDTHS, MEASUREMENTS = (4096, 16384, 65536), (64, 128), (128, 256, 512)
+TFLOPS, TERABYTES = (
+    795.0,
+    3.0,
+)  # a second: bf16 products and device memory of an H100, as large products and copies reach
+
+
+def work(op: str, n: int, m: int, d: int, atoms: int) -> tuple[float, float]:
+    """FLOPs and least bytes through device memory of one op over all pairs, in 16 bits; D = R = Dv = d, Phi shared.
+
+    As the formulas of docs/architecture.md count them, not as kernels pad them: the floor of any implementation that
+    keeps P, the iterates and A out of memory.
+    """
+    row, measured, weights = n * d, m * d, atoms * atoms + 2 * atoms * d
+    lista = 2 * n * (LAYERS * atoms * d + (LAYERS - 1) * atoms * atoms + d * atoms)
+    lse = 4 * n
+    counts = {
+        "project": (2 * 2 * m * n * d, 2 * (2 * row + 2 * measured) + 2 * m * n / PAIRS),
+        "project_backward": (2 * 2 * m * n * d, 2 * (2 * row + 2 * measured) + 2 * m * n / PAIRS),
+        "attend": (4 * n * m * d, 2 * (2 * row + 2 * measured) + lse),
+        "attend_decode": (4 * n * m * d + lista, 2 * (3 * row + 2 * measured) + lse + 2 * weights / PAIRS),
+        "attend_backward": (10 * n * m * d, 2 * (4 * row + 4 * measured) + lse),
+        "decode_backward": (3 * lista, 2 * 3 * row + 4 * weights / PAIRS),
+    }
+    flops, moved = counts[op]
+    return PAIRS * flops, PAIRS * moved
+
+
+def floor_ms(flops: float, moved: float) -> tuple[float, str]:
+    """The least time, and which of both limits sets it."""
+    products, memory = flops / (TFLOPS * 1e9), moved / (TERABYTES * 1e9)
+    return (products, "products") if products > memory else (memory, "memory")
+
+
+def choices(m: int, d: int, atoms: int, capability: str) -> dict[str, tuple[str, int]]:
+    """Op -> family and shared memory of a block, from the table that dispatch asks; n does not matter to it."""
+    from csat_ext import SparseDecoder, explain
+
+    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    f32 = torch.float32
+    decoder = SparseDecoder(
+        meta(1, atoms, atoms, dtype=f32),
+        meta(1, atoms, d, dtype=f32),
+        meta(LAYERS, atoms, dtype=f32),
+        meta(d, atoms, dtype=f32),
+    )
+    tokens = meta(PAIRS // HEADS, HEADS, TOKENS[0], d)
+    phi = meta(m, TOKENS[0], dtype=f32)
+    explained = [*explain(tokens, tokens, tokens, phi, device=capability)]
+    explained += [*explain(tokens, tokens, tokens, phi, decoder=decoder, device=capability)]
+    return {choice.op: (choice.family, choice.shared_bytes) for choice in explained}
+
+
+def budget_rows() -> Iterator[list[str]]:
+    for d in WIDTHS:
+        for m in MEASUREMENTS:
+            chosen = {capability: choices(m, d, d, capability) for capability in ("sm_80", "sm_90")}
+            for op in ("project", "attend", "attend_decode", "attend_backward", "decode_backward"):
+                kernels = []
+                for capability in ("sm_80", "sm_90"):
+                    family, shared = chosen[capability][op]
+                    kernels.append(family if not shared else f"{family}, {shared / 1024:.0f} KiB")
+                times = [floor_ms(*work(op, n, m, d, d)) for n in TOKENS]
+                flops, moved = work(op, TOKENS[0], m, d, d)
+                counts = [f"{flops / 1e9:.0f}", f"{moved / 1e6:.0f}", *(f"{ms:.3g}" for ms, _ in times), times[0][1]]
+                yield [str(d), str(m), f"`{op}`", *kernels, *counts]
+
+
+def page() -> str:
+    record = json.loads(RECORD.read_text())
+    names = sorted({name for kernels in record["registers"].values() for name in kernels})
+    registers = [[f"`{name}`", *(str(record["registers"][a].get(name, "")) for a in ARCHITECTURES)] for name in names]
+    head = ["D", "m", "op", "sm_80", "sm_90", "GFLOP", "MB", *(f"n = {n}, ms" for n in TOKENS), "limit"]
+    text = PAGE.read_text()
+    parts = {
+        "budgets": table(head, budget_rows()),
+        "registers": table(["kernel", *ARCHITECTURES], registers) + f"\n\n<sub>{record['compiler']}, "
+        f"{record['machine']['date'][:10]}, `python benchmarks/kernel_budgets.py record`</sub>",
+    }
+    for name, body in parts.items():
+        marked = re.compile(rf"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
+        if not marked.search(text):
+            raise ValueError(f"docs/kernels.md has no <!-- {name} --> ... <!-- /{name} -->")
+        text = marked.sub(lambda _, b=body, n=name: f"<!-- {n} -->\n{b}\n<!-- /{n} -->", text)  # type: ignore[misc]
+    return text
+
+
+def record_registers(library: Path, tool: str) -> None:
+    found = {
+        architecture: {kernel_name(mangled): used["registers"] for mangled, used in kernels.items()}
+        for architecture, kernels in resources(library, tool).items()
+    }
+    compiler = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release ([\d.]+)", compiler)
+    machine = header() | {"command": "python benchmarks/kernel_budgets.py record"}
+    result = {"machine": machine, "compiler": f"nvcc {release[1] if release else '?'}"}
+    RECORD.write_text(json.dumps(result | {"registers": found}, indent=1, sort_keys=True) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("check", "record"):
+        command = commands.add_parser(name)
+        command.add_argument("library", type=Path)
+        command.add_argument("--cuobjdump")
+    commands.add_parser("page").add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.command == "page":
+        new = page()
+        if arguments.check:
+            sys.exit(
+                0 if new == PAGE.read_text() else "docs/kernels.md is not what the record and the limits say: run page"
+            )
+        PAGE.write_text(new)
+        return
+    tool = find_cuobjdump(arguments.cuobjdump)
+    if arguments.command == "record":
+        record_registers(arguments.library, tool)
+        PAGE.write_text(page())
+        return
+    found = faults(arguments.library, tool, json.loads(RECORD.read_text())["registers"])
+    print("\n".join(found) or "no spills, registers as recorded, HMMA and HGMMA where they belong")
+    sys.exit(bool(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""`csat_ext.explain`: what it says is what runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from emulator import build
+from emulator.backend import EmulatedOps
+from torch import Tensor
+
+import csat_ext
+from csat_ext import LinearDecoder, SparseDecoder, explain, implicit_measurement
+
+
+def _inputs(nq: int, m: int, d: int, r: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
+    query, key = torch.randn(1, 2, nq, d).to(dtype), torch.randn(1, 2, 3 * m, d).to(dtype)
+    return query, key, torch.randn(1, 2, 3 * m, r).to(dtype), torch.rand(m, 3 * m).softmax(-1)
+
+
+def _decoder(layers: int, atoms: int, rank: int, outputs: int) -> SparseDecoder:
+    weights = torch.randn(1, atoms, atoms) * 0.01, torch.randn(1, atoms, rank), torch.rand(layers, atoms)
+    return SparseDecoder(*weights, torch.randn(outputs, atoms))
+
+
+# queries, m, D, R; layers, P, R, Dv; family on sm_80 and on sm_90
+PROBLEMS = [
+    ((9, 12, 64, 64), (2, 64, 64, 64), "mma", "wgmma"),
+    ((9, 12, 80, 64), (2, 100, 64, 64), "mma", "mma"),
+    ((9, 12, 128, 128), (2, 128, 128, 100), "pair", "pair"),
+    ((9, 12, 130, 20), (1, 20, 20, 20), "pair", "pair"),
+    ((9, 12, 130, 20), (1, 260, 20, 20), "simt", "simt"),
+]
+
+
+@pytest.mark.parametrize("capability,column", [(80, 2), (90, 3)])
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_it_says_what_the_launch_functions_do(problem: tuple[Any, ...], capability: int, column: int) -> None:
+    if reason := build.why_not_buildable():
+        pytest.skip(reason)
+    q, k, v, phi = _inputs(*problem[0])
+    decoder = _decoder(*problem[1])
+    said = explain(q, k, v, phi, decoder=decoder, device=f"sm_{capability}")
+    assert said["attend_decode"].family == problem[column]
+    ops = EmulatedOps(build.build(), compute_capability=capability)
+    ops.attend_decode(q, k[:, :, :12], v[:, :, :12], None, 0.1, *decoder.with_head_axis(), False)
+    assert (ops.counters.mma > 0) == (said["attend_decode"].family != "simt")
+    z = torch.randn(1, 2, 9, problem[1][2]).to(q.dtype)
+    dc = torch.randn(1, 2, 9, problem[1][3]).to(q.dtype)
+    ops.decode_backward(dc, z, *decoder.with_head_axis())
+    assert (ops.counters.mma > 0) == (said["decode_backward"].family != "simt")
+
+
+def test_every_family_before_the_chosen_one_has_a_reason() -> None:
+    q, k, v, phi = _inputs(9, 12, 200, 200, torch.float32)
+    choice = explain(q, k, v, phi, device="sm_90")["attend"]
+    assert choice.family == "simt"
+    assert dict(choice.refused) == {
+        "wgmma": "float32: the tensor cores take bf16 and fp16",
+        "mma": "float32: the tensor cores take bf16 and fp16",
+    }
+    assert "not mma: float32" in str(choice)
+    wide = explain(*(t.to("meta") for t in _inputs(9, 12, 2000, 20)), device="sm_80")["attend"]
+    assert wide.family == "none" and dict(wide.refused)["simt"] == "head dimension D above 1024"
+
+
+def test_a_linear_decoder_and_an_implicit_phi() -> None:
+    q, k, v, _ = _inputs(9, 12, 32, 32)
+    phi = implicit_measurement("pool", 12, 36)
+    said = explain(q, k, v, phi, decoder=LinearDecoder(torch.eye(32)), device="sm_80")
+    assert [choice.op for choice in said] == ["project_implicit", "attend", "attend_backward"]
+    assert said["project_implicit"].family == "simt"
+    signs = explain(q, k, v, implicit_measurement("rademacher", 12, 36), device="sm_80")
+    assert signs["project_implicit"].family == "mma"
+    with pytest.raises(KeyError, match="decode"):
+        said["decode"]
+
+
+def test_devices() -> None:
+    inputs = _inputs(9, 12, 32, 32)
+    on_cpu = explain(*inputs)
+    assert on_cpu.device.startswith("cpu: C++ kernels") and not tuple(on_cpu)
+    with pytest.raises(ValueError, match=r"sm_75.*sm_80"):
+        explain(*inputs, device="sm_75")
+    assert explain(*(t.double() for t in inputs), device="sm_90")["attend"].family == "none"
+
+
+def test_bad_arguments_of_the_table_name_what_is_accepted() -> None:
+    from csat_ext._library import _C
+
+    good: dict[str, Any] = {"kernel": "attend", "family": "mma", "sizes": {"D": 64}, "dtype": "float16"}
+    good |= {"weights": "float32", "capability": 80, "shared_bytes": 166912}
+    reason, shared_bytes = _C.can_run(**good)
+    assert reason is None and 0 < shared_bytes <= good["shared_bytes"]
+    for name, accepted in (("kernel", "attend_backward"), ("family", "wgmma"), ("dtype", "bfloat16")):
+        with pytest.raises(ValueError, match=rf"{name} must be one of .*{accepted}.*; got 'no'"):
+            _C.can_run(**(good | {name: "no"}))
+    assert csat_ext.__all__.count("explain") == 1
