@@ -20,7 +20,7 @@
 // before (two products more), and dq goes as float32 partials a slab to reduce(). dkc, dvc and dbias always go there:
 // partials of the ranges, and of the heads of a group, are added in a fixed order.
 //
-// Budget: 2 M (3 D + 2 R) FLOP a query, 4 M (D + R) more with several slabs; limits::attend_backward_mma_bytes of
+// Budget: 2 M (3 D + 2 R) FLOP a query, 2 M (D + R) more with several slabs; limits::attend_backward_mma_bytes of
 // shared memory (119 KiB for 256 measurements of 64 features, 125 KiB for 128 of 128); up to 255 registers, of which
 // dkc and dvc take 128 for 64 or 128 features: two blocks of four warps share an SM there, or one of eight. Limits:
 // limits::plan_mma. p and ds are rounded to T before the products with them, dbias and shift take them unrounded. In

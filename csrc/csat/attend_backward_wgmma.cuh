@@ -17,10 +17,11 @@
 //   after the second    shift; dS -> shared; dkc while dq of the last tile -> global and the next centre is found
 //
 // Budget: 2 M (3 D + 2 R) FLOP a query, 2 M (D + R) more with several slabs; limits::attend_backward_wgmma_bytes of
-// shared memory (D = 64: 78 KiB for 64 measurements, 105 KiB for 128, 110 KiB for 256; D = 128: 186 KiB); registers
-// under 255, of which dkc and dvc take 64, or 128 where 128 measurements or 128 features are a warpgroup's: one block
-// an SM, two of one warpgroup. With tiles of 32 queries a left operand in shared memory costs 24 cycles where its
-// product takes 16. Limits: limits::plan_wgmma.
+// shared memory (D = 64: 78 KiB for 64 measurements, 105 KiB for 128, 109 KiB for 256; D = 128: 142 KiB for 64, 185 KiB
+// for 128); up to 255 registers, of which dkc and dvc take 64, or 128 where 128 measurements or 128 features are a
+// warpgroup's: one block an SM, or two of one warpgroup with D = 64. Tiles of 32 queries halve the work on what a
+// product reads of its left operand: at 128 bytes a cycle 24 cycles of shared memory for 16 of products. Limits:
+// limits::plan_wgmma.
 #pragma once
 #include "csat/attend_backward_mma.cuh"
 #include "csat/warpgroup.cuh"

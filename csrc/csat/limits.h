@@ -184,6 +184,7 @@ struct AttendBackwardPlan {
   int64_t slabs = 0, warps = 0;     // a slab belongs to a block of as many warps
   int64_t slab_rows = 0;            // its measurements
   int queries = 0;                  // of a tile
+  int64_t shared_bytes = 0;
 };
 constexpr int64_t backward_shift_mma_bytes(int feature) {
   const int64_t queries = kMmaWarps * 16;

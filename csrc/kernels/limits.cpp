@@ -151,12 +151,12 @@ const char* plan_backward_sizes(AttendBackwardPlan& plan, const AttendBackwardPa
   return p.dq.stride[3] != 1 ? "the rows of dq are not contiguous" : nullptr;
 }
 
-// What both families ask of a plan whose block takes `block_bytes`.
-const char* check_plan(const AttendBackwardPlan& plan, const AttendBackwardParams& p, int64_t block_bytes,
-                       int64_t shared_limit) {
+// What both families ask of a plan.
+const char* check_plan(const AttendBackwardPlan& plan, const AttendBackwardParams& p, int64_t shared_limit) {
   const AttendParams& f = p.forward;
   const bool shift = plan.slabs > 1;
-  if (plan.warps == 0 || block_bytes > shared_limit || (shift && backward_shift_mma_bytes(plan.feature) > shared_limit))
+  if (plan.warps == 0 || plan.shared_bytes > shared_limit ||
+      (shift && backward_shift_mma_bytes(plan.feature) > shared_limit))
     return "the tiles of this size exceed the shared memory of a block";
   const int64_t pairs = f.batch * f.heads, rows = pairs * f.queries;
   if (pairs * ceil_div(f.queries, plan.queries) * plan.slabs > kMaxBlocks || f.queries > kMaxBlocks ||
@@ -177,7 +177,8 @@ const char* plan_mma(AttendBackwardPlan& plan, const AttendBackwardParams& p, in
   plan.warps = most ? ceil_div(groups, plan.slabs) : 0;
   plan.slab_rows = plan.warps * backward_warp_rows(plan.feature);
   plan.queries = kBackwardQueries;
-  return check_plan(plan, p, attend_backward_mma_bytes(plan.warps, plan.feature), shared_limit);
+  plan.shared_bytes = attend_backward_mma_bytes(plan.warps, plan.feature);
+  return check_plan(plan, p, shared_limit);
 }
 
 const char* plan_wgmma(AttendBackwardPlan& plan, const AttendBackwardParams& p, const Device& device) {
@@ -191,8 +192,8 @@ const char* plan_wgmma(AttendBackwardPlan& plan, const AttendBackwardParams& p, 
   plan.slab_rows = plan.warps * 16 * plan.row_blocks;
   plan.slabs = ceil_div(M, plan.slab_rows);
   plan.queries = wgmma_backward_queries(plan.row_blocks);
-  return check_plan(plan, p, attend_backward_wgmma_bytes(plan.warps, plan.feature, plan.row_blocks),
-                    device.shared_bytes);
+  plan.shared_bytes = attend_backward_wgmma_bytes(plan.warps, plan.feature, plan.row_blocks);
+  return check_plan(plan, p, device.shared_bytes);
 }
 
 const char* plan_backward(AttendBackwardPlan& plan, const AttendBackwardParams& p, const Device& device) {
@@ -245,6 +246,13 @@ const char* can_run_forward(Kernel kernel, Family family, const Problem& p, cons
   }
 }
 
+AttendBackwardParams backward_of(const AttendParams& forward) {
+  AttendBackwardParams p{};
+  p.forward = forward;
+  p.dq.stride[3] = 1;
+  return p;
+}
+
 const char* can_run_backward(Family family, const AttendBackwardParams& p, const Device& device) {
   AttendBackwardPlan plan;
   if (family == Family::wgmma) return plan_wgmma(plan, p, device);
@@ -261,12 +269,7 @@ const char* can_run_backward(Family family, const DecodeBackwardParams& p, const
 }  // namespace
 
 const char* can_run(Kernel kernel, Family family, const Problem& p, const Device& device) {
-  if (kernel == Kernel::attend_backward) {
-    AttendBackwardParams backward{};
-    backward.forward = p.attend;
-    backward.dq.stride[3] = 1;
-    return can_run_backward(family, backward, device);
-  }
+  if (kernel == Kernel::attend_backward) return can_run_backward(family, backward_of(p.attend), device);
   if (kernel == Kernel::decode_backward) {
     DecodeBackwardParams backward{};
     backward.forward = p.decode;
@@ -309,8 +312,10 @@ int64_t shared_bytes(Kernel kernel, Family family, const Problem& p, const Devic
   const Decoder& d = p.decode.decoder;
   if (kernel == Kernel::attend_backward) {
     if (family == Family::simt) return simt_bytes({query_backward_row(M, D, R), measurement_backward_row(D, R)}, limit);
-    const int feature = mma_feature(D > R ? D : R);
-    return attend_backward_mma_bytes(BackwardSlabs(M, feature, limit).warps, feature);
+    AttendBackwardPlan plan;
+    if (family == Family::wgmma) plan_wgmma(plan, backward_of(p.attend), device);
+    if (family == Family::mma) plan_mma(plan, backward_of(p.attend), limit);
+    return plan.shared_bytes;
   }
   if (kernel == Kernel::decode_backward) {
     if (family == Family::simt) return simt_bytes({decode_backward_row(d.coefficients, d.features, d.outputs)}, limit);
