@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +11,17 @@ from torch import Tensor, nn
 
 from csat_ext.config import CSATConfig
 from csat_ext.dictionaries import dictionary
-from csat_ext.functional import Decoder, LinearDecoder, Phi, SparseDecoder, autocasts, checked_mask, measure, recover
+from csat_ext.functional import (
+    Decoder,
+    LinearDecoder,
+    Phi,
+    SparseDecoder,
+    autocasts,
+    checked_mask,
+    measure,
+    no_autocast,
+    recover,
+)
 from csat_ext.implicit import IMPLICIT, ImplicitMeasurement, implicit_measurement
 from csat_ext.measurements import ENSEMBLES, Measurement, Part, measurement
 from csat_ext.philox import GENERATOR_VERSION
@@ -193,7 +202,7 @@ class CSATCore(nn.Module):
     def decoder(self) -> Decoder | None:
         """The decoder at the parameters' present values, or None; its weights are in float32 (float64 for float64),
         under autocast too."""
-        with _no_autocast(self.measurement_key.device.type):
+        with no_autocast(self.measurement_key.device.type):
             return self._decoder()
 
     def _decoder(self) -> Decoder | None:
@@ -622,10 +631,6 @@ def _check_counts(**counts: Any) -> None:
             raise TypeError(f"{name} must be an int, got {count!r}")
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device_type, enabled=False) if device_type in ("cpu", "cuda") else nullcontext()
 
 
 def _ensemble_code(name: str) -> int:
