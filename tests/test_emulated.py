@@ -112,8 +112,8 @@ def test_attend(ops: EmulatedOps, generator: torch.Generator, sizes: tuple[int, 
     assert (ops.counters.mma > 0) == (dtype != torch.float32 and max(sizes[5:]) <= 128)
 
 
-# What the tensor-core kernel of attend's backward has beyond those: every padded size, one to eight warps, slabs of
-# measurements, ranges of queries, their tails.
+# What the tensor-core kernels of attend's backward have beyond those: every padded size, one to eight warps, slabs of
+# measurements, ranges of queries, their tails; on Hopper one and two warpgroups, of 64 and of 128 measurements.
 BACKWARD = [
     (1, 1, 1, 3, 5, 8, 20),
     (1, 2, 2, 5, 257, 32, 8),
@@ -125,29 +125,49 @@ BACKWARD = [
     (2, 4, 2, 39, 40, 96, 20),
     (1, 2, 1, 31, 131, 128, 100),
     (1, 1, 1, 37, 128, 90, 128),
+    (1, 2, 1, 100, 100, 64, 33),
+    (1, 1, 1, 20, 400, 48, 64),
+    (2, 2, 1, 70, 50, 128, 100),
 ]
 
 
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("sizes", BACKWARD, ids=str)
 def test_attend_backward_on_tensor_cores(
-    ops: EmulatedOps, generator: torch.Generator, sizes: tuple[int, ...], dtype: torch.dtype
+    ops: EmulatedOps, generator: torch.Generator, sizes: tuple[int, ...], dtype: torch.dtype, capability: int
 ) -> None:
+    ops.compute_capability = capability
     inputs = _attend_inputs(generator, dtype, sizes, "masked" if sizes[1] > 1 else "none")
     z, lse = _composite.attend(*inputs)
     check(ops, "attend_backward", _tokens(generator, dtype, *z.shape), *inputs[:4], z, lse, inputs[4])
     assert ops.counters.mma > 0
 
 
+def test_products_of_the_backward_are_warpgroups_on_hopper_alone(library: Any, generator: torch.Generator) -> None:
+    """A product of a warpgroup is 64 x 64 x 16, one of a warp 16 x 8 x 16."""
+    inputs = _attend_inputs(generator, torch.bfloat16, (1, 1, 1, 64, 128, 64, 64), "none")
+    z, lse = _composite.attend(*inputs)
+    products = {}
+    for capability in (80, 90):
+        ops = EmulatedOps(library, compute_capability=capability)
+        ops.attend_backward(z, *inputs[:4], z, lse, inputs[4])
+        products[capability] = ops.counters.mma
+    assert products[80] == 32 * products[90]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("measurements", [50, 300])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_values_that_are_alike(library: Any, generator: torch.Generator, dtype: torch.dtype, measurements: int) -> None:
+def test_values_that_are_alike(
+    library: Any, generator: torch.Generator, dtype: torch.dtype, measurements: int, capability: int
+) -> None:
     """Gradients of the scores are small differences then: the rounding of z must not show in them."""
     q, kc, vc, bias, scale = _attend_inputs(generator, dtype, (1, 1, 1, 9, measurements, 16, 16), "finite")
     vc = (3 + vc / 32).to(dtype)
     z, lse = _composite.attend(q, kc, vc, bias, scale)
     arguments = _tokens(generator, dtype, *z.shape), q, kc, vc, bias, z, lse, scale
-    got = EmulatedOps(library).attend_backward(*arguments)
+    got = EmulatedOps(library, compute_capability=capability).attend_backward(*arguments)
     exact = _composite.attend_backward(*_map(Tensor.double, arguments))
     plain = _composite.attend_backward(*arguments)
     for i in range(3):  # plain torch in float32 misses the limit of float32 for the fourth, dbias
@@ -537,15 +557,15 @@ def test_csat_attention_and_its_gradients(library: Any, generator: torch.Generat
 
 
 @pytest.mark.parametrize("sizes", [ATTEND[0], (1, 2, 1, 290, 13, 16, 8), (1, 1, 1, 35, 300, 20, 40)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype,capability", [*((t, 80) for t in DTYPES), (torch.bfloat16, 90)], ids=str)
 def test_order_of_threads_does_not_matter(
-    library: Any, generator: torch.Generator, dtype: torch.dtype, sizes: tuple[int, ...]
+    library: Any, generator: torch.Generator, dtype: torch.dtype, capability: int, sizes: tuple[int, ...]
 ) -> None:
     """Bitwise: reductions have a fixed order whatever the order of blocks, warps and lanes."""
     inputs = _attend_inputs(generator, dtype, sizes, "finite")
     results = []
     for seed in (0, 1, 2):
-        ops = EmulatedOps(library, seed=seed)
+        ops = EmulatedOps(library, seed=seed, compute_capability=capability)
         z, lse = ops.attend(*inputs)
         results.append((z, lse, *ops.attend_backward(1 - z, *inputs[:4], z, lse, inputs[4])))
     for other in results[1:]:
@@ -581,13 +601,14 @@ def test_bank_conflicts(library: Any, generator: torch.Generator, dtype: torch.d
         _check_bank_conflicts(ops, name, *arguments)
 
 
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 70, 300, 64, 64), (1, 1, 1, 70, 128, 128, 128)], ids=str)
 def test_bank_conflicts_of_the_backward_on_tensor_cores(
-    library: Any, generator: torch.Generator, sizes: tuple[int, ...]
+    library: Any, generator: torch.Generator, sizes: tuple[int, ...], capability: int
 ) -> None:
     inputs = _attend_inputs(generator, torch.float16, sizes, "finite")
     z, lse = _composite.attend(*inputs)
-    ops = EmulatedOps(library, count_bank_conflicts=True)
+    ops = EmulatedOps(library, count_bank_conflicts=True, compute_capability=capability)
     _check_bank_conflicts(ops, "attend_backward", z, *inputs[:4], z, lse, inputs[4])
 
 

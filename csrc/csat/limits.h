@@ -156,6 +156,7 @@ const char* plan_forward(ForwardMmaPlan& plan, const AttendParams* attend, const
 
 // Attend's backward.
 constexpr int kBackwardQueries = 32;      // a tile that a block walks
+constexpr int64_t kBackwardChunk = 256;   // queries that are worth a block of their own
 constexpr int kBackwardBlockBytes = 128;  // of addresses, alike for all threads of a block
 constexpr int kBackwardShiftDepth = 32;   // measurements at a time where the shift has a kernel of its own
 // Measurements a warp: its dkc and dvc are 2 rows x feature / 32 registers, of at most 255.
@@ -169,17 +170,21 @@ constexpr int64_t attend_backward_mma_bytes(int64_t warps, int feature) {
       2 * mma_tile_bytes(rows, feature) + mma_tile_bytes(rows, kBackwardQueries) + (rows + 3 * kBackwardQueries) * 4;
   return of_queries + warps * of_warp;
 }
-// How the measurements are dealt to blocks: `count` slabs of `warps` warps; none where a warp has no room.
-struct BackwardSlabs {
-  int64_t count = 0, warps = 0;
-  constexpr BackwardSlabs(int64_t M, int feature, int64_t shared_limit) {
-    int64_t most = kMmaWarps;
-    while (most > 0 && attend_backward_mma_bytes(most, feature) > shared_limit) --most;
-    if (most == 0) return;
-    const int64_t groups = ceil_div(M, backward_warp_rows(feature));
-    count = ceil_div(groups, most);
-    warps = count ? ceil_div(groups, count) : 0;
-  }
+// On wgmma a warpgroup has `row_blocks` times 64 measurements: the fewer queries a tile.
+constexpr int wgmma_backward_queries(int row_blocks) { return 64 / row_blocks; }
+constexpr int64_t attend_backward_wgmma_bytes(int64_t warps, int feature, int row_blocks) {
+  const int64_t measurements = warps * 16 * row_blocks, queries = wgmma_backward_queries(row_blocks);
+  const int64_t matrices = 2 * measurements * feature + queries * measurements + 5 * queries * feature;
+  return 2 * matrices + mma_tile_bytes(queries, feature) + 4 * (measurements + (3 * warps + 6) * queries) +
+         kBackwardBlockBytes;
+}
+// How attend's backward uses the tensor cores: sizes, and how the measurements are dealt to blocks.
+struct AttendBackwardPlan {
+  int feature = 0, row_blocks = 0;  // compile-time sizes; row_blocks 0: mma, not wgmma
+  int64_t slabs = 0, warps = 0;     // a slab belongs to a block of as many warps
+  int64_t slab_rows = 0;            // its measurements
+  int queries = 0;                  // of a tile
+  int64_t shared_bytes = 0;
 };
 constexpr int64_t backward_shift_mma_bytes(int feature) {
   const int64_t queries = kMmaWarps * 16;
@@ -187,9 +192,11 @@ constexpr int64_t backward_shift_mma_bytes(int feature) {
          4 * (2 * kBackwardShiftDepth + 2 * queries);
 }
 
-// nullptr if attend's backward runs on tensor cores within `shared_limit` bytes a block, else the reason why it takes
-// the SIMT kernels.
-const char* why_not_mma(const AttendBackwardParams& p, int64_t shared_limit);
+// nullptr and a plan, or the reason why there is none.
+const char* plan_mma(AttendBackwardPlan& plan, const AttendBackwardParams& p, int64_t shared_limit);
+const char* plan_wgmma(AttendBackwardPlan& plan, const AttendBackwardParams& p, const Device& device);
+// The first of both that has a plan; nullptr and the plan, or why mma has none.
+const char* plan_backward(AttendBackwardPlan& plan, const AttendBackwardParams& p, const Device& device);
 
 // decode_backward on tensor cores. R and Dv share a size; two row blocks a warp where registers leave them room.
 constexpr int decode_backward_feature(int64_t R, int64_t Dv) { return smallest_of({64, 128}, R > Dv ? R : Dv); }
