@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_accurate, rms
+from conftest import assert_accurate
 from emulator import build
 from emulator.backend import EmulatedOps, EmulationError, as_cpu_kernels
-from operator_cases import plain_torch_decode
+from operator_cases import plain_torch_decode_backward, settled_decode
 from torch import Tensor
 
 from csat_ext import SparseDecoder, _composite, csat_attention, reference
@@ -292,29 +292,15 @@ def test_decode(ops: EmulatedOps, generator: torch.Generator, sizes: tuple[int, 
 def _settled_decode(
     generator: torch.Generator, dtype: torch.dtype, shape: tuple[int, int, int], sizes: tuple[int, ...]
 ) -> tuple[Tensor, ...]:
-    """Arguments of decode_backward whose coefficients are far from their thresholds: every third one off, the others
-    of the sign of their atom by a wide margin. A rounding then moves none across, where the gradient jumps.
-
-    The cotangent is half the output, so that the gradient of a step, a sum over everything, does not cancel.
-    """
-    S, B, theta, psi, step = (t.to(dtype) for t in _decoder(generator, sizes))
-    atom = torch.arange(theta.shape[-1])
-    sign = torch.where(torch.rand(atom.shape, generator=generator) < 0.5, -1, 1).to(dtype)
-    S, B = 3 * sign[:, None] * sign * S.abs() / S.shape[-1] ** 0.5, sign[:, None] * B.abs()
-    theta = torch.where(atom % 3 == 0, math.inf, theta)
-    z = _tokens(generator, dtype, *shape, B.shape[-1]).abs() + 0.5
-    weights = tuple(t.float() for t in (S, B, theta, psi, step))
-    out = _composite.decode(z.double(), *(t.double() for t in weights))
-    dc = 0.05 * (out / rms(out) + torch.randn(out.shape, generator=generator))  # float16 holds every sum
-    return dc.to(dtype), z, *weights
+    weights = _decoder(generator, sizes)
+    return settled_decode(_tokens(generator, dtype, *shape, sizes[5]), weights, generator)
 
 
 def check_decode_backward(ops: EmulatedOps, dc: Tensor, z: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     """The tolerance rule against a decoder of stock torch operations in the dtype of z, parameters' gradients too."""
     got = ops.decode_backward(dc, z, *weights)
     exact = _composite.decode_backward(*(t.double() for t in (dc, z, *weights)))
-    leaves = [t.to(z.dtype).detach().requires_grad_() for t in (z, *weights)]
-    plain = torch.autograd.grad(plain_torch_decode(*leaves), leaves, dc)
+    plain = plain_torch_decode_backward(dc, z, *weights)
     for name, a, b, c in zip(("dz", "dS", "dB", "dtheta", "dpsi", "dstep"), got, exact, plain, strict=True):
         assert_accurate(name, a.to(z.dtype), b, c)
     return got
@@ -407,17 +393,58 @@ def test_fused_equals_the_pair(ops: EmulatedOps, generator: torch.Generator, dty
 
 # batch, heads of x, batch of phi, heads of phi, tokens, measurements, head dim
 PROJECT = [(2, 2, 1, 1, 45, 13, 20), (2, 1, 2, 3, 11, 5, 7), (1, 2, 1, 4, 33, 3, 9), (1, 1, 1, 1, 1, 1, 1)]
+# Products in parts of their depth: tokens (one head; a batch and heads that share; groups), and in the backward pass
+# measurements and the features of everything that shares a Phi.
+IN_PARTS = [(1, 1, 1, 1, 300, 13, 20), (2, 1, 2, 1, 131, 5, 7), (2, 2, 1, 4, 129, 70, 9), (3, 4, 1, 1, 9, 5, 24)]
+
+
+def _project_inputs(generator: torch.Generator, dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    batch, x_heads, phi_batch, phi_heads, tokens, measurements, head_dim = sizes
+    x = _tokens(generator, dtype, batch, x_heads, tokens, head_dim)
+    return x, _tokens(generator, dtype, phi_batch, phi_heads, measurements, tokens)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sizes", PROJECT, ids=str)
+@pytest.mark.parametrize("sizes", PROJECT + IN_PARTS, ids=str)
 def test_project(ops: EmulatedOps, generator: torch.Generator, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
-    batch, x_heads, phi_batch, phi_heads, tokens, measurements, head_dim = sizes
-    x = _tokens(generator, dtype, batch, x_heads, tokens, head_dim)
-    phi = _tokens(generator, dtype, phi_batch, phi_heads, measurements, tokens)
+    x, phi = _project_inputs(generator, dtype, sizes)
+    batch, _, tokens, _ = x.shape
     mask = torch.rand(batch, tokens, generator=generator) > 0.2 if tokens > 1 else None
     y = check(ops, "project", x, phi, mask)
     check(ops, "project_backward", _tokens(generator, dtype, *y.shape), x, phi, mask, True, True)
+
+
+@pytest.mark.parametrize(
+    "sizes,launches",
+    [
+        ((1, 1, 1, 1, 300, 13, 20), 3),  # parts of one depth, what is left, their sum
+        ((1, 1, 1, 1, 320, 13, 20), 2),  # nothing is left
+        ((1, 2, 1, 2, 128, 13, 20), 4),  # two products, each in parts
+        ((1, 2, 1, 2, 63, 13, 20), 1),  # together: parts would be too few
+        ((4, 8, 1, 1, 512, 3, 4), 1),  # together: they are many
+    ],
+)
+def test_depth_goes_in_parts_where_products_are_few(
+    library: Any, generator: torch.Generator, sizes: tuple[int, ...], launches: int
+) -> None:
+    ops = EmulatedOps(library)
+    check(ops, "project", *_project_inputs(generator, torch.float32, sizes), None)
+    assert ops.counters.launches == launches
+
+
+def test_parts_of_strided_tensors_and_the_order_of_threads(library: Any, generator: torch.Generator) -> None:
+    """Bitwise: the sum has a fixed order, and a view read where it lies has the parts of a contiguous tensor."""
+    x, phi = _project_inputs(generator, torch.bfloat16, (1, 2, 1, 2, 203, 9, 8))
+    dy = _tokens(generator, torch.bfloat16, 1, 2, 9, 8)
+    mask = torch.rand(1, 203, generator=generator) > 0.2
+    results = [
+        (ops.project(x_, phi_, mask_), *ops.project_backward(dy, x_, phi_, mask_, True, True))
+        for ops in (EmulatedOps(library, seed=seed) for seed in (0, 1, 2))
+        for x_, phi_ in ((x, phi), (_strided(x), phi.mT.contiguous().mT))
+        for mask_ in (mask, None)
+    ]
+    for first, other in zip(results[:2] * 5, results[2:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 # batch, heads of x, heads of phi, tokens, measurements, head dim

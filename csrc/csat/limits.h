@@ -45,11 +45,13 @@ constexpr int kHadamardColumns = 16;             // features of a block
 constexpr int kHadamardRows = 512;               // its measurements, 16 a thread
 constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;
 #ifdef CSAT_EMULATE  // small problems too go in chunks and splits
-constexpr int64_t kWorkspaceCap = int64_t(512) << 10, kOuterSplitRows = 128;
+constexpr int64_t kWorkspaceCap = int64_t(512) << 10, kOuterSplitRows = 128, kProductDepth = 8;
 #else
 constexpr int64_t kWorkspaceCap = int64_t(256) << 20;  // bytes of saved iterates before decode_backward goes in chunks
 constexpr int64_t kOuterSplitRows = 1024;  // the least of a split on tensor cores, which writes 4 bytes an output
+constexpr int64_t kProductDepth = 1024;    // the same of a dense product
 #endif
+constexpr int64_t kProductTiles = 128, kProductSide = 128;  // tiles of a dense product that fill a device
 
 // What the kernels ask of a device: 10 major + minor, and the shared memory that a block may have.
 struct Device {
@@ -69,6 +71,17 @@ constexpr int row_tile(int64_t floats_per_row, int64_t shared_limit) {
   for (int rows : {32, 16, 8})
     if (rows * floats_per_row * 4 <= preferred) return rows;
   return 8 * floats_per_row * 4 <= shared_limit ? 8 : 0;
+}
+
+// Parts into which a dense product (m, k) (k, n) goes along k, one of `count` that a launch would do together.
+//   tiles = ceil(m / 128) ceil(n / 128),  parts = min(ceil(128 / tiles), k / 1024), where that is 4 count at least.
+// Together they take the time of one depth k while count * tiles fill a part of the device; one after the other in
+// parts that fill it, count / parts of that, and a quarter pays for the launches and the partial sums.
+constexpr int64_t product_parts(int64_t m, int64_t n, int64_t k, int64_t count) {
+  const int64_t tiles = ceil_div(m, kProductSide) * ceil_div(n, kProductSide);
+  const int64_t wanted = ceil_div(kProductTiles, tiles), useful = k / kProductDepth;
+  const int64_t parts = wanted < useful ? wanted : useful;
+  return parts >= 4 * count ? parts : 1;
 }
 
 constexpr int measurement_tile(int64_t measurements) {
