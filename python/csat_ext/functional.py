@@ -184,14 +184,14 @@ def csat_attention(
         ValueError: shapes, devices or values that do not fit. The message names the argument, what came and what is
         accepted.
     """
-    _check_form(causal, is_causal, block_size, measurements_per_block, window_blocks, signed)
-    query, key, value = _autocast(query, key, value)
+    check_form(causal, is_causal, block_size, measurements_per_block, window_blocks, signed)
     if causal is not None:
         return continue_causal(
             None, query, key, value, phi_k, phi_v, causal=causal, block_size=block_size,
             measurements_per_block=measurements_per_block, window_blocks=window_blocks, signed=signed, decoder=decoder,
             feature_sensing=feature_sensing, scale=scale, score_bias=score_bias, key_mask=key_mask,
         )[0]  # fmt: skip
+    query, key, value = _autocast(query, key, value)
     _check_attention(query, key, value)
     if phi_k is None:
         raise TypeError("phi_k must be a torch.Tensor or an ImplicitMeasurement, got None")
@@ -286,6 +286,7 @@ def continue_causal(
 ) -> tuple[Tensor, CausalState]:
     """`csat_attention(..., causal=)` of tokens that come after those of ``state`` (None: after nothing), whose masks,
     phi and so on are those of the new tokens. Returns the rows and the state after them."""
+    query, key, value = _autocast(query, key, value)
     _check_attention(query, key, value)
     if query.shape[2] != key.shape[2]:
         raise ValueError(
@@ -559,7 +560,7 @@ def _check_attention(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
 
 
-def _check_form(
+def check_form(
     causal: str | None,
     is_causal: bool,
     block_size: int | None,
