@@ -58,7 +58,7 @@ class ComposedStock(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
         phi, bias = self.phi.to(q.dtype), self.score_bias[:, None, :].to(q.dtype)
         if key_mask is not None:
-            # What is left of a segment keeps the row's sum; its log-mass stays as it was, as csat_attention has it.
+            # What is left of a segment keeps the row's sum and its log-mass, as in csat_attention.
             whole, phi = phi.sum(-1, keepdim=True), phi * key_mask[:, None, None, :]
             mass = phi.sum(-1, keepdim=True)
             phi = phi * (whole / mass.masked_fill(mass == 0, 1))
