@@ -129,7 +129,7 @@ def work(op: str, n: int, m: int, d: int, atoms: int) -> tuple[float, float]:
     """FLOPs and least bytes through device memory of one op over all pairs, in 16 bits; D = R = Dv = d, Phi shared.
 
     As the formulas of docs/architecture.md count them, not as kernels pad them: the floor of any implementation that
-    keeps P, the iterates and A out of memory.
+    keeps P, the iterates and A out of memory. A backward pass of LISTA recomputes the iterates, not the output.
     """
     row, measured, weights = n * d, m * d, atoms * atoms + 2 * atoms * d
     lista = 2 * n * (LAYERS * atoms * d + (LAYERS - 1) * atoms * atoms + d * atoms)
@@ -140,15 +140,15 @@ def work(op: str, n: int, m: int, d: int, atoms: int) -> tuple[float, float]:
         "attend": (4 * n * m * d, 2 * (2 * row + 2 * measured) + lse),
         "attend_decode": (4 * n * m * d + lista, 2 * (3 * row + 2 * measured) + lse + 2 * weights / PAIRS),
         "attend_backward": (10 * n * m * d, 2 * (4 * row + 4 * measured) + lse),
-        "decode_backward": (3 * lista, 2 * 3 * row + 4 * weights / PAIRS),
+        "decode_backward": (3 * lista - 2 * n * d * atoms, 2 * 3 * row + 4 * weights / PAIRS),
     }
     flops, moved = counts[op]
     return PAIRS * flops, PAIRS * moved
 
 
-def floor_ms(flops: float, moved: float) -> tuple[float, str]:
+def floor_ms(flops: float, moved: float, tflops: float = TFLOPS, terabytes: float = TERABYTES) -> tuple[float, str]:
     """The least time, and which of both limits sets it."""
-    products, memory = flops / (TFLOPS * 1e9), moved / (TERABYTES * 1e9)
+    products, memory = flops / (tflops * 1e9), moved / (terabytes * 1e9)
     return (products, "products") if products > memory else (memory, "memory")
 
 
