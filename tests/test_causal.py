@@ -13,7 +13,8 @@ from operator_cases import Case, make_inputs
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from csat_ext import causal, csat_attention, measurement, reference
+from csat_ext import CSATAttention, CSATConfig, causal, csat_attention, measurement, reference
+from csat_ext.measurements import BY_POSITION, ENSEMBLES, columns_by_position
 
 B, H, HK, N, D, DV, M, R, BK = 2, 4, 2, 37, 8, 6, 5, 3, 8
 
@@ -303,3 +304,108 @@ def test_nothing_to_do() -> None:
     q, k, v = tokens(0)
     for form, phi in (("block", block_phi()), ("prefix", prefix_phi(n=0))):
         assert csat_attention(q, k, v, phi, causal=form).shape == (B, H, 0, DV)
+
+
+# ---- the module ------------------------------------------------------------------------------------------------------
+
+WIDTH = 16
+LAYERS: dict[str, dict[str, Any]] = {
+    "block": {"causal": "block", "block_size": BK, "measurements": 4, "window_blocks": 1},
+    "block, every token": {"causal": "block", "block_size": BK, "measurements": BK},
+    "block, learned": {"causal": "block", "block_size": BK, "measurements": 4, "learned": True, "length": BK},
+    "block, two Phi": {"causal": "block", "block_size": BK, "measurements": 3, "ensemble": "srht", "share_kv": False},
+    "prefix": {"causal": "prefix", "measurements": M},
+    **{e: {"causal": "prefix", "measurements": M, "content": False, "ensemble": e} for e in BY_POSITION},
+}
+
+
+def layer(name: str, **config: Any) -> CSATAttention:
+    torch.manual_seed(0)
+    settings = {"feature_rank": 3, **LAYERS[name], **config}
+    return CSATAttention(WIDTH, 4, CSATConfig.from_dict(settings), kv_heads=HK)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_module_is_causal_trains_and_steps(name: str, masked: bool) -> None:
+    module, x = layer(name), torch.randn(B, N, WIDTH, requires_grad=True)
+    mask = some_kept() if masked else None
+    out = module(x, key_mask=mask)
+    (grad,) = torch.autograd.grad(out[:, 20].sum(), x, retain_graph=True)
+    assert bool((grad[:, 21:] == 0).all()) and float(grad[:, :20].abs().max()) > 0
+    out.square().mean().backward()
+    for parameter, value in module.named_parameters():
+        assert value.grad is not None and bool(value.grad.isfinite().all()), parameter
+    cache, rows = module.new_cache(), []
+    for at in (slice(0, 11), *(slice(t, t + 1) for t in range(11, N))):
+        rows.append(module(x[:, at], key_mask=None if mask is None else mask[:, at], cache=cache))
+    torch.testing.assert_close(torch.cat(rows, 1), out, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_of_as_many_measurements_are_causal_attention() -> None:
+    module, x = layer("block, every token", feature_rank=None), torch.randn(B, N, WIDTH)
+    q, k, v = (module._heads(p(x)) for p in (module.q_proj, module.k_proj, module.v_proj))
+    expected = module.out_proj(exact(q, k, v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["block, learned", "prefix", "bucket"])
+def test_a_causal_layer_restores_bit_for_bit(name: str) -> None:
+    module, other, x = layer(name), layer(name, seed=9), torch.randn(B, N, WIDTH)
+    assert not torch.equal(other(x), module(x))
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other(x), module(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert module(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("ensemble", ENSEMBLES)
+def test_columns_by_position_know_no_length(ensemble: str) -> None:
+    def columns(start: int, stop: int) -> Tensor:
+        return columns_by_position(ensemble, M, start, stop, seed=3, layer=1, heads=2, device=torch.device("cpu"))
+
+    if ensemble not in BY_POSITION:
+        with pytest.raises(ValueError, match="depends on the length"):
+            columns(0, 9)
+        return
+    long = columns(0, 40)
+    assert long.shape == (2, 40, M) and torch.equal(long[:, 13:17], columns(13, 17))
+    phi = measurement(ensemble, M, 40, seed=3, layer=1, heads=2).phi
+    if ENSEMBLES[ensemble].averaging:  # its rows are divided by their mass
+        torch.testing.assert_close(phi, long.mT / long.mT.sum(-1, keepdim=True))
+    else:
+        torch.testing.assert_close(phi, long.mT * 40**-0.5)
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "message"),
+    [
+        ({"causal": "blocks"}, ValueError, "did you mean 'block'"),
+        ({"causal": True}, TypeError, "causal must be a str or None"),
+        ({"causal": "block"}, ValueError, "needs measurements <= block_size"),
+        ({"causal": "block", "block_size": 32}, ValueError, "measurements = 64, block_size = 32"),
+        ({"causal": "block", "block_size": 64, "learned": True, "length": 63}, ValueError, "length = 63"),
+        ({"causal": "block", "block_size": 64, "grid": (8, 8)}, ValueError, "grid = "),
+        ({"block_size": 64}, ValueError, "block_size = 64 belongs to causal='block'"),
+        ({"causal": "prefix", "window_blocks": 1}, ValueError, "window_blocks = 1 belongs"),
+        ({"causal": "block", "block_size": 64, "window_blocks": -1}, ValueError, "window_blocks must be at least 0"),
+        ({"content": False}, ValueError, "content=False belongs to causal='prefix'"),
+        ({"causal": "prefix", "content": False}, ValueError, "'pool' depends on the length"),
+        ({"causal": "prefix", "share_kv": False}, ValueError, "share_kv = False came"),
+        ({"causal": "prefix", "log_mass": False}, ValueError, "log_mass = False came"),
+        ({"causal": "prefix", "learned": True, "length": 9}, ValueError, "learned = True came"),
+    ],
+)
+def test_wrong_configs_are_refused_by_name(config: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        CSATConfig.from_dict(config)
+
+
+def test_what_a_causal_layer_does_not_take_is_refused_by_name() -> None:
+    module, x = layer("prefix"), torch.randn(B, N, WIDTH)
+    with pytest.raises(ValueError, match="context came, None is accepted"):
+        module(x, x)
+    with pytest.raises(ValueError, match="causal = 'prefix' runs on one rank"):
+        module.parallel = object()  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="a cache is for causal='block' or 'prefix'"):
+        CSATAttention(WIDTH, 4, CSATConfig()).new_cache()

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csat_ext.causal import FORMS, BlockState, PrefixState
+from csat_ext.causal import BlockState, PrefixState
 from csat_ext.functional import CausalState, Decoder, Phi, check_form, continue_causal
+from csat_ext.reference.causal import FORMS
 
 Continuation = Callable[
     [CausalState | None, int, Tensor, Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, CausalState]

@@ -26,7 +26,6 @@ from torch.utils.checkpoint import checkpoint
 from csat_ext._composite import accumulate_dtype
 from csat_ext.reference.attention import repeat_heads
 
-FORMS = ("block", "prefix")
 TILE = 256
 """Queries of one tile of the block form, at least; a multiple of the block size is taken."""
 CHUNK = 128

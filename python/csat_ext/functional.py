@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from csat_ext import ops as _ops  # noqa: F401  (registers fakes, autograd and autocast of torch.ops.csat)
-from csat_ext.causal import FORMS, BlockState, Measure, PrefixState, attend_blocks, attend_prefixes
+from csat_ext.causal import BlockState, Measure, PrefixState, attend_blocks, attend_prefixes
 from csat_ext.implicit import ImplicitMeasurement, implicit_measurement
 from csat_ext.reference.attention import has_values, renormalise_rows, repeat_heads
+from csat_ext.reference.causal import FORMS
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -270,7 +271,7 @@ def continue_causal(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    phi_k: Phi | None,
+    phi_k: Phi | Measure | None,
     phi_v: Phi | None = None,
     *,
     causal: str,
@@ -285,7 +286,8 @@ def continue_causal(
     key_mask: Tensor | None = None,
 ) -> tuple[Tensor, CausalState]:
     """`csat_attention(..., causal=)` of tokens that come after those of ``state`` (None: after nothing), whose masks,
-    phi and so on are those of the new tokens. Returns the rows and the state after them."""
+    phi and so on are those of the new tokens. Returns the rows and the state after them. The block form also takes a
+    function that measures blocks as ``phi_k``, beside their size."""
     query, key, value = _autocast(query, key, value)
     _check_attention(query, key, value)
     if query.shape[2] != key.shape[2]:
@@ -299,8 +301,13 @@ def continue_causal(
         size, measure_blocks = _block_measure(
             phi_k, phi_v, score_bias, block_size, measurements_per_block, heads, query.device
         )
-        z, after = continue_blocks(state, query, key, value, key_mask, measure_blocks, size, window_blocks, tau)
-        return decode_rows(query, z, decoder, feature_sensing, key), after
+        assert not isinstance(state, PrefixState)
+        with no_autocast(query.device.type):
+            z, after = attend_blocks(
+                query, key, value, key_mask, state, measure_blocks,
+                block_size=size, window_blocks=window_blocks, scale=tau,
+            )  # fmt: skip
+        return _decode_rows(query, z, decoder, feature_sensing, key), after
     if phi_v is not None:
         raise ValueError("phi_v came, None is accepted with causal='prefix': it measures keys and values alike")
     phi = _canonical_prefix(phi_k, key, heads, signed)
@@ -308,30 +315,10 @@ def continue_causal(
     assert not isinstance(state, BlockState)
     with no_autocast(query.device.type):
         z, sums = attend_prefixes(query, key, value, phi, bias, key_mask, state, signed=signed, scale=tau)
-    return decode_rows(query, z, decoder, feature_sensing, key), sums
+    return _decode_rows(query, z, decoder, feature_sensing, key), sums
 
 
-def continue_blocks(
-    state: CausalState | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    measure_blocks: Measure,
-    block_size: int,
-    window_blocks: int,
-    scale: float,
-) -> tuple[Tensor, BlockState]:
-    """Z of the block form, whose blocks ``measure_blocks`` measures; see `continue_causal`."""
-    assert not isinstance(state, PrefixState)
-    with no_autocast(query.device.type):
-        return attend_blocks(
-            query, key, value, key_mask, state, measure_blocks,
-            block_size=block_size, window_blocks=window_blocks, scale=scale,
-        )  # fmt: skip
-
-
-def decode_rows(
+def _decode_rows(
     query: Tensor, z: Tensor, decoder: Decoder | None, feature_sensing: Tensor | None, key: Tensor
 ) -> Tensor:
     """The rows z (B, H, Nq, Dv) of unsensed values, sensed and decoded: F commutes with every sum over tokens."""
@@ -344,7 +331,7 @@ def decode_rows(
 
 
 def _block_measure(
-    phi_k: Phi | None,
+    phi_k: Phi | Measure | None,
     phi_v: Phi | None,
     score_bias: Tensor | None,
     block_size: int | None,
@@ -353,10 +340,11 @@ def _block_measure(
     device: torch.device,
 ) -> tuple[int, Measure]:
     """The block size, and what measures a batch of blocks."""
+    if callable(phi_k) and block_size is not None:
+        return block_size, phi_k
     sizes = {"measurements_per_block": measurements_per_block, "block_size": block_size}
     if phi_k is not None:
-        _check_block_phi(phi_k, phi_v, score_bias, sizes)
-        phi = phi_k
+        phi = _checked_block_phi(phi_k, phi_v, score_bias, sizes)
         size = phi.n if isinstance(phi, ImplicitMeasurement) else phi.shape[-1]
         return size, lambda k, v, mask: measure(k, v, phi, phi_v, None, score_bias, mask, heads=heads)
     if phi_v is not None or score_bias is not None:
@@ -592,22 +580,28 @@ def check_form(
         raise ValueError(f"signed=True belongs to causal='prefix', got causal = {causal!r}")
 
 
-def _check_block_phi(phi_k: Phi, phi_v: Phi | None, score_bias: Tensor | None, sizes: dict[str, int | None]) -> None:
-    """What `measure` cannot see, to which every block is a batch element."""
+def _checked_block_phi(
+    phi_k: object, phi_v: Phi | None, score_bias: Tensor | None, sizes: dict[str, int | None]
+) -> Phi:
+    """phi_k, checked for what `measure` cannot see, to which every block is a batch element."""
     for name, value, dims in (("phi_k", phi_k, 3), ("phi_v", phi_v, 3), ("score_bias", score_bias, 2)):
         if isinstance(value, Tensor) and not dims - 1 <= value.dim() <= dims:
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)}; accepted with causal='block': that of one block, "
                 f"{'(r,) or (heads, r)' if name == 'score_bias' else '(r, Bk) or (heads, r, Bk)'}"
             )
-    if not isinstance(phi_k, ImplicitMeasurement):
+    if isinstance(phi_k, ImplicitMeasurement):
+        found = phi_k.m, phi_k.n
+    else:
         _check_tensor("phi_k", phi_k)
-    found = (phi_k.m, phi_k.n) if isinstance(phi_k, ImplicitMeasurement) else tuple(phi_k.shape[-2:])
+        assert isinstance(phi_k, Tensor)
+        found = phi_k.shape[-2], phi_k.shape[-1]
     for (name, given), size in zip(sizes.items(), found, strict=True):
         if given not in (None, size):
             raise ValueError(f"{name} = {given} came with a phi_k of {size}: they must agree")
     if found[0] > found[1] or not found[1]:
         raise ValueError(f"phi_k has m = {found[0]} measurements of a block of {found[1]} tokens; accepted: m <= n")
+    return phi_k
 
 
 def _canonical_prefix(phi: object, key: Tensor, heads: int, signed: bool) -> Tensor:

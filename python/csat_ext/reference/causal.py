@@ -22,6 +22,8 @@ from csat_ext.reference.attention import (
     sense_features,
 )
 
+FORMS = ("block", "prefix")
+
 
 def causal_block(
     query: Tensor,  # (B, H, N, D)
