@@ -23,6 +23,8 @@ import torch
 from machine import header
 from readme_tables import table
 
+from csat_ext.bench.work import Sizes, Work, work
+
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "benchmarks" / "results" / "kernel_registers.json"
 PAGE = ROOT / "docs" / "kernels.md"
@@ -125,30 +127,18 @@ TFLOPS, TERABYTES = (
 )  # a second: bf16 products and device memory of an H100, as large products and copies reach
 
 
-def work(op: str, n: int, m: int, d: int, atoms: int) -> tuple[float, float]:
-    """FLOPs and least bytes through device memory of one op over all pairs, in 16 bits; D = R = Dv = d, Phi shared.
-
-    As the formulas of docs/architecture.md count them, not as kernels pad them: the floor of any implementation that
-    keeps P, the iterates and A out of memory.
-    """
-    row, measured, weights = n * d, m * d, atoms * atoms + 2 * atoms * d
-    lista = 2 * n * (LAYERS * atoms * d + (LAYERS - 1) * atoms * atoms + d * atoms)
-    lse = 4 * n
-    counts = {
-        "project": (2 * 2 * m * n * d, 2 * (2 * row + 2 * measured) + 2 * m * n / PAIRS),
-        "project_backward": (2 * 2 * m * n * d, 2 * (2 * row + 2 * measured) + 2 * m * n / PAIRS),
-        "attend": (4 * n * m * d, 2 * (2 * row + 2 * measured) + lse),
-        "attend_decode": (4 * n * m * d + lista, 2 * (3 * row + 2 * measured) + lse + 2 * weights / PAIRS),
-        "attend_backward": (10 * n * m * d, 2 * (4 * row + 4 * measured) + lse),
-        "decode_backward": (3 * lista, 2 * 3 * row + 4 * weights / PAIRS),
-    }
-    flops, moved = counts[op]
-    return PAIRS * flops, PAIRS * moved
+# What `project` counts here: k and v in one pass over Phi.
+_BOTH = {"project": "measure", "project_backward": "measure_backward"}
 
 
-def floor_ms(flops: float, moved: float) -> tuple[float, str]:
+def budget(op: str, n: int, m: int, d: int) -> Work:
+    """Of one op over all pairs in 16 bits, P = D, Phi shared; project is that of k and of v."""
+    return work(_BOTH.get(op, op), Sizes(PAIRS, n, m, d, atoms=d, layers=LAYERS))
+
+
+def floor_ms(asked: Work, tflops: float = TFLOPS, terabytes: float = TERABYTES) -> tuple[float, str]:
     """The least time, and which of both limits sets it."""
-    products, memory = flops / (TFLOPS * 1e9), moved / (TERABYTES * 1e9)
+    products, memory = asked.flops / (tflops * 1e9), asked.moved / (terabytes * 1e9)
     return (products, "products") if products > memory else (memory, "memory")
 
 
@@ -182,9 +172,14 @@ def budget_rows() -> Iterator[list[str]]:
                 for capability in ("sm_80", "sm_90"):
                     family, shared = chosen[capability][op]
                     kernels.append(family if not shared else f"{family}, {shared / 1024:.0f} KiB")
-                times = [floor_ms(*work(op, n, m, d, d)) for n in TOKENS]
-                flops, moved = work(op, TOKENS[0], m, d, d)
-                counts = [f"{flops / 1e9:.0f}", f"{moved / 1e6:.0f}", *(f"{ms:.3g}" for ms, _ in times), times[0][1]]
+                times = [floor_ms(budget(op, n, m, d)) for n in TOKENS]
+                least = budget(op, TOKENS[0], m, d)
+                counts = [
+                    f"{least.flops / 1e9:.0f}",
+                    f"{least.moved / 1e6:.0f}",
+                    *(f"{ms:.3g}" for ms, _ in times),
+                    times[0][1],
+                ]
                 yield [str(d), str(m), f"`{op}`", *kernels, *counts]
 
 

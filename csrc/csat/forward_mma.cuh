@@ -16,6 +16,8 @@
 // (D + chunk + D / 2) accumulators and operands, under 255 a thread; shared memory: limits::forward_mma_shared.
 // A row whose scores are all -inf: z = 0, lse = -inf. Limits: limits.h.
 #pragma once
+#include <type_traits>
+
 #include "csat/limits.h"
 #include "csat/lista.cuh"
 
@@ -193,22 +195,43 @@ CSAT_DEVICE void finish_unit(const ForwardMmaArgs& p, const DecoderTiles<T, kD, 
   sync_warp();  // before the tile is filled again
 }
 
-// The units of one run, warp by warp; the measurements of the pair are resident or come chunk by chunk.
-template <typename T, int kD, int kP>
-CSAT_DEVICE void attend_run(const ForwardMmaArgs& p, const UnitRun& run, T* slots,
-                            const DecoderTiles<T, kD, kP ? kP : 16>& weights, T* warp_tiles) {
-  constexpr int kRows = limits::kMmaRows, kChunk = limits::mma_chunk(kD);
-  constexpr bool kHoldQueries = kD <= 64;
-  const bool resident = p.slots == p.chunks;
-  int stage = 0;
-  const auto tile_at = [&](int s) { return Tile<T, kD>{warp_tiles + s * tile_elements(kRows, kD)}; };
-  const auto fetch = [&](int s, int unit) { fetch_rows<kRows>(tile_at(s), p, p.q, p.head_dim, run, unit); };
+// The queries of a unit for the products with keys: in registers while z leaves room for them, else in their tile.
+template <typename T, int kD>
+using Queries = std::conditional_t<kD <= 64, Operand<T, limits::kMmaRows, kD>, Tile<T, kD>>;
+template <typename T, int kD>
+CSAT_DEVICE Queries<T, kD> queries_in(Tile<T, kD> tile) {
+  if constexpr (kD <= 64)
+    return load_operand<limits::kMmaRows>(tile);
+  else
+    return tile;
+}
 
+// What a unit carries from chunk to chunk.
+template <typename T, int kD>
+struct UnitSums {
+  Sums<limits::kMmaRows, kD> z = {};
+  Softmax<limits::kMmaRows> softmax = {};
+
+  CSAT_DEVICE UnitSums() {
+    for_each_row(softmax.peak, [](float& peak, int) { peak = -INFINITY; });
+  }
+  CSAT_DEVICE void add(const Queries<T, kD>& q, const Chunk<T, kD>& chunk, float scale) {
+    Sums<limits::kMmaRows, limits::mma_chunk(kD)> s = {};
+    multiply_transposed(s, q, chunk.keys);
+    online_softmax(softmax, z, s, chunk.bias, scale * kLog2e);
+    multiply(z, to_operand<T>(s), chunk.values);
+  }
+};
+
+// The units of one run whose measurements are resident: every warp goes its own way, its next rows on their way.
+template <typename T, int kD, int kP>
+CSAT_DEVICE void attend_resident(const ForwardMmaArgs& p, const UnitRun& run, T* slots,
+                                 const DecoderTiles<T, kD, kP ? kP : 16>& weights, T* warp_tiles) {
+  constexpr int kRows = limits::kMmaRows;
+  const auto tile_at = [&](int stage) { return Tile<T, kD>{warp_tiles + stage * tile_elements(kRows, kD)}; };
+  const auto fetch = [&](int stage, int unit) { fetch_rows<kRows>(tile_at(stage), p, p.q, p.head_dim, run, unit); };
   if (p.stages == 2) fetch(0, warp_id());
-  for (int group = 0; group < run.count; group += limits::kMmaWarps) {
-    const int unit = group + warp_id();
-    const bool active = unit < run.count;
-    if (resident && !active) break;  // in step with nobody
+  for (int unit = warp_id(), stage = 0; unit < run.count; unit += limits::kMmaWarps) {
     const Tile<T, kD> tile = tile_at(stage);
     if (p.stages == 2) {
       stage ^= 1;
@@ -216,52 +239,53 @@ CSAT_DEVICE void attend_run(const ForwardMmaArgs& p, const UnitRun& run, T* slot
       cp_async_wait<1>();
     } else {
       fetch(0, unit);
-      if (!resident) {
-        load_chunk(Chunk<T, kD>::at_slot(slots, 0), p, run.pair, 0);
-        cp_async_commit();
-      } else {
-        cp_async_wait<0>();
-      }
+      cp_async_wait<0>();
     }
     sync_warp();
-    Operand<T, kRows, kHoldQueries ? kD : 16> q;
-    if constexpr (kHoldQueries)
-      if (resident) q = load_operand<kRows>(tile);
-
-    Sums<kRows, kD> z = {};
-    Softmax<kRows> state = {};
-    for_each_row(state.peak, [](float& peak, int) { peak = -INFINITY; });
-    for (int c = 0; c < p.chunks; ++c) {
-      const Chunk<T, kD> chunk = Chunk<T, kD>::at_slot(slots, resident ? c : c % 2);
-      if (!resident) {
-        if (c + 1 < p.chunks)
-          load_chunk(Chunk<T, kD>::at_slot(slots, (c + 1) % 2), p, run.pair, int64_t(c + 1) * kChunk);
-        cp_async_commit();
-        cp_async_wait<1>();
-        __syncthreads();
-        if constexpr (kHoldQueries)
-          if (active && c == 0) q = load_operand<kRows>(tile);
-      }
-      if (active) {
-        Sums<kRows, kChunk> s = {};
-        if constexpr (kHoldQueries)
-          multiply_transposed(s, q, chunk.keys);
-        else
-          multiply_transposed(s, tile, chunk.keys);
-        online_softmax(state, z, s, chunk.bias, p.scale * kLog2e);
-        multiply(z, to_operand<T>(s), chunk.values);
-      }
-      if (!resident) __syncthreads();  // everybody is done with the slot that comes next
-    }
+    const Queries<T, kD> q = queries_in(tile);
+    UnitSums<T, kD> sums;
+    for (int c = 0; c < p.chunks; ++c) sums.add(q, Chunk<T, kD>::at_slot(slots, c), p.scale);
     sync_warp();  // every lane has read its queries
-    if (active) finish_unit<kP>(p, weights, run.pair, int64_t(run.first + unit) * kRows, state, z, tile);
+    finish_unit<kP>(p, weights, run.pair, int64_t(run.first + unit) * kRows, sums.softmax, sums.z, tile);
+  }
+  cp_async_wait<0>();
+}
+
+// The same where chunks of measurements come one after the other through two slots: the warps walk in step.
+template <typename T, int kD, int kP>
+CSAT_DEVICE void attend_streamed(const ForwardMmaArgs& p, const UnitRun& run, T* slots,
+                                 const DecoderTiles<T, kD, kP ? kP : 16>& weights, Tile<T, kD> tile) {
+  constexpr int kRows = limits::kMmaRows;
+  const auto slot = [&](int c) { return Chunk<T, kD>::at_slot(slots, c % 2); };
+  const auto load = [&](int c) {
+    if (c < p.chunks) load_chunk(slot(c), p, run.pair, int64_t(c) * Chunk<T, kD>::kRows);
+    cp_async_commit();
+  };
+  for (int group = 0; group < run.count; group += limits::kMmaWarps) {
+    const int unit = group + warp_id();
+    const bool active = unit < run.count;
+    fetch_rows<kRows>(tile, p, p.q, p.head_dim, run, unit);
+    load(0);
+    Queries<T, kD> q;
+    UnitSums<T, kD> sums;
+    for (int c = 0; c < p.chunks; ++c) {
+      load(c + 1);
+      cp_async_wait<1>();
+      __syncthreads();
+      if (active) {
+        if (c == 0) q = queries_in(tile);
+        sums.add(q, slot(c), p.scale);
+      }
+      __syncthreads();  // everybody is done with the slot that comes next
+    }
+    if (active) finish_unit<kP>(p, weights, run.pair, int64_t(run.first + unit) * kRows, sums.softmax, sums.z, tile);
   }
   cp_async_wait<0>();
 }
 
 template <typename T, int kD, int kP>
 __global__ void __launch_bounds__(limits::kMmaThreads, 1) forward_mma_kernel(ForwardMmaArgs p) {
-  constexpr int kRows = limits::kMmaRows, kAtoms = kP ? kP : 16, kChunk = limits::mma_chunk(kD);
+  constexpr int kRows = limits::kMmaRows, kAtoms = kP ? kP : 16;
   CSAT_DYN_SMEM(T, shared);
   const DecoderTiles<T, kD, kAtoms> weights{shared, p.decoder};
   T* slots = kP > 0 ? weights.end() : shared;
@@ -269,12 +293,16 @@ __global__ void __launch_bounds__(limits::kMmaThreads, 1) forward_mma_kernel(For
   for_each_run(p, [&](const UnitRun& run) {
     __syncthreads();  // nobody reads the run before
     if (p.slots == p.chunks)
-      for (int c = 0; c < p.chunks; ++c) load_chunk(Chunk<T, kD>::at_slot(slots, c), p, run.pair, int64_t(c) * kChunk);
+      for (int c = 0; c < p.chunks; ++c)
+        load_chunk(Chunk<T, kD>::at_slot(slots, c), p, run.pair, int64_t(c) * Chunk<T, kD>::kRows);
     if constexpr (kP > 0) load_decoder(weights, run.pair % p.heads, limits::kMmaThreads);
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
-    attend_run<T, kD, kP>(p, run, slots, weights, warp_tiles);
+    if (p.slots == p.chunks)
+      attend_resident<T, kD, kP>(p, run, slots, weights, warp_tiles);
+    else
+      attend_streamed<T, kD, kP>(p, run, slots, weights, {warp_tiles});
   });
 }
 

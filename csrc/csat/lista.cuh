@@ -4,8 +4,9 @@
 //
 // Data flow: z is a left operand in registers; S, B, psi stand in shared memory as they are in global memory, one row
 // an output coefficient, so that ldmatrix reads them as b^T. A layer goes by groups of columns: u (fp32) -> soft
-// threshold
-// -> the next a, packed to T: an iterate is a left operand and is defined as rounded to T, for the backward pass too.
+// threshold -> the next a, packed to T: an iterate is a left operand and is defined as rounded to T, for the backward
+// pass too. B z is computed anew in every layer: kept beside u (64 coefficients, 32 rows) it made the fused kernel
+// spill 260 to 520 bytes, by nvcc 13.0.
 // Budget of a row: 2 T P (P + R) + 2 P Dv FLOP; registers: 2 (P / 16) + (R / 16) + 8 a row block of 16, times 4.
 #pragma once
 #include "csat/fragments.cuh"

@@ -19,6 +19,9 @@ app = typer.Typer(
     help="Compressed Sensing Attention: pretraining, evaluation, reports.",
 )
 
+bench = typer.Typer(no_args_is_help=True, help="Times on this machine, one revision beside another, pictures of them.")
+app.add_typer(bench, name="bench")
+
 USER_ERRORS = (OSError, FloatingPointError, ValueError, TypeError)
 
 
@@ -103,6 +106,64 @@ def plan(
     typer.echo(planning.table(run, tflops=tflops, bandwidth=bandwidth))
 
 
+@bench.command("kernels")
+def bench_kernels(
+    output: Annotated[Path, typer.Option(help="Result file, JSON.")] = Path("kernels.json"),
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Two lengths, one point of everything else.")] = False,
+    op: Annotated[list[str] | None, typer.Option(help="Only this op; may be given again.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Only this n; may be given again, the base first.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Result file or git revision to compare with; exit code 1 if anything is slower than there."),
+    ] = None,
+) -> None:
+    """Every op alone and the whole operator, forward, backward and both, beside ceilings measured in the same run."""
+    import json
+
+    import torch
+
+    from csat_ext.bench import compare, kernels, revision
+
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    arguments: dict[str, Any] = {"device": chosen, "quick": quick, "ops": op or [], "tokens": tokens or []}
+    earlier = None
+    if base is not None and not Path(base).is_file():
+        earlier, result = revision.beside(base, arguments, report=typer.echo)
+    else:
+        earlier = None if base is None else compare.load(Path(base))
+        result = kernels.measured(**arguments, report=typer.echo)
+    output.write_text(json.dumps(result, indent=1) + "\n")
+    typer.echo(f"written: {output}")
+    if earlier is not None:
+        _show_comparison(earlier, result)
+
+
+@bench.command("compare")
+def bench_compare(
+    base: Annotated[Path, typer.Argument(help="Result file of csat bench kernels.")],
+    new: Annotated[Path, typer.Argument(help="Another of the same machine and settings.")],
+) -> None:
+    """Rows slower or faster by more than the spread; exit code 1 if any is slower."""
+    from csat_ext.bench import compare
+
+    _show_comparison(compare.load(base), compare.load(new))
+
+
+@bench.command("roofline")
+def bench_roofline(
+    result: Annotated[Path, typer.Argument(help="Result file of csat bench kernels.")],
+    output: Annotated[Path, typer.Option(help="Picture.")] = Path("roofline.png"),
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; that of the first row.")] = None,
+    direction: Annotated[str, typer.Option("--pass", help="forward, backward or both.")] = "forward",
+) -> None:
+    """Rate of every problem under the roof of the machine, as measured in the same run."""
+    from csat_ext.bench import compare, roofline
+
+    roofline.draw(compare.load(result), output, dtype=dtype, direction=direction)
+    typer.echo(f"written: {output}")
+
+
 @app.command("ds-report")
 def ds_report() -> None:
     """DeepSpeed's ds_report with our operator in its list."""
@@ -124,6 +185,15 @@ def info() -> None:
     from csat_ext.info import info as facts
 
     typer.echo(facts())
+
+
+def _show_comparison(base: dict[str, Any], new: dict[str, Any]) -> None:
+    from csat_ext.bench.compare import compare
+
+    compared = compare(base, new)
+    typer.echo(str(compared))
+    if compared.of("slower"):
+        raise typer.Exit(1)
 
 
 def _evaluate(checkpoint: Path, output: Path | None) -> None:

@@ -1,0 +1,73 @@
+"""Floating-point operations and least bytes of every op: the floor of any implementation.
+
+As the formulas of docs/architecture.md count them, not as kernels pad them. Bytes are those of an implementation that
+keeps the probabilities, the iterates and A out of memory, each tensor read or written once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """pairs: B H. n, m, d: tokens, measurements, D = R = Dv. atoms, layers: P and T of the decoder, its S and B tied.
+
+    size: bytes of a number; Phi and the decoder are shared by all pairs.
+    """
+
+    pairs: int
+    n: int
+    m: int
+    d: int
+    atoms: int
+    layers: int
+    size: int = 2
+
+
+@dataclass(frozen=True)
+class Work:
+    flops: float
+    moved: float
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flops + other.flops, self.moved + other.moved)
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs for every byte."""
+        return self.flops / self.moved
+
+
+def _lista(s: Sizes) -> float:
+    """FLOPs of one pair: B z and psi a in every layer and once, S a in every layer but the first, where a is 0."""
+    return 2 * s.n * (s.layers * s.atoms * s.d + (s.layers - 1) * s.atoms * s.atoms + s.d * s.atoms)
+
+
+def work(op: str, s: Sizes) -> Work:
+    """Of one op over all pairs. "measure" is project of k and of v in one pass over Phi; "..._backward" is with respect
+    to the tensors, Phi being fixed; that of decode recomputes the iterates, not the output; "project_<ensemble>" has no
+    Phi in memory.
+
+    Raises:
+        KeyError: an unknown op.
+    """
+    row, measured, weights, lse = s.n * s.d, s.m * s.d, s.atoms * s.atoms + 2 * s.atoms * s.d, 4 * s.n
+    product, phi, decoder = 2 * s.m * row, s.m * s.n, weights / s.pairs
+    transforms = 10 * -(-s.m // 512) + s.m / 1024
+    counts = {
+        "project": (product, s.size * (row + measured + phi / s.pairs)),
+        "project_backward": (product, s.size * (row + measured + phi / s.pairs)),
+        "measure": (2 * product, s.size * (2 * row + 2 * measured + phi / s.pairs)),
+        "measure_backward": (2 * product, s.size * (2 * row + 2 * measured + phi / s.pairs)),
+        "project_pool": (row, s.size * (row + measured)),
+        "project_srht": (row * transforms, s.size * (row + measured)),
+        "project_rademacher": (product, s.size * (row + measured)),
+        "attend": (2 * product, s.size * (2 * row + 2 * measured) + lse),
+        "attend_backward": (5 * product, s.size * (4 * row + 4 * measured) + lse),
+        "decode": (_lista(s), s.size * (2 * row + decoder)),
+        "decode_backward": (3 * _lista(s) - 2 * row * s.atoms, s.size * 3 * row + 4 * decoder),
+        "attend_decode": (2 * product + _lista(s), s.size * (3 * row + 2 * measured + decoder) + lse),
+    }
+    flops, moved = counts[op]
+    return Work(s.pairs * flops, s.pairs * moved)
