@@ -127,14 +127,18 @@ TFLOPS, TERABYTES = (
 )  # a second: bf16 products and device memory of an H100, as large products and copies reach
 
 
+# What `project` counts here: k and v in one pass over Phi.
+_BOTH = {"project": "measure", "project_backward": "measure_backward"}
+
+
 def budget(op: str, n: int, m: int, d: int) -> Work:
     """Of one op over all pairs in 16 bits, P = D, Phi shared; project is that of k and of v."""
-    return work("measure" if op == "project" else op, Sizes(PAIRS, n, m, d, atoms=d, layers=LAYERS))
+    return work(_BOTH.get(op, op), Sizes(PAIRS, n, m, d, atoms=d, layers=LAYERS))
 
 
-def floor_ms(asked: Work) -> tuple[float, str]:
+def floor_ms(asked: Work, tflops: float = TFLOPS, terabytes: float = TERABYTES) -> tuple[float, str]:
     """The least time, and which of both limits sets it."""
-    products, memory = asked.flops / (TFLOPS * 1e9), asked.moved / (TERABYTES * 1e9)
+    products, memory = asked.flops / (tflops * 1e9), asked.moved / (terabytes * 1e9)
     return (products, "products") if products > memory else (memory, "memory")
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from csat_ext import LinearDecoder, SparseDecoder, reference
+from csat_ext import LinearDecoder, SparseDecoder, _composite, reference
 
 
 @dataclass(frozen=True)
@@ -204,3 +206,33 @@ def plain_torch_decode(z: Tensor, s: Tensor, b: Tensor, theta: Tensor, psi: Tens
         u = a + step[:, t, None, None] * (a @ s_t.mT - a + z @ b_t.mT)
         a = torch.sign(u) * torch.relu(u.abs() - theta[:, t, None])
     return a @ psi.mT
+
+
+def settled_decoder(weights: Sequence[Tensor], dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """(S, B, theta, psi, step), values of `dtype` in float32: for every positive z each coefficient is far from its
+    threshold, every third one off, the others of the sign of their atom by a wide margin. A rounding then moves none
+    across, where the gradient jumps."""
+    S, B, theta, psi, step = (t.to(dtype) for t in weights)
+    atom = torch.arange(theta.shape[-1])
+    sign = torch.where(torch.rand(atom.shape, generator=generator) < 0.5, -1, 1).to(dtype)
+    S, B = 3 * sign[:, None] * sign * S.abs() / S.shape[-1] ** 0.5, sign[:, None] * B.abs()
+    theta = torch.where(atom % 3 == 2, math.inf, theta)
+    return tuple(t.float() for t in (S, B, theta, psi, step))
+
+
+def settled_decode(z: Tensor, weights: Sequence[Tensor], generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Arguments of decode_backward in the dtype of z: a cotangent, a positive z and a settled decoder.
+
+    The cotangent is half the output, so that the gradient of a step, a sum over everything, does not cancel.
+    """
+    z, weights = z.abs() + 0.5, settled_decoder(weights, z.dtype, generator)
+    out = _composite.decode(z.double(), *(t.double() for t in weights))
+    size = float(out.square().mean().sqrt()) if out.numel() else 1.0
+    dc = 0.02 * (out / size + torch.randn(out.shape, generator=generator))  # float16 holds every sum
+    return dc.to(z.dtype), z, *weights
+
+
+def plain_torch_decode_backward(dc: Tensor, z: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of `plain_torch_decode`, all in the dtype of z."""
+    leaves = [t.to(z.dtype).detach().requires_grad_() for t in (z, *weights)]
+    return torch.autograd.grad(plain_torch_decode(*leaves), leaves, dc)

@@ -106,7 +106,7 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
     ("scale", math.nan, ValueError, "scale must be finite"),
     ("scale", math.inf, ValueError, "scale must be finite"),
     ("is_causal", True, ValueError, "is_causal=True came, False is accepted"),
-    ("is_causal", None, TypeError, "is_causal must be False, got None"),
+    ("is_causal", None, TypeError, "is_causal must be False or True, got None"),
     ("phi_k", torch.randn(M, N).to_sparse(), TypeError, "phi_k must be a dense tensor"),
     ("query", lambda: torch.nested.as_nested_tensor([torch.randn(H, 2, D)] * 2), TypeError, "query must be a dense"),
     ("decoder", lambda: LinearDecoder(torch.randn(DV, 0)), ValueError, "decoder.weight has shape"),

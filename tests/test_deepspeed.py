@@ -237,6 +237,13 @@ def test_causal_attention_is_refused_with_the_reason() -> None:
         apply(Model(), section(layers="*_attn", measurements=4))
 
 
+def test_a_causal_config_is_refused_where_modules_are_converted() -> None:
+    with pytest.raises(ValueError, match=r"csat_attention\.causal: 'prefix' came"):
+        apply(Model(), section(causal="prefix"))
+    with pytest.raises(ValueError, match="causal = 'prefix' came, None is accepted"):
+        convert.ConvertedTorchAttention(nn.MultiheadAttention(8, 2), CSATConfig(causal="prefix"))
+
+
 def test_a_refused_conversion_leaves_the_model_alone() -> None:
     model = Model()
     with pytest.raises(ValueError, match="causal"):

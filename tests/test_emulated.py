@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_accurate, rms
+from conftest import assert_accurate
 from emulator import build
 from emulator.backend import EmulatedOps, EmulationError, as_cpu_kernels
-from operator_cases import plain_torch_decode
+from operator_cases import plain_torch_decode_backward, settled_decode
 from torch import Tensor
 
 from csat_ext import SparseDecoder, _composite, csat_attention, reference
@@ -112,8 +112,8 @@ def test_attend(ops: EmulatedOps, generator: torch.Generator, sizes: tuple[int, 
     assert (ops.counters.mma > 0) == (dtype != torch.float32 and max(sizes[5:]) <= 128)
 
 
-# What the tensor-core kernel of attend's backward has beyond those: every padded size, one to eight warps, slabs of
-# measurements, ranges of queries, their tails.
+# What the tensor-core kernels of attend's backward have beyond those: every padded size, one to eight warps, slabs of
+# measurements, ranges of queries, their tails; on Hopper one and two warpgroups, of 64 and of 128 measurements.
 BACKWARD = [
     (1, 1, 1, 3, 5, 8, 20),
     (1, 2, 2, 5, 257, 32, 8),
@@ -125,29 +125,49 @@ BACKWARD = [
     (2, 4, 2, 39, 40, 96, 20),
     (1, 2, 1, 31, 131, 128, 100),
     (1, 1, 1, 37, 128, 90, 128),
+    (1, 2, 1, 100, 100, 64, 33),
+    (1, 1, 1, 20, 400, 48, 64),
+    (2, 2, 1, 70, 50, 128, 100),
 ]
 
 
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("sizes", BACKWARD, ids=str)
 def test_attend_backward_on_tensor_cores(
-    ops: EmulatedOps, generator: torch.Generator, sizes: tuple[int, ...], dtype: torch.dtype
+    ops: EmulatedOps, generator: torch.Generator, sizes: tuple[int, ...], dtype: torch.dtype, capability: int
 ) -> None:
+    ops.compute_capability = capability
     inputs = _attend_inputs(generator, dtype, sizes, "masked" if sizes[1] > 1 else "none")
     z, lse = _composite.attend(*inputs)
     check(ops, "attend_backward", _tokens(generator, dtype, *z.shape), *inputs[:4], z, lse, inputs[4])
     assert ops.counters.mma > 0
 
 
+def test_products_of_the_backward_are_warpgroups_on_hopper_alone(library: Any, generator: torch.Generator) -> None:
+    """A product of a warpgroup is 64 x 64 x 16, one of a warp 16 x 8 x 16."""
+    inputs = _attend_inputs(generator, torch.bfloat16, (1, 1, 1, 64, 128, 64, 64), "none")
+    z, lse = _composite.attend(*inputs)
+    products = {}
+    for capability in (80, 90):
+        ops = EmulatedOps(library, compute_capability=capability)
+        ops.attend_backward(z, *inputs[:4], z, lse, inputs[4])
+        products[capability] = ops.counters.mma
+    assert products[80] == 32 * products[90]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("measurements", [50, 300])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_values_that_are_alike(library: Any, generator: torch.Generator, dtype: torch.dtype, measurements: int) -> None:
+def test_values_that_are_alike(
+    library: Any, generator: torch.Generator, dtype: torch.dtype, measurements: int, capability: int
+) -> None:
     """Gradients of the scores are small differences then: the rounding of z must not show in them."""
     q, kc, vc, bias, scale = _attend_inputs(generator, dtype, (1, 1, 1, 9, measurements, 16, 16), "finite")
     vc = (3 + vc / 32).to(dtype)
     z, lse = _composite.attend(q, kc, vc, bias, scale)
     arguments = _tokens(generator, dtype, *z.shape), q, kc, vc, bias, z, lse, scale
-    got = EmulatedOps(library).attend_backward(*arguments)
+    got = EmulatedOps(library, compute_capability=capability).attend_backward(*arguments)
     exact = _composite.attend_backward(*_map(Tensor.double, arguments))
     plain = _composite.attend_backward(*arguments)
     for i in range(3):  # plain torch in float32 misses the limit of float32 for the fourth, dbias
@@ -272,29 +292,15 @@ def test_decode(ops: EmulatedOps, generator: torch.Generator, sizes: tuple[int, 
 def _settled_decode(
     generator: torch.Generator, dtype: torch.dtype, shape: tuple[int, int, int], sizes: tuple[int, ...]
 ) -> tuple[Tensor, ...]:
-    """Arguments of decode_backward whose coefficients are far from their thresholds: every third one off, the others
-    of the sign of their atom by a wide margin. A rounding then moves none across, where the gradient jumps.
-
-    The cotangent is half the output, so that the gradient of a step, a sum over everything, does not cancel.
-    """
-    S, B, theta, psi, step = (t.to(dtype) for t in _decoder(generator, sizes))
-    atom = torch.arange(theta.shape[-1])
-    sign = torch.where(torch.rand(atom.shape, generator=generator) < 0.5, -1, 1).to(dtype)
-    S, B = 3 * sign[:, None] * sign * S.abs() / S.shape[-1] ** 0.5, sign[:, None] * B.abs()
-    theta = torch.where(atom % 3 == 0, math.inf, theta)
-    z = _tokens(generator, dtype, *shape, B.shape[-1]).abs() + 0.5
-    weights = tuple(t.float() for t in (S, B, theta, psi, step))
-    out = _composite.decode(z.double(), *(t.double() for t in weights))
-    dc = 0.05 * (out / rms(out) + torch.randn(out.shape, generator=generator))  # float16 holds every sum
-    return dc.to(dtype), z, *weights
+    weights = _decoder(generator, sizes)
+    return settled_decode(_tokens(generator, dtype, *shape, sizes[5]), weights, generator)
 
 
 def check_decode_backward(ops: EmulatedOps, dc: Tensor, z: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     """The tolerance rule against a decoder of stock torch operations in the dtype of z, parameters' gradients too."""
     got = ops.decode_backward(dc, z, *weights)
     exact = _composite.decode_backward(*(t.double() for t in (dc, z, *weights)))
-    leaves = [t.to(z.dtype).detach().requires_grad_() for t in (z, *weights)]
-    plain = torch.autograd.grad(plain_torch_decode(*leaves), leaves, dc)
+    plain = plain_torch_decode_backward(dc, z, *weights)
     for name, a, b, c in zip(("dz", "dS", "dB", "dtheta", "dpsi", "dstep"), got, exact, plain, strict=True):
         assert_accurate(name, a.to(z.dtype), b, c)
     return got
@@ -387,17 +393,58 @@ def test_fused_equals_the_pair(ops: EmulatedOps, generator: torch.Generator, dty
 
 # batch, heads of x, batch of phi, heads of phi, tokens, measurements, head dim
 PROJECT = [(2, 2, 1, 1, 45, 13, 20), (2, 1, 2, 3, 11, 5, 7), (1, 2, 1, 4, 33, 3, 9), (1, 1, 1, 1, 1, 1, 1)]
+# Products in parts of their depth: tokens (one head; a batch and heads that share; groups), and in the backward pass
+# measurements and the features of everything that shares a Phi.
+IN_PARTS = [(1, 1, 1, 1, 300, 13, 20), (2, 1, 2, 1, 131, 5, 7), (2, 2, 1, 4, 129, 70, 9), (3, 4, 1, 1, 9, 5, 24)]
+
+
+def _project_inputs(generator: torch.Generator, dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    batch, x_heads, phi_batch, phi_heads, tokens, measurements, head_dim = sizes
+    x = _tokens(generator, dtype, batch, x_heads, tokens, head_dim)
+    return x, _tokens(generator, dtype, phi_batch, phi_heads, measurements, tokens)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sizes", PROJECT, ids=str)
+@pytest.mark.parametrize("sizes", PROJECT + IN_PARTS, ids=str)
 def test_project(ops: EmulatedOps, generator: torch.Generator, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
-    batch, x_heads, phi_batch, phi_heads, tokens, measurements, head_dim = sizes
-    x = _tokens(generator, dtype, batch, x_heads, tokens, head_dim)
-    phi = _tokens(generator, dtype, phi_batch, phi_heads, measurements, tokens)
+    x, phi = _project_inputs(generator, dtype, sizes)
+    batch, _, tokens, _ = x.shape
     mask = torch.rand(batch, tokens, generator=generator) > 0.2 if tokens > 1 else None
     y = check(ops, "project", x, phi, mask)
     check(ops, "project_backward", _tokens(generator, dtype, *y.shape), x, phi, mask, True, True)
+
+
+@pytest.mark.parametrize(
+    "sizes,launches",
+    [
+        ((1, 1, 1, 1, 300, 13, 20), 3),  # parts of one depth, what is left, their sum
+        ((1, 1, 1, 1, 320, 13, 20), 2),  # nothing is left
+        ((1, 2, 1, 2, 128, 13, 20), 4),  # two products, each in parts
+        ((1, 2, 1, 2, 63, 13, 20), 1),  # together: parts would be too few
+        ((4, 8, 1, 1, 512, 3, 4), 1),  # together: they are many
+    ],
+)
+def test_depth_goes_in_parts_where_products_are_few(
+    library: Any, generator: torch.Generator, sizes: tuple[int, ...], launches: int
+) -> None:
+    ops = EmulatedOps(library)
+    check(ops, "project", *_project_inputs(generator, torch.float32, sizes), None)
+    assert ops.counters.launches == launches
+
+
+def test_parts_of_strided_tensors_and_the_order_of_threads(library: Any, generator: torch.Generator) -> None:
+    """Bitwise: the sum has a fixed order, and a view read where it lies has the parts of a contiguous tensor."""
+    x, phi = _project_inputs(generator, torch.bfloat16, (1, 2, 1, 2, 203, 9, 8))
+    dy = _tokens(generator, torch.bfloat16, 1, 2, 9, 8)
+    mask = torch.rand(1, 203, generator=generator) > 0.2
+    results = [
+        (ops.project(x_, phi_, mask_), *ops.project_backward(dy, x_, phi_, mask_, True, True))
+        for ops in (EmulatedOps(library, seed=seed) for seed in (0, 1, 2))
+        for x_, phi_ in ((x, phi), (_strided(x), phi.mT.contiguous().mT))
+        for mask_ in (mask, None)
+    ]
+    for first, other in zip(results[:2] * 5, results[2:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 # batch, heads of x, heads of phi, tokens, measurements, head dim
@@ -537,15 +584,15 @@ def test_csat_attention_and_its_gradients(library: Any, generator: torch.Generat
 
 
 @pytest.mark.parametrize("sizes", [ATTEND[0], (1, 2, 1, 290, 13, 16, 8), (1, 1, 1, 35, 300, 20, 40)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype,capability", [*((t, 80) for t in DTYPES), (torch.bfloat16, 90)], ids=str)
 def test_order_of_threads_does_not_matter(
-    library: Any, generator: torch.Generator, dtype: torch.dtype, sizes: tuple[int, ...]
+    library: Any, generator: torch.Generator, dtype: torch.dtype, capability: int, sizes: tuple[int, ...]
 ) -> None:
     """Bitwise: reductions have a fixed order whatever the order of blocks, warps and lanes."""
     inputs = _attend_inputs(generator, dtype, sizes, "finite")
     results = []
     for seed in (0, 1, 2):
-        ops = EmulatedOps(library, seed=seed)
+        ops = EmulatedOps(library, seed=seed, compute_capability=capability)
         z, lse = ops.attend(*inputs)
         results.append((z, lse, *ops.attend_backward(1 - z, *inputs[:4], z, lse, inputs[4])))
     for other in results[1:]:
@@ -581,13 +628,14 @@ def test_bank_conflicts(library: Any, generator: torch.Generator, dtype: torch.d
         _check_bank_conflicts(ops, name, *arguments)
 
 
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 70, 300, 64, 64), (1, 1, 1, 70, 128, 128, 128)], ids=str)
 def test_bank_conflicts_of_the_backward_on_tensor_cores(
-    library: Any, generator: torch.Generator, sizes: tuple[int, ...]
+    library: Any, generator: torch.Generator, sizes: tuple[int, ...], capability: int
 ) -> None:
     inputs = _attend_inputs(generator, torch.float16, sizes, "finite")
     z, lse = _composite.attend(*inputs)
-    ops = EmulatedOps(library, count_bank_conflicts=True)
+    ops = EmulatedOps(library, count_bank_conflicts=True, compute_capability=capability)
     _check_bank_conflicts(ops, "attend_backward", z, *inputs[:4], z, lse, inputs[4])
 
 

@@ -52,6 +52,16 @@ def test_it_says_what_the_launch_functions_do(problem: tuple[Any, ...], capabili
     assert (ops.counters.mma > 0) == (said["decode_backward"].family != "simt")
 
 
+@pytest.mark.parametrize("d,family", [(64, "wgmma"), (80, "mma"), (128, "wgmma"), (130, "simt")])
+def test_gradients_on_hopper(d: int, family: str) -> None:
+    q, k, v, phi = _inputs(9, 12, d, d)
+    choice = explain(q, k, v, phi, device="sm_90")["attend_backward"]
+    assert choice.family == family and choice.shared_bytes > 0
+    assert ("wgmma" in dict(choice.refused)) == (family != "wgmma")
+    older = explain(q, k, v, phi, device="sm_80")["attend_backward"]
+    assert dict(older.refused)["wgmma"] == "wgmma belongs to compute capability 9.0"
+
+
 def test_every_family_before_the_chosen_one_has_a_reason() -> None:
     q, k, v, phi = _inputs(9, 12, 200, 200, torch.float32)
     choice = explain(q, k, v, phi, device="sm_90")["attend"]

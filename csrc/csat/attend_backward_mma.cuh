@@ -20,10 +20,10 @@
 // before (two products more), and dq goes as float32 partials a slab to reduce(). dkc, dvc and dbias always go there:
 // partials of the ranges, and of the heads of a group, are added in a fixed order.
 //
-// Budget: 2 M (3 D + 2 R) FLOP a query, 4 M (D + R) more with several slabs; limits::attend_backward_mma_bytes of
+// Budget: 2 M (3 D + 2 R) FLOP a query, 2 M (D + R) more with several slabs; limits::attend_backward_mma_bytes of
 // shared memory (119 KiB for 256 measurements of 64 features, 125 KiB for 128 of 128); up to 255 registers, of which
 // dkc and dvc take 128 for 64 or 128 features: two blocks of four warps share an SM there, or one of eight. Limits:
-// limits::why_not_mma. p and ds are rounded to T before the products with them, dbias and shift take them unrounded. In
+// limits::plan_mma. p and ds are rounded to T before the products with them, dbias and shift take them unrounded. In
 // fp16 a ds under 6e-5 is subnormal and one over 65504 infinite, as fp16 training knows it: scale the loss. Rows with
 // lse = -inf have p = ds = 0, whatever vc holds.
 #pragma once
@@ -237,22 +237,24 @@ CSAT_DEVICE void fold(float* x, int mask) {
   }
 }
 
-// dP^T - centre in place of dP^T, 0 where p is 0 whatever vc holds; returns its sums over this warp's rows against p in
-// lanes 0 .. 15, the sums of p in lanes 16 .. 31, of columns 8 (lane / 4 % 4) + 2 (lane % 4) and the next. 14 shuffles
-// where one sum at a time takes 48; a block of columns is folded at once, registers being short here.
-template <int kRows>
-CSAT_DEVICE float2 subtract_centre(Sums<kRows, kQueries>& dp, const Sums<kRows, kQueries>& p, const float* centre) {
+// dP^T - centre in place of dP^T, 0 where p is 0 whatever vc holds, for 32 columns from `first` on; returns its sums
+// over this warp's rows against p in lanes 0 .. 15, the sums of p in lanes 16 .. 31, of columns 8 (lane / 4 % 4) + 2
+// (lane % 4) and the next. 14 shuffles where one sum at a time takes 48; a block of columns is folded at once,
+// registers being short here.
+template <int kRows, int kColumns>
+CSAT_DEVICE float2 subtract_centre(Sums<kRows, kColumns>& dp, const Sums<kRows, kColumns>& p, const float* centre,
+                                   int first) {
   float x[8];
 #pragma unroll
-  for (int j = 0; j < kQueries / 8; ++j) {
-    const float2 c = *reinterpret_cast<const float2*>(centre + 8 * j + lane_id() % 4 * 2);
+  for (int j = 0; j < 4; ++j) {
+    const float2 c = *reinterpret_cast<const float2*>(centre + first + 8 * j + lane_id() % 4 * 2);
     float sum[4] = {};
 #pragma unroll
     for (int i = 0; i < kRows / 16; ++i)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const float probability = p.at[i][j][e];
-        float& d = dp.at[i][j][e];
+        const float probability = p.at[i][first / 8 + j][e];
+        float& d = dp.at[i][first / 8 + j][e];
         d = probability == 0.f ? 0.f : d - (e % 2 ? c.y : c.x);
         sum[e % 2] += probability * d;
         sum[2 + e % 2] += probability;
@@ -264,6 +266,16 @@ CSAT_DEVICE float2 subtract_centre(Sums<kRows, kQueries>& dp, const Sums<kRows, 
   fold<8>(x, 8);
   fold<4>(x, 4);
   return {x[0], x[1]};
+}
+// The same for all columns; the sums of 32 columns go to sums[0 .. 31], those of p to the 32 places after.
+template <int kRows, int kColumns>
+CSAT_DEVICE void subtract_centre(Sums<kRows, kColumns>& dp, const Sums<kRows, kColumns>& p, const float* centre,
+                                 float* sums) {
+  const int lane = lane_id();
+#pragma unroll
+  for (int first = 0; first < kColumns; first += 32)
+    *reinterpret_cast<float2*>(sums + 2 * first + lane / 16 * 32 + lane / 4 % 4 * 8 + lane % 4 * 2) =
+        subtract_centre(dp, p, centre, first);
 }
 
 // dS^T in place of dP^T - centre, its sums over queries added to `dbias`.
@@ -282,18 +294,20 @@ CSAT_DEVICE void to_score_gradients(Sums<kRows, kColumns>& dp, const Sums<kRows,
       }
 }
 
-// The shift of a tile from the sums of all warps, in their order.
-template <typename T, int kD>
-CSAT_DEVICE Columns<kQueries> shift_of(const QueryTiles<T, kD>& queries, int warps, float* own) {
-  float mean = 0.f, mass = 0.f;
-  for (int w = 0; w < warps; ++w) {
-    const float* sums = WarpTiles<T, kD>(queries, w).sums + lane_id();
-    mean += sums[0];
-    mass += sums[kQueries];
+// The shift of a tile from the sums of all warps, in their order, `pitch` floats from one to the next.
+template <int kColumns>
+CSAT_DEVICE Columns<kColumns> shift_of(const float* sums, int pitch, int warps, float* own) {
+  for (int first = 0; first < kColumns; first += 32) {
+    float mean = 0.f, mass = 0.f;
+    for (int w = 0; w < warps; ++w) {
+      const float* of_warp = sums + w * pitch + 2 * first + lane_id();
+      mean += of_warp[0];
+      mass += of_warp[32];
+    }
+    own[first + lane_id()] = mass == 0.f ? 0.f : mean / mass;
   }
-  own[lane_id()] = mass == 0.f ? 0.f : mean / mass;
   sync_warp();
-  return load_columns<kQueries>(own);
+  return load_columns<kColumns>(own);
 }
 
 // dq of a tile of queries from dS^T over the slab: blocks of (kRows, 16), dealt to the warps.
@@ -333,13 +347,13 @@ CSAT_DEVICE void query_gradient(const AttendBackwardMmaArgs& p, const QueryTiles
     if (p.warps >= 2 * (kD / 16)) return query_gradient<16>(p, s, first);  // more loads, but a unit for every warp
   query_gradient<32>(p, s, first);
 }
-// What query_gradient left in shared memory -> global, four rows a warp at a time.
+// What query_gradient left in shared memory of `count` rows -> global, four rows a warp at a time.
 template <typename T, int kD>
-CSAT_DEVICE void store_query_gradient(const AttendBackwardMmaArgs& p, const QueryTiles<T, kD>& s, int first) {
+CSAT_DEVICE void store_query_gradient(const AttendBackwardMmaArgs& p, const QueryRows<T>& rows, Tile<T, kD> from,
+                                      int first, int count) {
   if (p.slabs > 1) return;
-  const GlobalRows<T> dq{s.block->rows.dq, p.dq.stride[2], s.block->rows.count, p.head_dim};
-  for (int r = 4 * warp_id(); r < kQueries; r += 4 * p.warps)
-    store_rows(dq, first + r, 4, s.dq.from_row(r), p.vector_dq);
+  const GlobalRows<T> dq{rows.dq, p.dq.stride[2], rows.count, p.head_dim};
+  for (int r = 4 * warp_id(); r < count; r += 4 * p.warps) store_rows(dq, first + r, 4, from.from_row(r), p.vector_dq);
 }
 
 // The measurements of a warp: kc, vc and bias.
@@ -390,7 +404,7 @@ __global__ void __launch_bounds__(limits::kMmaThreads) attend_backward_mma_kerne
   if (threadIdx.x == 0) *s.block = Block<T>(p, Place(p), kD, p.warps * kRows);
   load_measurements(p, Place(p), own);
   __syncthreads();
-  const int queries = s.block->rows.count, lane = lane_id(), row_of_lane = 4 * warp_id() + lane / 8;
+  const int queries = s.block->rows.count, row_of_lane = 4 * warp_id() + lane_id() / 8;
   load_queries(p, s, 0, 0);
   QueryRow<T, kD> row;
   row.load(p, s.block->rows, row_of_lane, p.slabs > 1);
@@ -419,23 +433,23 @@ __global__ void __launch_bounds__(limits::kMmaThreads) attend_backward_mma_kerne
     to_probabilities(probability, p.scale * kLog2e, bias, lse);
     multiply(dvc, to_operand<T>(probability), dz_tile);
     multiply_transposed(ds, own.vc, dz_tile);
-    const float2 sums = subtract_centre(ds, probability, s.centre + now * kQueries);
-    *reinterpret_cast<float2*>(own.sums + lane / 16 * kQueries + lane / 4 % 4 * 8 + lane % 4 * 2) = sums;
+    subtract_centre(ds, probability, s.centre + now * kQueries, own.sums);
     __syncthreads();
 
     const Columns<kQueries> shift =
-        p.slabs == 1 ? shift_of(s, p.warps, own.shift) : load_columns<kQueries>(s.shift + now * kQueries);
+        p.slabs == 1 ? shift_of<kQueries>(WarpTiles<T, kD>(s, 0).sums, WarpTiles<T, kD>::kBytes / 4, p.warps, own.shift)
+                     : load_columns<kQueries>(s.shift + now * kQueries);
     to_score_gradients(ds, probability, shift, dbias);
     const Operand<T, kRows, kQueries> left = to_operand<T>(ds);
     store_tile(own.ds, left);
     multiply(dkc, left, q_tile);
-    if (first > 0) store_query_gradient(p, s, first - kQueries);
+    if (first > 0) store_query_gradient(p, s.block->rows, s.dq, first - kQueries, kQueries);
   }
   const int last = (queries - 1) / kQueries * kQueries;
   __syncthreads();
   query_gradient(p, s, last);
   __syncthreads();
-  store_query_gradient(p, s, last);
+  store_query_gradient(p, s.block->rows, s.dq, last, kQueries);
 
   store_parts(*s.block, dkc, dvc, dbias);
 }

@@ -278,6 +278,7 @@ struct GlobalRows {
   int64_t stride;
   int64_t rows;
   int columns;
+  CSAT_DEVICE GlobalRows from_row(int64_t r) const { return {data + r * stride, stride, rows - r, columns}; }
 };
 
 // Rows first .. first + count - 1 -> rows 0 .. of the tile, zeros where the matrix has none; asynchronous, by `threads`
@@ -314,19 +315,22 @@ CSAT_DEVICE void store_rows(GlobalRows<T> target, int64_t first, int count, Tile
 }
 
 // Float32 rows in global memory, of which there are `rows`, = x. Rows start at multiples of 8 bytes.
-template <int kRows, int kColumns>
-CSAT_DEVICE void store_floats(float* target, int64_t stride, int64_t rows, const Sums<kRows, kColumns>& x) {
+template <int kFragments>
+CSAT_DEVICE void store_floats(float* target, int64_t stride, int64_t rows, const float (&x)[kFragments][4]) {
   const int g = lane_id() / 4, t = lane_id() % 4 * 2;
 #pragma unroll
-  for (int i = 0; i < kRows / 16; ++i)
+  for (int h = 0; h < 2; ++h) {
+    const int r = 8 * h + g;
+    if (r >= rows) continue;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int r = 16 * i + 8 * h + g;
-      if (r >= rows) continue;
+    for (int j = 0; j < kFragments; ++j)
+      *reinterpret_cast<float2*>(target + r * stride + 8 * j + t) = float2{x[j][2 * h], x[j][2 * h + 1]};
+  }
+}
+template <int kRows, int kColumns>
+CSAT_DEVICE void store_floats(float* target, int64_t stride, int64_t rows, const Sums<kRows, kColumns>& x) {
 #pragma unroll
-      for (int j = 0; j < kColumns / 8; ++j)
-        *reinterpret_cast<float2*>(target + r * stride + 8 * j + t) = float2{x.at[i][j][2 * h], x.at[i][j][2 * h + 1]};
-    }
+  for (int i = 0; i < kRows / 16; ++i) store_floats(target + 16 * i * stride, stride, rows - 16 * i, x.at[i]);
 }
 
 }  // namespace csat

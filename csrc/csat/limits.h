@@ -45,11 +45,13 @@ constexpr int kHadamardColumns = 16;             // features of a block
 constexpr int kHadamardRows = 512;               // its measurements, 16 a thread
 constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;
 #ifdef CSAT_EMULATE  // small problems too go in chunks and splits
-constexpr int64_t kWorkspaceCap = int64_t(512) << 10, kOuterSplitRows = 128;
+constexpr int64_t kWorkspaceCap = int64_t(512) << 10, kOuterSplitRows = 128, kProductDepth = 8;
 #else
 constexpr int64_t kWorkspaceCap = int64_t(256) << 20;  // bytes of saved iterates before decode_backward goes in chunks
 constexpr int64_t kOuterSplitRows = 1024;  // the least of a split on tensor cores, which writes 4 bytes an output
+constexpr int64_t kProductDepth = 1024;    // the same of a dense product
 #endif
+constexpr int64_t kProductTiles = 128, kProductSide = 128;  // tiles of a dense product that fill a device
 
 // What the kernels ask of a device: 10 major + minor, and the shared memory that a block may have.
 struct Device {
@@ -69,6 +71,17 @@ constexpr int row_tile(int64_t floats_per_row, int64_t shared_limit) {
   for (int rows : {32, 16, 8})
     if (rows * floats_per_row * 4 <= preferred) return rows;
   return 8 * floats_per_row * 4 <= shared_limit ? 8 : 0;
+}
+
+// Parts into which a dense product (m, k) (k, n) goes along k, one of `count` that a launch would do together.
+//   tiles = ceil(m / 128) ceil(n / 128),  parts = min(ceil(128 / tiles), k / 1024), where that is 4 count at least.
+// Together they take the time of one depth k while count * tiles fill a part of the device; one after the other in
+// parts that fill it, count / parts of that, and a quarter pays for the launches and the partial sums.
+constexpr int64_t product_parts(int64_t m, int64_t n, int64_t k, int64_t count) {
+  const int64_t tiles = ceil_div(m, kProductSide) * ceil_div(n, kProductSide);
+  const int64_t wanted = ceil_div(kProductTiles, tiles), useful = k / kProductDepth;
+  const int64_t parts = wanted < useful ? wanted : useful;
+  return parts >= 4 * count ? parts : 1;
 }
 
 constexpr int measurement_tile(int64_t measurements) {
@@ -156,6 +169,7 @@ const char* plan_forward(ForwardMmaPlan& plan, const AttendParams* attend, const
 
 // Attend's backward.
 constexpr int kBackwardQueries = 32;      // a tile that a block walks
+constexpr int64_t kBackwardChunk = 256;   // queries that are worth a block of their own
 constexpr int kBackwardBlockBytes = 128;  // of addresses, alike for all threads of a block
 constexpr int kBackwardShiftDepth = 32;   // measurements at a time where the shift has a kernel of its own
 // Measurements a warp: its dkc and dvc are 2 rows x feature / 32 registers, of at most 255.
@@ -169,17 +183,21 @@ constexpr int64_t attend_backward_mma_bytes(int64_t warps, int feature) {
       2 * mma_tile_bytes(rows, feature) + mma_tile_bytes(rows, kBackwardQueries) + (rows + 3 * kBackwardQueries) * 4;
   return of_queries + warps * of_warp;
 }
-// How the measurements are dealt to blocks: `count` slabs of `warps` warps; none where a warp has no room.
-struct BackwardSlabs {
-  int64_t count = 0, warps = 0;
-  constexpr BackwardSlabs(int64_t M, int feature, int64_t shared_limit) {
-    int64_t most = kMmaWarps;
-    while (most > 0 && attend_backward_mma_bytes(most, feature) > shared_limit) --most;
-    if (most == 0) return;
-    const int64_t groups = ceil_div(M, backward_warp_rows(feature));
-    count = ceil_div(groups, most);
-    warps = count ? ceil_div(groups, count) : 0;
-  }
+// On wgmma a warpgroup has `row_blocks` times 64 measurements: the fewer queries a tile.
+constexpr int wgmma_backward_queries(int row_blocks) { return 64 / row_blocks; }
+constexpr int64_t attend_backward_wgmma_bytes(int64_t warps, int feature, int row_blocks) {
+  const int64_t measurements = warps * 16 * row_blocks, queries = wgmma_backward_queries(row_blocks);
+  const int64_t matrices = 2 * measurements * feature + queries * measurements + 5 * queries * feature;
+  return 2 * matrices + mma_tile_bytes(queries, feature) + 4 * (measurements + (3 * warps + 6) * queries) +
+         kBackwardBlockBytes;
+}
+// How attend's backward uses the tensor cores: sizes, and how the measurements are dealt to blocks.
+struct AttendBackwardPlan {
+  int feature = 0, row_blocks = 0;  // compile-time sizes; row_blocks 0: mma, not wgmma
+  int64_t slabs = 0, warps = 0;     // a slab belongs to a block of as many warps
+  int64_t slab_rows = 0;            // its measurements
+  int queries = 0;                  // of a tile
+  int64_t shared_bytes = 0;
 };
 constexpr int64_t backward_shift_mma_bytes(int feature) {
   const int64_t queries = kMmaWarps * 16;
@@ -187,9 +205,11 @@ constexpr int64_t backward_shift_mma_bytes(int feature) {
          4 * (2 * kBackwardShiftDepth + 2 * queries);
 }
 
-// nullptr if attend's backward runs on tensor cores within `shared_limit` bytes a block, else the reason why it takes
-// the SIMT kernels.
-const char* why_not_mma(const AttendBackwardParams& p, int64_t shared_limit);
+// nullptr and a plan, or the reason why there is none.
+const char* plan_mma(AttendBackwardPlan& plan, const AttendBackwardParams& p, int64_t shared_limit);
+const char* plan_wgmma(AttendBackwardPlan& plan, const AttendBackwardParams& p, const Device& device);
+// The first of both that has a plan; nullptr and the plan, or why mma has none.
+const char* plan_backward(AttendBackwardPlan& plan, const AttendBackwardParams& p, const Device& device);
 
 // decode_backward on tensor cores. R and Dv share a size; two row blocks a warp where registers leave them room.
 constexpr int decode_backward_feature(int64_t R, int64_t Dv) { return smallest_of({64, 128}, R > Dv ? R : Dv); }

@@ -3,10 +3,10 @@
 // CUDA headers and for the three macros, and every CUDA thread runs on the CPU.
 //
 // Words: __global__, __launch_bounds__, threadIdx.x, blockIdx.x, __syncthreads(), dim3, float4 as in CUDA; CSAT_DEVICE,
-// CSAT_DYN_SMEM, CSAT_LAUNCH; bf16, f16, to_float, from_float, pack2, unpack2; lane_id, warp_id, sync_warp, shfl_xor,
-// warp_sum, warp_max, quad_sum, quad_max, load4, exp_f32, exp2_approx, log_f32, soft_threshold; cp_async16,
-// ldmatrix_x4, mma_m16n8k16, named_barrier_sync and their kin; of Hopper mbarrier_*, bulk_*, tensor_copy_*, wgmma_*,
-// registers_*; on the host make_tensor_map, last_error, max_shared_bytes, compute_capability, multiprocessors.
+// CSAT_DYN_SMEM, CSAT_LAUNCH; bf16, f16, to_float, from_float, pack2, unpack2; lane_id, warp_id, warpgroup_id,
+// sync_warp, shfl_xor, warp_sum, warp_max, quad_sum, quad_max, load4, exp_f32, exp2_approx, log_f32, soft_threshold;
+// cp_async16, ldmatrix_x4, mma_m16n8k16, named_barrier_sync and their kin; of Hopper mbarrier_*, bulk_*, tensor_copy_*,
+// wgmma_*, registers_*; on the host make_tensor_map, last_error, max_shared_bytes, compute_capability, multiprocessors.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -320,6 +320,11 @@ CSAT_DEVICE void pin(uint32_t (&a)[kFragments][4]) {
 #pragma unroll
   for (int i = 0; i < kFragments * 4; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
 }
+template <typename T, int kBlocks, int kFragments>
+CSAT_DEVICE void pin(T (&x)[kBlocks][kFragments][4]) {
+#pragma unroll
+  for (int i = 0; i < kBlocks; ++i) pin(x[i]);
+}
 
 // Before the first product, and whenever the registers that the next product takes (name them) were touched.
 template <typename... Registers>
@@ -429,6 +434,8 @@ CSAT_DEVICE f16 from_float<f16>(float x) {
 
 CSAT_DEVICE int lane_id() { return threadIdx.x % 32; }
 CSAT_DEVICE int warp_id() { return threadIdx.x / 32; }
+// Which warpgroup this is; the compiler knows that all lanes of a warp agree, so products may depend on it.
+CSAT_DEVICE int warpgroup_id() { return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0); }
 CSAT_DEVICE float shfl_xor(float x, int lane_mask) { return __shfl_xor_sync(0xffffffffu, x, lane_mask); }
 // Orders the shared-memory accesses of a warp's lanes.
 CSAT_DEVICE void sync_warp() { __syncwarp(); }

@@ -1,6 +1,6 @@
 // What a warpgroup (four warps, 64 rows) multiplies by on Hopper: matrices in shared memory under the 128-byte swizzle,
 // and the asynchronous products with them. Each warp holds 16 rows as Sums and Operand of fragments.cuh, whose layout
-// wgmma shares.
+// wgmma shares; row block i of a taller tile is of 64 rows more, of which each warp holds 16 again.
 //
 // A product is started, not done: between start_product* and the wgmma_wait that names its sums, nothing may touch the
 // sums, the operand or the matrix. A chain of products ends with wgmma_commit.
@@ -44,14 +44,36 @@ CSAT_DEVICE void start_product_transposed(Sums<16, kColumns>& sums, const Operan
     wgmma_k16<T, false>(sums.at[0], a.at[0][k], wgmma_descriptor(b.columns_from(row, k), 16, 1024),
                         accumulate || k > 0);
 }
-// sums (+)= a b, where b is the kDepth rows of the tile from `row` on.
-template <typename T, int kColumns, int kDepth>
-CSAT_DEVICE void start_product(Sums<16, kColumns>& sums, const Operand<T, 16, kDepth>& a, SwizzledTile<T, kColumns> b,
-                               int row, bool accumulate) {
+// sums = a b^T, where a is the rows of its tile from `row` on, and b all of its tile.
+template <int kRows, int kColumns, typename T, int kDepth>
+CSAT_DEVICE void start_product_transposed(Sums<kRows, kColumns>& sums, SwizzledTile<T, kDepth> a, int row,
+                                          SwizzledTile<T, kDepth> b) {
 #pragma unroll
-  for (int k = 0; k < kDepth / 16; ++k)
-    wgmma_k16<T, true>(sums.at[0], a.at[0][k], wgmma_descriptor(b.columns_from(row + 16 * k, 0), b.rows * 128, 1024),
-                       accumulate || k > 0);
+  for (int i = 0; i < kRows / 16; ++i)
+#pragma unroll
+    for (int k = 0; k < kDepth / 16; ++k)
+      wgmma_k16_shared<T, false, false>(sums.at[i], wgmma_descriptor(a.columns_from(row + 64 * i, k), 16, 1024),
+                                        wgmma_descriptor(b.columns_from(0, k), 16, 1024), k > 0);
+}
+// sums (+)= a b, where b is the kDepth rows of the tile from `row` on.
+template <typename T, int kRows, int kColumns, int kDepth>
+CSAT_DEVICE void start_product(Sums<kRows, kColumns>& sums, const Operand<T, kRows, kDepth>& a,
+                               SwizzledTile<T, kColumns> b, int row, bool accumulate) {
+#pragma unroll
+  for (int i = 0; i < kRows / 16; ++i)
+#pragma unroll
+    for (int k = 0; k < kDepth / 16; ++k)
+      wgmma_k16<T, true>(sums.at[i], a.at[i][k], wgmma_descriptor(b.columns_from(row + 16 * k, 0), b.rows * 128, 1024),
+                         accumulate || k > 0);
+}
+
+// x^T -> shared memory, where place(column, row) holds eight rows of a column of x side by side: its 16 bytes.
+template <int kDepthBlocks, typename Place>
+CSAT_DEVICE void store_transposed(const uint32_t (&x)[kDepthBlocks][4], Place place) {
+  const int lane = lane_id();
+#pragma unroll
+  for (int k = 0; k < kDepthBlocks; ++k)
+    stmatrix_x4_transposed(place(16 * k + lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8), x[k]);
 }
 
 }  // namespace csat

@@ -231,14 +231,17 @@ int attend_decode_forward(const AttendParams& attend, const DecodeParams& decode
 }
 
 int64_t attend_backward_workspace(const AttendBackwardParams& p) {
-  if (!limits::why_not_mma(p, shared_memory_limit())) return attend_backward_mma_workspace(p);
+  limits::AttendBackwardPlan sizes;
+  if (!limits::plan_backward(sizes, p, limits::current_device())) return attend_backward_mma_workspace(sizes, p);
   Carver carver(nullptr);
   BackwardPlan().take(p, carver, nullptr);
   return carver.used();
 }
 
 int attend_backward(const AttendBackwardParams& p, void* workspace, void* stream) {
-  if (!limits::why_not_mma(p, shared_memory_limit())) return attend_backward_mma(p, workspace, stream);
+  limits::AttendBackwardPlan sizes;
+  if (!limits::plan_backward(sizes, p, limits::current_device()))
+    return attend_backward_mma(sizes, p, workspace, stream);
   const AttendParams& f = p.forward;
   Carver carver(workspace);
   BackwardPlan plan;

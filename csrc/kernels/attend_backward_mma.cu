@@ -1,6 +1,8 @@
-// Host side of attend_backward_mma.cuh: operands with vector rows, splits, choice of the compiled instance, reductions.
+// Host side of attend's backward on tensor cores: operands with vector rows, splits, choice of the compiled instance,
+// reductions.
 #include "csat/attend_backward_mma.cuh"
 #include "csat/attend_backward_mma.h"
+#include "csat/attend_backward_wgmma.cuh"
 #include "csat/workspace.h"
 
 namespace csat {
@@ -11,16 +13,16 @@ using limits::ceil_div;
 // What the kernels need from the workspace; with a null base only sizes.
 struct Plan {
   AttendBackwardMmaArgs args{};
-  int feature = 0;
-  int64_t rows = 0;  // measurements, padded to whole slabs
+  const limits::AttendBackwardPlan& sizes;
+  const int feature = sizes.feature;
+  const int64_t rows = sizes.slabs * sizes.slab_rows;  // measurements, padded to whole slabs
+
+  explicit Plan(const limits::AttendBackwardPlan& plan) : sizes(plan) {}
 
   int take(const AttendBackwardParams& p, Carver& carver, void* stream) {
     const AttendParams& f = p.forward;
-    feature = limits::mma_feature(f.head_dim > f.features ? f.head_dim : f.features);
-    const limits::BackwardSlabs slabs(f.measurements, feature, shared_memory_limit());
-    args.warps = static_cast<int>(slabs.warps);
-    args.slabs = slabs.count;
-    rows = slabs.count * slabs.warps * limits::backward_warp_rows(feature);
+    args.warps = static_cast<int>(sizes.warps);
+    args.slabs = sizes.slabs;
     args.heads = f.heads;
     args.queries = f.queries;
     args.group = f.heads / f.key_heads;
@@ -51,10 +53,10 @@ struct Plan {
   void take_parts(const AttendBackwardParams& p, Carver& carver) {
     const AttendParams& f = p.forward;
     const int64_t pairs = f.batch * f.heads, blocks = pairs * args.slabs;
-    const int64_t tiles = ceil_div(f.queries, limits::kBackwardQueries);
+    const int64_t tiles = ceil_div(f.queries, sizes.queries), most = ceil_div(f.queries, limits::kBackwardChunk);
     int64_t chunks = blocks ? ceil_div(limits::kTargetBlocks, blocks) : 1;
-    if (chunks > ceil_div(tiles, 8)) chunks = ceil_div(tiles, 8);
-    args.chunk_queries = chunks ? ceil_div(tiles, chunks) * limits::kBackwardQueries : 0;
+    if (chunks > most) chunks = most;
+    args.chunk_queries = chunks ? ceil_div(tiles, chunks) * sizes.queries : 0;
     args.chunks = chunks ? ceil_div(f.queries, args.chunk_queries) : 0;
     args.key_parts = carver.take(pairs * args.chunks * rows * feature);
     args.value_parts = carver.take(pairs * args.chunks * rows * feature);
@@ -75,9 +77,18 @@ template <typename T, int kD>
 Launches instance() {
   return {launch_backward_shift_mma<T, kD>, launch_attend_backward_mma<T, kD>};
 }
+template <typename T, int kD>
+Launches wgmma_instance(const limits::AttendBackwardPlan& sizes) {
+  Launch gradients = launch_attend_backward_wgmma<T, kD, 1, 2>;
+  if (sizes.warps == 4) gradients = launch_attend_backward_wgmma<T, kD, 1, 1>;
+  if constexpr (kD == 64)
+    if (sizes.row_blocks == 2) gradients = launch_attend_backward_wgmma<T, kD, 2, 2>;
+  return {launch_backward_shift_mma<T, kD>, gradients};
+}
 template <typename T>
-Launches instance(int feature) {
-  switch (feature) {
+Launches instance(const limits::AttendBackwardPlan& sizes) {
+  if (sizes.row_blocks > 0) return sizes.feature == 64 ? wgmma_instance<T, 64>(sizes) : wgmma_instance<T, 128>(sizes);
+  switch (sizes.feature) {
     case 32:
       return instance<T, 32>();
     case 64:
@@ -93,22 +104,23 @@ Launches instance(int feature) {
 
 }  // namespace
 
-int64_t attend_backward_mma_workspace(const AttendBackwardParams& p) {
+int64_t attend_backward_mma_workspace(const limits::AttendBackwardPlan& sizes, const AttendBackwardParams& p) {
   Carver carver(nullptr);
-  Plan().take(p, carver, nullptr);
+  Plan(sizes).take(p, carver, nullptr);
   return carver.used();
 }
 
-int attend_backward_mma(const AttendBackwardParams& p, void* workspace, void* stream) {
+int attend_backward_mma(const limits::AttendBackwardPlan& sizes, const AttendBackwardParams& p, void* workspace,
+                        void* stream) {
   const AttendParams& f = p.forward;
   Carver carver(workspace);
-  Plan plan;
+  Plan plan(sizes);
   CSAT_TRY(plan.take(p, carver, stream));
   const AttendBackwardMmaArgs& args = plan.args;
   const int64_t pairs = f.batch * f.heads, pitch = plan.feature, rows = plan.rows;
   const int64_t shift_blocks = args.slabs > 1 ? pairs * ceil_div(f.queries, 16 * limits::kMmaWarps) : 0;
   const int64_t blocks = pairs * args.slabs * args.chunks;
-  const Launches launches = f.q.dtype == DType::bf16 ? instance<bf16>(plan.feature) : instance<f16>(plan.feature);
+  const Launches launches = f.q.dtype == DType::bf16 ? instance<bf16>(sizes) : instance<f16>(sizes);
   if (shift_blocks > 0) CSAT_TRY(launches.shift(args, shift_blocks, stream));
   if (blocks > 0) CSAT_TRY(launches.gradients(args, blocks, stream));
   if (args.slabs > 1)

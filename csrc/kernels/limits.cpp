@@ -138,21 +138,67 @@ const char* why_not(const AttendBackwardParams& p, int64_t shared_limit) {
                    check_row(measurement_backward_row(f.head_dim, f.features), shared_limit)});
 }
 
-const char* why_not_mma(const AttendBackwardParams& p, int64_t shared_limit) {
+namespace {
+
+const char* plan_backward_sizes(AttendBackwardPlan& plan, const AttendBackwardParams& p, int (*feature_of)(int64_t),
+                                const char* feature_reason) {
   const AttendParams& f = p.forward;
-  const int feature = mma_feature(f.head_dim > f.features ? f.head_dim : f.features);
+  plan = {};
+  plan.feature = feature_of(f.head_dim > f.features ? f.head_dim : f.features);
   if (const char* reason = check_dtypes(f.q.dtype, nullptr)) return reason;
-  if (!feature) return "head dimension D or feature count R above 128";
+  if (!plan.feature) return feature_reason;
   if (f.measurements == 0) return "no measurements";
-  if (p.dq.stride[3] != 1) return "the rows of dq are not contiguous";
-  const BackwardSlabs slabs(f.measurements, feature, shared_limit);
-  if (slabs.count == 0 || (slabs.count > 1 && backward_shift_mma_bytes(feature) > shared_limit))
+  return p.dq.stride[3] != 1 ? "the rows of dq are not contiguous" : nullptr;
+}
+
+// What both families ask of a plan.
+const char* check_plan(const AttendBackwardPlan& plan, const AttendBackwardParams& p, int64_t shared_limit) {
+  const AttendParams& f = p.forward;
+  const bool shift = plan.slabs > 1;
+  if (plan.warps == 0 || plan.shared_bytes > shared_limit ||
+      (shift && backward_shift_mma_bytes(plan.feature) > shared_limit))
     return "the tiles of this size exceed the shared memory of a block";
   const int64_t pairs = f.batch * f.heads, rows = pairs * f.queries;
-  if (pairs * ceil_div(f.queries, kBackwardQueries) * slabs.count > kMaxBlocks || f.queries > kMaxBlocks ||
-      (slabs.count > 1 && rows * ceil_div(f.head_dim, 32) > kMaxBlocks))
+  if (pairs * ceil_div(f.queries, plan.queries) * plan.slabs > kMaxBlocks || f.queries > kMaxBlocks ||
+      (shift && rows * ceil_div(f.head_dim, 32) > kMaxBlocks))
     return "more than 2^31 tiles";
   return nullptr;
+}
+
+}  // namespace
+
+const char* plan_mma(AttendBackwardPlan& plan, const AttendBackwardParams& p, int64_t shared_limit) {
+  if (const char* reason = plan_backward_sizes(plan, p, mma_feature, "head dimension D or feature count R above 128"))
+    return reason;
+  int64_t most = kMmaWarps;
+  while (most > 0 && attend_backward_mma_bytes(most, plan.feature) > shared_limit) --most;
+  const int64_t groups = ceil_div(p.forward.measurements, backward_warp_rows(plan.feature));
+  plan.slabs = most ? ceil_div(groups, most) : 0;
+  plan.warps = most ? ceil_div(groups, plan.slabs) : 0;
+  plan.slab_rows = plan.warps * backward_warp_rows(plan.feature);
+  plan.queries = kBackwardQueries;
+  plan.shared_bytes = attend_backward_mma_bytes(plan.warps, plan.feature);
+  return check_plan(plan, p, shared_limit);
+}
+
+const char* plan_wgmma(AttendBackwardPlan& plan, const AttendBackwardParams& p, const Device& device) {
+  if (device.capability != kWgmmaCapability) return "wgmma belongs to compute capability 9.0";
+  if (const char* reason = plan_backward_sizes(plan, p, wgmma_feature, "D and R neither up to 64 nor 97 to 128"))
+    return reason;
+  // Slabs of 256 measurements where those of 128 would not be padded less.
+  const int64_t M = p.forward.measurements;
+  plan.row_blocks = plan.feature == 64 && round_up(M, 256) == round_up(M, 128) ? 2 : 1;
+  plan.warps = M <= kWgmmaRows ? kMmaWarps / 2 : kMmaWarps;
+  plan.slab_rows = plan.warps * 16 * plan.row_blocks;
+  plan.slabs = ceil_div(M, plan.slab_rows);
+  plan.queries = wgmma_backward_queries(plan.row_blocks);
+  plan.shared_bytes = attend_backward_wgmma_bytes(plan.warps, plan.feature, plan.row_blocks);
+  return check_plan(plan, p, device.shared_bytes);
+}
+
+const char* plan_backward(AttendBackwardPlan& plan, const AttendBackwardParams& p, const Device& device) {
+  if (!plan_wgmma(plan, p, device)) return nullptr;
+  return plan_mma(plan, p, device.shared_bytes);
 }
 
 const char* why_not(const DecodeParams& p, int64_t shared_limit) {
@@ -200,8 +246,21 @@ const char* can_run_forward(Kernel kernel, Family family, const Problem& p, cons
   }
 }
 
-template <typename Params>
-const char* can_run_backward(Family family, const Params& p, const Device& device) {
+AttendBackwardParams backward_of(const AttendParams& forward) {
+  AttendBackwardParams p{};
+  p.forward = forward;
+  p.dq.stride[3] = 1;
+  return p;
+}
+
+const char* can_run_backward(Family family, const AttendBackwardParams& p, const Device& device) {
+  AttendBackwardPlan plan;
+  if (family == Family::wgmma) return plan_wgmma(plan, p, device);
+  if (family == Family::pair) return kNoPair;
+  return family == Family::mma ? plan_mma(plan, p, device.shared_bytes) : why_not(p, device.shared_bytes);
+}
+
+const char* can_run_backward(Family family, const DecodeBackwardParams& p, const Device& device) {
   if (family == Family::wgmma) return kNoWgmma;
   if (family == Family::pair) return kNoPair;
   return family == Family::mma ? why_not_mma(p, device.shared_bytes) : why_not(p, device.shared_bytes);
@@ -210,12 +269,7 @@ const char* can_run_backward(Family family, const Params& p, const Device& devic
 }  // namespace
 
 const char* can_run(Kernel kernel, Family family, const Problem& p, const Device& device) {
-  if (kernel == Kernel::attend_backward) {
-    AttendBackwardParams backward{};
-    backward.forward = p.attend;
-    backward.dq.stride[3] = 1;
-    return can_run_backward(family, backward, device);
-  }
+  if (kernel == Kernel::attend_backward) return can_run_backward(family, backward_of(p.attend), device);
   if (kernel == Kernel::decode_backward) {
     DecodeBackwardParams backward{};
     backward.forward = p.decode;
@@ -258,8 +312,10 @@ int64_t shared_bytes(Kernel kernel, Family family, const Problem& p, const Devic
   const Decoder& d = p.decode.decoder;
   if (kernel == Kernel::attend_backward) {
     if (family == Family::simt) return simt_bytes({query_backward_row(M, D, R), measurement_backward_row(D, R)}, limit);
-    const int feature = mma_feature(D > R ? D : R);
-    return attend_backward_mma_bytes(BackwardSlabs(M, feature, limit).warps, feature);
+    AttendBackwardPlan plan;
+    if (family == Family::wgmma) plan_wgmma(plan, backward_of(p.attend), device);
+    if (family == Family::mma) plan_mma(plan, backward_of(p.attend), limit);
+    return plan.shared_bytes;
   }
   if (kernel == Kernel::decode_backward) {
     if (family == Family::simt) return simt_bytes({decode_backward_row(d.coefficients, d.features, d.outputs)}, limit);

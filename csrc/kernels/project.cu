@@ -1,5 +1,7 @@
 // The projection y = phi x and its backward: copies that cuBLAS needs (masked tokens zeroed, dtypes made equal, summed
-// axes brought together), then one batched product for each output, never a loop over tokens.
+// axes brought together), then one batched product for each output. Where those are too few to fill a device (one head
+// of many tokens), each goes along its depth in parts, one batched product of them, whose float32 sums `reduce` adds in
+// a fixed order: workspace parts * m * n * 4 bytes, at most 11 MiB, which the L2 cache holds.
 #include "csat/gemm.h"
 #include "csat/panel.h"
 #include "csat/tokens.h"
@@ -30,29 +32,71 @@ struct BatchedProduct {
   int64_t m, n, k, batch, heads;
 };
 
-// One call where the strides allow, else one per batch element or per head, whichever are fewer.
-int multiply(const BatchedProduct& p, void* blas, void* stream) {
+// How a product's batch is dealt to launches: one where the strides allow, else one per batch element or per head,
+// whichever are fewer.
+struct Deal {
+  bool over_heads;
+  int64_t calls, count;  // launches, and matrices in each
+  explicit Deal(const BatchedProduct& p) {
+    const bool grouped = p.a.group > 1 || p.b.group > 1;
+    const bool flat = p.batch == 1 || (p.a.batch == p.heads * p.a.head && p.b.batch == p.heads * p.b.head &&
+                                       p.c_batch == p.heads * p.c_head);
+    over_heads = !grouped && (flat || p.batch < p.heads);
+    calls = over_heads ? (flat ? 1 : p.batch) : p.heads;
+    count = p.batch * p.heads / calls;
+  }
+};
+
+int multiply_together(const BatchedProduct& p, const Deal& deal, void* blas) {
+  for (int64_t i = 0; i < deal.calls; ++i) {
+    const auto operand = [&](const Stack& s) -> GemmOperand {
+      const int64_t start = deal.over_heads ? i * s.batch : i / s.group * s.head;
+      return {offset(s.data, start, p.input), s.pitch, deal.over_heads ? s.head : s.batch, s.transposed};
+    };
+    void* c = const_cast<void*>(offset(p.c, deal.over_heads ? i * p.c_batch : i * p.c_head, p.output));
+    CSAT_TRY(gemm({operand(p.a), operand(p.b), p.input, c, p.output, p.c_pitch, deal.over_heads ? p.c_head : p.c_batch,
+                   p.m, p.n, p.k, deal.count},
+                  blas));
+  }
+  return 0;
+}
+
+// One product of the batch in parts of the depth: those of equal depth together, then what is left.
+int multiply_in_parts(const BatchedProduct& p, int64_t batch, int64_t head, int64_t parts, float* partial, void* blas,
+                      void* stream) {
+  constexpr int64_t kVector = 8;  // a part starts where 16-byte loads can
+  const int64_t depth = limits::round_up(limits::ceil_div(p.k, parts), kVector), matrix = p.m * p.n;
+  const int64_t equal = p.k / depth, rest = p.k % depth;
+  const auto multiply = [&](int64_t first, int64_t k, int64_t count) -> int {
+    const auto operand = [&](const Stack& s, bool along_columns) -> GemmOperand {
+      const int64_t step = along_columns != s.transposed ? 1 : s.pitch;  // between neighbours along the depth
+      const int64_t start = batch * s.batch + head / s.group * s.head + first * depth * step;
+      return {offset(s.data, start, p.input), s.pitch, depth * step, s.transposed};
+    };
+    return gemm({operand(p.a, true), operand(p.b, false), p.input, partial + first * matrix, DType::f32, p.n, matrix,
+                 p.m, p.n, k, count},
+                blas);
+  };
+  CSAT_TRY(multiply(0, depth, equal));
+  if (rest > 0) CSAT_TRY(multiply(equal, rest, 1));
+  void* c = const_cast<void*>(offset(p.c, batch * p.c_batch + head * p.c_head, p.output));
+  const View target{c, p.output, {0, 0, p.c_pitch, 1}};
+  return reduce({partial, equal + (rest > 0), 0, matrix, p.n, 1, 1, p.m, p.n, target, 1.f, false}, stream);
+}
+
+int multiply(const BatchedProduct& p, Carver& carver, void* blas, void* stream) {
   if (p.m == 0 || p.n == 0 || p.batch == 0 || p.heads == 0) return 0;
   if (p.k == 0) {  // a sum of nothing
     const View c{p.c, p.output, {p.c_batch, p.c_head, p.c_pitch, 1}};
-    return reduce({nullptr, 0, 0, 0, 0, p.batch, p.heads, p.m, p.n, c, 1.f, false}, stream);
+    return carver.sizing() ? 0 : reduce({nullptr, 0, 0, 0, 0, p.batch, p.heads, p.m, p.n, c, 1.f, false}, stream);
   }
-  const bool grouped = p.a.group > 1 || p.b.group > 1;
-  const bool flat = p.batch == 1 || (p.a.batch == p.heads * p.a.head && p.b.batch == p.heads * p.b.head &&
-                                     p.c_batch == p.heads * p.c_head);
-  const bool over_heads = !grouped && (flat || p.batch < p.heads);
-  const int64_t calls = over_heads ? (flat ? 1 : p.batch) : p.heads;
-  const int64_t count = p.batch * p.heads / calls;
-  for (int64_t i = 0; i < calls; ++i) {
-    const auto operand = [&](const Stack& s) -> GemmOperand {
-      const int64_t start = over_heads ? i * s.batch : i / s.group * s.head;
-      return {offset(s.data, start, p.input), s.pitch, over_heads ? s.head : s.batch, s.transposed};
-    };
-    void* c = const_cast<void*>(offset(p.c, over_heads ? i * p.c_batch : i * p.c_head, p.output));
-    CSAT_TRY(gemm({operand(p.a), operand(p.b), p.input, c, p.output, p.c_pitch, over_heads ? p.c_head : p.c_batch, p.m,
-                   p.n, p.k, count},
-                  blas));
-  }
+  const Deal deal(p);
+  const int64_t parts = limits::product_parts(p.m, p.n, p.k, deal.count);
+  float* partial = parts > 1 ? carver.take(parts * p.m * p.n) : nullptr;
+  if (carver.sizing()) return 0;
+  if (parts == 1) return multiply_together(p, deal, blas);
+  for (int64_t i = 0; i < p.batch * p.heads; ++i)
+    CSAT_TRY(multiply_in_parts(p, i / p.heads, i % p.heads, parts, partial, blas, stream));
   return 0;
 }
 
@@ -104,11 +148,10 @@ int forward(const ProjectParams& p, Carver& carver, void* blas, void* stream) {
   View x = p.x, phi = p.phi;
   CSAT_TRY(operands.settle(x, {p.batch, p.x_heads, p.tokens, p.head_dim}, p.x.dtype, p.keep));
   CSAT_TRY(operands.settle_phi(phi, p, false));
-  if (carver.sizing()) return 0;
   const int64_t H = heads_out(p), M = p.measurements, D = p.head_dim;
   Stack a = stack_of(phi, p.tokens), b = stack_of(x, D);
   b.group = H / p.x_heads;
-  return multiply({a, b, p.x.dtype, p.y.data, p.y.dtype, D, H * M * D, M * D, M, D, p.tokens, p.batch, H}, blas,
+  return multiply({a, b, p.x.dtype, p.y.data, p.y.dtype, D, H * M * D, M * D, M, D, p.tokens, p.batch, H}, carver, blas,
                   stream);
 }
 
@@ -120,15 +163,14 @@ int backward_x(const ProjectBackwardParams& p, Carver& carver, void* blas, void*
   View phi = f.phi, dy = p.dy;
   CSAT_TRY(operands.settle_phi(phi, f, group > 1));
   CSAT_TRY(operands.settle(dy, {f.batch, H, M, D}, f.x.dtype, nullptr, group > 1));
-  if (carver.sizing()) return 0;
   Stack a = stack_of(phi, N), b = stack_of(dy, D);
   a.transposed = !a.transposed;
   a.head *= group;
   b.head *= group;
   CSAT_TRY(multiply(
-      {a, b, f.x.dtype, p.dx.data, f.x.dtype, D, f.x_heads * N * D, N * D, N, D, group * M, f.batch, f.x_heads}, blas,
-      stream));
-  if (!f.keep) return 0;
+      {a, b, f.x.dtype, p.dx.data, f.x.dtype, D, f.x_heads * N * D, N * D, N, D, group * M, f.batch, f.x_heads}, carver,
+      blas, stream));
+  if (carver.sizing() || !f.keep) return 0;
   return zero_tokens({View{}, p.dx, f.keep, f.batch, f.x_heads, N, D}, stream);
 }
 
@@ -155,12 +197,11 @@ int backward_phi(const ProjectBackwardParams& p, Carver& carver, void* blas, voi
   View dy = p.dy, x = f.x;
   CSAT_TRY(join(dy, H, heads, M, nullptr));
   CSAT_TRY(join(x, f.x_heads, x_heads, N, f.keep));
-  if (carver.sizing()) return 0;
   Stack a = stack_of(dy, depth), b = stack_of(x, depth);
   b.transposed = !b.transposed;
   b.group = heads / x_heads;
   return multiply({a, b, f.x.dtype, p.dphi.data, p.dphi.dtype, N, heads * M * N, M * N, M, N, depth, batch, heads},
-                  blas, stream);
+                  carver, blas, stream);
 }
 
 }  // namespace

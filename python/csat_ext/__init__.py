@@ -16,6 +16,7 @@ _HOME = {
     "csat_attention": "functional",
     "SparseDecoder": "functional",
     "LinearDecoder": "functional",
+    "CSATCache": "cache",
     "CSATConfig": "config",
     "CSATAttention": "module",
     "measurement": "measurements",
@@ -27,6 +28,7 @@ _HOME = {
     "explain": "info",
 }
 _MODULES = (
+    "cache",
     "config",
     "deepspeed",
     "diagnostics",
@@ -42,6 +44,7 @@ _MODULES = (
 __all__ = ["__version__", *_HOME, *_MODULES]
 
 if TYPE_CHECKING:
+    from csat_ext.cache import CSATCache as CSATCache
     from csat_ext.config import CSATConfig as CSATConfig
     from csat_ext.dictionaries import dictionary as dictionary
     from csat_ext.functional import LinearDecoder as LinearDecoder

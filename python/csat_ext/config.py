@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from csat_ext.dictionaries import DICTIONARIES
-from csat_ext.measurements import ENSEMBLES
+from csat_ext.measurements import BY_POSITION, ENSEMBLES
+from csat_ext.reference.causal import FORMS
 
 DECODERS = ("none", "linear", "ista", "lista", "lista_untied", "alista")
 """Decoders that `CSATAttention` builds:
@@ -40,7 +41,7 @@ class CSATConfig:
     """Everything that defines a CSAT attention layer apart from its width.
 
     Attributes:
-        measurements: m, the number of measurements in all, anchors included.
+        measurements: m, the number of measurements in all, anchors included; of each block with ``causal="block"``.
         ensemble: a name from `csat_ext.measurements.ENSEMBLES`.
         anchors: token positions measured exactly, by their own one-hot row: ``"first"``, ``"last"`` or integers
             (negative from the end). Counted in ``measurements``; under a key mask they are the first and last *valid*
@@ -65,6 +66,13 @@ class CSATConfig:
         feature_rank: R, rows of the feature sensing F (R, Dv); ``None`` is F = I.
         exact_when_short: keys no longer than ``measurements`` are attended exactly (Phi = I). When False such a call
             is an error.
+        causal: ``"block"`` or ``"prefix"``: causal self-attention in that form (`csat_ext.csat_attention`); ``None``:
+            every query sees every token. What is said of a sequence above holds for each block of the block form:
+            ensemble, anchors, a learned Phi with ``length = block_size``. The prefix form has no anchors.
+        block_size: Bk, tokens of a block of the block form.
+        window_blocks: w, whole blocks seen exactly before the query's own one.
+        content: for the prefix form: what token s adds to the measurements is phi_s = softmax(W k_s) with W learned;
+            when False it is column s of the ensemble, one of `csat_ext.measurements.BY_POSITION`.
     """
 
     measurements: int = 64
@@ -86,13 +94,17 @@ class CSATConfig:
     threshold: float = 0.0
     feature_rank: int | None = None
     exact_when_short: bool = True
+    causal: str | None = None
+    block_size: int | None = None
+    window_blocks: int = 0
+    content: bool = True
 
     def __post_init__(self) -> None:
         _check_types(self)
         _check_choice("ensemble", self.ensemble, tuple(ENSEMBLES))
         _check_choice("decoder", self.decoder, DECODERS)
         _check_choice("dictionary", self.dictionary, tuple(DICTIONARIES))
-        for name in ("measurements", "iterations", "length", "atoms", "feature_rank"):
+        for name in ("measurements", "iterations", "length", "atoms", "feature_rank", "block_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -112,6 +124,7 @@ class CSATConfig:
         if self.learned and not self.share_kv:
             raise ValueError("learned=True shares one Phi between K and V: share_kv=False is not accepted with it")
         _check_positions(self)
+        _check_causal(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "CSATConfig") -> CSATConfig:
@@ -146,14 +159,17 @@ def _is_number(value: Any) -> bool:
 
 _Test = tuple[Callable[[Any], bool], str]
 _TYPES: dict[str, _Test] = {
-    **dict.fromkeys(("measurements", "seed", "layer", "iterations"), (_is_int, "an int")),
-    **dict.fromkeys(("length", "atoms", "feature_rank"), (lambda v: v is None or _is_int(v), "an int or None")),
+    **dict.fromkeys(("measurements", "seed", "layer", "iterations", "window_blocks"), (_is_int, "an int")),
+    **dict.fromkeys(
+        ("length", "atoms", "feature_rank", "block_size"), (lambda v: v is None or _is_int(v), "an int or None")
+    ),
     **dict.fromkeys(("ensemble", "decoder", "dictionary"), (lambda v: isinstance(v, str), "a str")),
     **dict.fromkeys(
-        ("head_shift", "learned", "share_kv", "log_mass", "gain", "exact_when_short"),
+        ("head_shift", "learned", "share_kv", "log_mass", "gain", "exact_when_short", "content"),
         (lambda v: isinstance(v, bool), "a bool"),
     ),
     "threshold": (_is_number, "a float"),
+    "causal": (lambda v: v is None or isinstance(v, str), "a str or None"),
     "anchors": (
         lambda v: isinstance(v, tuple) and all(_is_int(a) or isinstance(a, str) for a in v),
         "a tuple of 'first', 'last' or ints",
@@ -191,3 +207,36 @@ def _check_positions(config: CSATConfig) -> None:
         if "grid" not in ENSEMBLES[config.ensemble].options:
             takers = sorted(e.name for e in ENSEMBLES.values() if "grid" in e.options)
             raise ValueError(f"grid is an option of the ensembles {takers}, not of {config.ensemble!r}")
+
+
+def _check_causal(config: CSATConfig) -> None:
+    form = config.causal
+    if form is not None:
+        _check_choice("causal", form, FORMS)
+    if config.window_blocks < 0:
+        raise ValueError(f"window_blocks must be at least 0, got {config.window_blocks}")
+    for name in ("block_size", "window_blocks"):
+        if form != "block" and getattr(config, name):
+            raise ValueError(f"{name} = {getattr(config, name)} belongs to causal='block', got causal = {form!r}")
+    if not config.content and form != "prefix":
+        raise ValueError(f"content=False belongs to causal='prefix', got causal = {form!r}")
+    if form is not None and config.grid is not None:
+        raise ValueError(
+            f"grid = {config.grid} is the shape of a whole sequence; accepted with causal = {form!r}: None"
+        )
+    if form == "block":
+        size = config.block_size
+        if size is None or config.measurements > size or config.length not in (None, size):
+            raise ValueError(
+                f"causal='block' needs measurements <= block_size, and length = block_size for a learned Phi; got "
+                f"measurements = {config.measurements}, block_size = {size}, length = {config.length}"
+            )
+    if form == "prefix":
+        for name, accepted in (("learned", False), ("share_kv", True), ("log_mass", True)):
+            if getattr(config, name) is not accepted:
+                raise ValueError(f"{name} = {not accepted} came; accepted with causal='prefix': {accepted}")
+        if not config.content and config.ensemble not in BY_POSITION:
+            raise ValueError(
+                f"ensemble: {config.ensemble!r} depends on the length of the sequence; accepted with causal='prefix' "
+                f"and content=False: {', '.join(BY_POSITION)}"
+            )

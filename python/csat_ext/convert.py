@@ -144,6 +144,8 @@ class ConvertedAttention(CSATCore):
         head_dim: int,
         scale: float | None = None,
     ) -> None:
+        if config.causal is not None:
+            raise ValueError(f"causal = {config.causal!r} came, None is accepted: converted attention looks both ways")
         super().__init__(num_heads, head_dim, config)
         if scale is not None and abs(scale - head_dim**-0.5) > 1e-6 * head_dim**-0.5:
             raise ValueError(f"the scale of its scores is {scale}; accepted: 1 / sqrt({head_dim})")

@@ -7,14 +7,18 @@ head): `measure` compresses K and V to m measurements, `recover` attends over th
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from csat_ext import ops as _ops  # noqa: F401  (registers fakes, autograd and autocast of torch.ops.csat)
-from csat_ext.implicit import ImplicitMeasurement
-from csat_ext.reference.attention import has_values, renormalise_rows
+from csat_ext.causal import BlockState, Measure, PrefixState, attend_blocks, attend_prefixes
+from csat_ext.implicit import ImplicitMeasurement, implicit_measurement
+from csat_ext.reference.attention import has_values, renormalise_rows, repeat_heads
+from csat_ext.reference.causal import FORMS
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -118,7 +122,7 @@ def csat_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    phi_k: Phi,
+    phi_k: Phi | None = None,
     phi_v: Phi | None = None,
     *,
     decoder: Decoder | None = None,
@@ -127,6 +131,11 @@ def csat_attention(
     score_bias: Tensor | None = None,
     key_mask: Tensor | None = None,
     is_causal: bool = False,
+    causal: str | None = None,
+    block_size: int | None = None,
+    measurements_per_block: int | None = None,
+    window_blocks: int = 0,
+    signed: bool = False,
 ) -> Tensor:
     """Compressed sensing attention (Kiruluta, Raju and Burity 2025; formulas in `csat_ext.reference`).
 
@@ -150,7 +159,23 @@ def csat_attention(
             without negative entries keeps its sum, any other is multiplied by sqrt(N / kept). Rows left empty get
             bias -inf. An `ImplicitMeasurement` becomes that of the same name for this mask
             (`ImplicitMeasurement.masked`: pools then divide the kept tokens); one made for a mask takes no other.
-        is_causal: must be False: a measurement mixes tokens along the sequence, so it would mix the future in.
+        is_causal: must be False without ``causal``: a measurement mixes tokens along the sequence, the future too.
+        causal: the exact causal form, for as many queries as tokens; None: every query sees every token.
+
+            - ``"block"`` (`csat_ext.reference.causal_block`): query t sees the r measurements of each finished block of
+              Bk tokens and, exactly, the tokens up to t of its own block and the ``window_blocks`` before it, in one
+              softmax. phi_k, phi_v and score_bias are those of a block: (r, Bk), (1, Hk or H, r, Bk), and (r,),
+              (1 or H, r). Without phi_k: means of r equal segments, biased by the log of the tokens in each.
+            - ``"prefix"`` (`csat_ext.reference.causal_prefix`): query t attends over measurements of the tokens up to
+              t. phi_k holds what each token adds, (1 or B, 1, Hk or H, N, M) or without the leading axes, not negative
+              unless ``signed``; any strides; the log of the running mass is added to ``score_bias``.
+
+            Both run in plain torch on every device, in float32 (float64) inside; no CUDA kernel is written for them
+            yet.
+        block_size, measurements_per_block: Bk and r of the block form, needed where phi_k is absent.
+        window_blocks: w of the block form.
+        signed: for the prefix form: phi_k has entries of both signs and variance 1. Sums are divided by the square root
+            of the number of tokens instead of by their mass.
 
     Returns:
         (B, H, Nq, Dv), or (B, H, Nq, R) without a decoder; dtype of the query. 0 where every token is masked.
@@ -160,15 +185,17 @@ def csat_attention(
         ValueError: shapes, devices or values that do not fit. The message names the argument, what came and what is
         accepted.
     """
-    if not isinstance(is_causal, bool):
-        raise TypeError(f"is_causal must be False, got {is_causal!r}")
-    if is_causal:
-        raise ValueError(
-            "is_causal=True came, False is accepted: a measurement mixes tokens along the sequence and would leak the "
-            "future into the past (the exact causal forms, block and prefix, are not part of this version)"
-        )
+    check_form(causal, is_causal, block_size, measurements_per_block, window_blocks, signed)
+    if causal is not None:
+        return continue_causal(
+            None, query, key, value, phi_k, phi_v, causal=causal, block_size=block_size,
+            measurements_per_block=measurements_per_block, window_blocks=window_blocks, signed=signed, decoder=decoder,
+            feature_sensing=feature_sensing, scale=scale, score_bias=score_bias, key_mask=key_mask,
+        )[0]  # fmt: skip
     query, key, value = _autocast(query, key, value)
     _check_attention(query, key, value)
+    if phi_k is None:
+        raise TypeError("phi_k must be a torch.Tensor or an ImplicitMeasurement, got None")
     for name, phi in (("phi_k", phi_k), ("phi_v", phi_v)):
         _check_compresses(name, phi, key)
     kc, vc, score_bias = measure(key, value, phi_k, phi_v, feature_sensing, score_bias, key_mask, heads=query.shape[1])
@@ -234,6 +261,103 @@ def recover(
         return torch.ops.csat.attend_decode(query, kc, vc, score_bias, tau, *weights, need_z)[0]
     z = torch.ops.csat.attend(query, kc, vc, score_bias, tau)[0]
     return z if decoder is None else z @ decoder.weight.to(z.dtype)
+
+
+CausalState = BlockState | PrefixState
+
+
+def continue_causal(
+    state: CausalState | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    phi_k: Phi | Measure | None,
+    phi_v: Phi | None = None,
+    *,
+    causal: str,
+    block_size: int | None = None,
+    measurements_per_block: int | None = None,
+    window_blocks: int = 0,
+    signed: bool = False,
+    decoder: Decoder | None = None,
+    feature_sensing: Tensor | None = None,
+    scale: float | None = None,
+    score_bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
+) -> tuple[Tensor, CausalState]:
+    """`csat_attention(..., causal=)` of tokens that come after those of ``state`` (None: after nothing), whose masks,
+    phi and so on are those of the new tokens. Returns the rows and the state after them. The block form also takes a
+    function that measures blocks as ``phi_k``, beside their size."""
+    query, key, value = _autocast(query, key, value)
+    _check_attention(query, key, value)
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"query has {query.shape[2]} tokens, key {key.shape[2]}: a causal form has one query for each token"
+        )
+    if key_mask is not None:
+        checked_mask(key_mask, key)
+    tau, heads = _canonical_scale(scale, query), query.shape[1]
+    if causal == "block":
+        size, measure_blocks = _block_measure(
+            phi_k, phi_v, score_bias, block_size, measurements_per_block, heads, query.device
+        )
+        assert not isinstance(state, PrefixState)
+        with no_autocast(query.device.type):
+            z, after = attend_blocks(
+                query, key, value, key_mask, state, measure_blocks,
+                block_size=size, window_blocks=window_blocks, scale=tau,
+            )  # fmt: skip
+        return _decode_rows(query, z, decoder, feature_sensing, key), after
+    if phi_v is not None:
+        raise ValueError("phi_v came, None is accepted with causal='prefix': it measures keys and values alike")
+    phi = _canonical_prefix(phi_k, key, heads, signed)
+    bias = _canonical_bias(score_bias, key, heads, phi.shape[3])
+    assert not isinstance(state, BlockState)
+    with no_autocast(query.device.type):
+        z, sums = attend_prefixes(query, key, value, phi, bias, key_mask, state, signed=signed, scale=tau)
+    return _decode_rows(query, z, decoder, feature_sensing, key), sums
+
+
+def _decode_rows(
+    query: Tensor, z: Tensor, decoder: Decoder | None, feature_sensing: Tensor | None, key: Tensor
+) -> Tensor:
+    """The rows z (B, H, Nq, Dv) of unsensed values, sensed and decoded: F commutes with every sum over tokens."""
+    if feature_sensing is not None:
+        z = _sense_features(z, feature_sensing, key.new_empty((*key.shape[:3], z.shape[3])), query.shape[1])
+    _check_decoder(decoder, query, z)
+    if isinstance(decoder, SparseDecoder):
+        return torch.ops.csat.decode(z, *decoder.with_head_axis())
+    return z if decoder is None else z @ decoder.weight.to(z.dtype)
+
+
+def _block_measure(
+    phi_k: Phi | Measure | None,
+    phi_v: Phi | None,
+    score_bias: Tensor | None,
+    block_size: int | None,
+    measurements_per_block: int | None,
+    heads: int,
+    device: torch.device,
+) -> tuple[int, Measure]:
+    """The block size, and what measures a batch of blocks."""
+    if callable(phi_k) and block_size is not None:
+        return block_size, phi_k
+    sizes = {"measurements_per_block": measurements_per_block, "block_size": block_size}
+    if phi_k is not None:
+        phi = _checked_block_phi(phi_k, phi_v, score_bias, sizes)
+        size = phi.n if isinstance(phi, ImplicitMeasurement) else phi.shape[-1]
+        return size, lambda k, v, mask: measure(k, v, phi, phi_v, None, score_bias, mask, heads=heads)
+    if phi_v is not None or score_bias is not None:
+        raise ValueError("phi_v and score_bias come with a phi_k; without one the pool of a block has its own")
+    if block_size is None or measurements_per_block is None or measurements_per_block > block_size:
+        raise ValueError(f"causal='block' without phi_k needs 1 <= measurements_per_block <= block_size, got {sizes}")
+    pool = implicit_measurement("pool", measurements_per_block, block_size, device=device)
+
+    def measure_blocks(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        own = pool if mask is None else pool.masked(mask)
+        return measure(k, v, own, None, None, own.score_bias, mask, heads=heads, renormalise=False)
+
+    return block_size, measure_blocks
 
 
 # ---- the pieces of `measure` ----------------------------------------------------------------------------------------
@@ -302,20 +426,16 @@ def _sense_features(vc: Tensor, feature_sensing: Tensor, value: Tensor, heads: i
             f"feature_sensing has {f.shape[0]} heads; accepted: 1, {value.shape[1]} (keys) or {heads} (queries)"
         )
     if f.shape[0] != 1 and f.shape[0] != vc.shape[1]:
-        vc = _repeat_heads(vc, heads)
+        vc = repeat_heads(vc, heads)
         f = f if f.shape[0] == heads else f.repeat_interleave(heads // f.shape[0], dim=0)
     return vc @ f.to(vc.dtype).mT
-
-
-def _repeat_heads(x: Tensor, heads: int) -> Tensor:
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def _match_heads(kc: Tensor, vc: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """One head count for both: the ops read K and V measurements through one grouped head index."""
     if kc.shape[1] == vc.shape[1]:
         return kc, vc
-    return _repeat_heads(kc, heads), _repeat_heads(vc, heads)
+    return repeat_heads(kc, heads), repeat_heads(vc, heads)
 
 
 # ---- checks ---------------------------------------------------------------------------------------------------------
@@ -385,6 +505,10 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(dtype) if _is_autocast(t) else t for t in tensors)
 
 
+def no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device_type, enabled=False) if device_type in ("cpu", "cuda") else nullcontext()
+
+
 def autocasts(device_type: str) -> bool:
     """Whether autocast is on, on a device type that csat has a rule for."""
     return device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
@@ -422,6 +546,82 @@ def _check_attention(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(
             f"query has {query.shape[1]} heads, key {key.shape[1]}: the first must be a multiple of the second"
         )
+
+
+def check_form(
+    causal: str | None,
+    is_causal: bool,
+    block_size: int | None,
+    measurements_per_block: int | None,
+    window_blocks: int,
+    signed: bool,
+) -> None:
+    for flag, switch in (("is_causal", is_causal), ("signed", signed)):
+        if not isinstance(switch, bool):
+            raise TypeError(f"{flag} must be False or True, got {switch!r}")
+    if causal not in (None, *FORMS):
+        raise ValueError(f"causal = {causal!r} came; accepted: None, {', '.join(map(repr, FORMS))}")
+    if is_causal and causal is None:
+        raise ValueError(
+            "is_causal=True came, False is accepted: a measurement mixes tokens along the sequence and would leak the "
+            "future into the past; the exact causal forms are causal='block' and causal='prefix'"
+        )
+    sizes = (("block_size", block_size, 1), ("measurements_per_block", measurements_per_block, 1))
+    for name, value, least in (*sizes, ("window_blocks", window_blocks, 0)):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+        if causal != "block" and value:
+            raise ValueError(f"{name} = {value} belongs to causal='block', got causal = {causal!r}")
+    if signed and causal != "prefix":
+        raise ValueError(f"signed=True belongs to causal='prefix', got causal = {causal!r}")
+
+
+def _checked_block_phi(
+    phi_k: object, phi_v: Phi | None, score_bias: Tensor | None, sizes: dict[str, int | None]
+) -> Phi:
+    """phi_k, checked for what `measure` cannot see, to which every block is a batch element."""
+    for name, value, dims in (("phi_k", phi_k, 3), ("phi_v", phi_v, 3), ("score_bias", score_bias, 2)):
+        if isinstance(value, Tensor) and not dims - 1 <= value.dim() <= dims:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}; accepted with causal='block': that of one block, "
+                f"{'(r,) or (heads, r)' if name == 'score_bias' else '(r, Bk) or (heads, r, Bk)'}"
+            )
+    if isinstance(phi_k, ImplicitMeasurement):
+        found = phi_k.m, phi_k.n
+    else:
+        _check_tensor("phi_k", phi_k)
+        assert isinstance(phi_k, Tensor)
+        found = phi_k.shape[-2], phi_k.shape[-1]
+    for (name, given), size in zip(sizes.items(), found, strict=True):
+        if given not in (None, size):
+            raise ValueError(f"{name} = {given} came with a phi_k of {size}: they must agree")
+    if found[0] > found[1] or not found[1]:
+        raise ValueError(f"phi_k has m = {found[0]} measurements of a block of {found[1]} tokens; accepted: m <= n")
+    return phi_k
+
+
+def _canonical_prefix(phi: object, key: Tensor, heads: int, signed: bool) -> Tensor:
+    """phi of the prefix form with all axes, (1 or B, Hp, N, M)."""
+    _check_tensor("phi_k", phi)
+    assert isinstance(phi, Tensor)
+    _check_dtype_device("phi_k", phi, key, "the query")
+    came, (batch, of_keys, n) = tuple(phi.shape), key.shape[:3]
+    phi = phi.reshape((1,) * (4 - phi.dim()) + came)
+    accepted = (1, batch), (1, of_keys, heads), (n,)
+    fits = phi.dim() == 4 and len(came) > 1 and phi.shape[3] > 0
+    if not fits or any(size not in sizes for size, sizes in zip(phi.shape[:3], accepted, strict=True)):
+        raise ValueError(
+            f"phi_k has shape {came}; accepted with causal='prefix': (1 or {batch}, 1, {of_keys} or {heads}, {n}, M), "
+            "the leading axes may be missing"
+        )
+    # Elsewhere than on a CPU looking at the values would wait for the device.
+    if not signed and phi.device.type == "cpu" and has_values(phi) and bool((phi.detach() < 0).any()):
+        raise ValueError("phi_k has negative entries; accepted: entries >= 0, or signed=True")
+    return phi
 
 
 def _check_compresses(name: str, phi: Phi | None, key: Tensor) -> None:

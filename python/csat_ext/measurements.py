@@ -262,6 +262,40 @@ def rows_over_places(
     return torch.cat([part.expand(batch, heads, -1, -1) for part in (one_hot, phi)], dim=2)
 
 
+BY_POSITION = ("bucket", "gaussian", "rademacher", "srht", "count_sketch")
+"""The ensembles whose column s depends on (seed, layer, head, s) and m alone, but for a factor in n."""
+
+
+def columns_by_position(
+    ensemble: str, m: int, start: int, stop: int, *, seed: int, layer: int, heads: int, device: torch.device
+) -> Tensor:
+    """What the tokens [start, stop) add to the m measurements of a prefix (`csat_ext.reference.causal_prefix`).
+
+    (heads, stop - start, m), float32: 0 and 1 of an averaging ensemble, of variance 1 of a signed one.
+    """
+    chosen = lookup(ensemble)
+    if ensemble not in BY_POSITION:
+        raise ValueError(f"ensemble {ensemble!r} depends on the length; accepted: {', '.join(BY_POSITION)}")
+    place = torch.arange(start, stop, dtype=torch.int64, device=device)[None, None, None]
+    layout = Layout(
+        m=m,
+        n=1,
+        seed=seed,
+        layer=layer,
+        heads=heads,
+        part=Part(start, stop, 0, heads),
+        device=device,
+        kept=place >= 0,
+        coordinate=place,
+        extent=place[..., :1],
+        grid=None,
+        head_shift=False,
+    )  # fmt: skip  (n = 1: the factor in n is 1)
+    columns = chosen.build(layout)
+    values = columns[0][0] / columns[1] if chosen.averaging else columns
+    return values.to(torch.float32).mT.contiguous()
+
+
 def measurement_matrix(
     ensemble: str,
     m: int,

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from csat_ext import philox
+from csat_ext.cache import CSATCache
 from csat_ext.config import CSATConfig
 from csat_ext.dictionaries import dictionary
-from csat_ext.functional import Decoder, LinearDecoder, Phi, SparseDecoder, autocasts, checked_mask, measure, recover
+from csat_ext.functional import (
+    CausalState,
+    Decoder,
+    LinearDecoder,
+    Phi,
+    SparseDecoder,
+    autocasts,
+    checked_mask,
+    continue_causal,
+    measure,
+    no_autocast,
+    recover,
+)
 from csat_ext.implicit import IMPLICIT, ImplicitMeasurement, implicit_measurement
-from csat_ext.measurements import ENSEMBLES, Measurement, Part, measurement
+from csat_ext.measurements import ENSEMBLES, Measurement, Part, columns_by_position, measurement
 from csat_ext.philox import GENERATOR_VERSION
 from csat_ext.reference.attention import has_values
 from csat_ext.reference.lista import (
@@ -30,6 +43,9 @@ _INDEPENDENT_PHI_V = 1 << 32
 
 _FEATURE_SENSING = 2 << 32
 """Offset of the seed that F starts from."""
+
+_CONTENT = 3 << 32
+"""Offset of the seed that W of phi_s = softmax(W k_s) starts from."""
 
 
 class Parallel(Protocol):
@@ -57,14 +73,16 @@ class CSATCore(nn.Module):
     parameters, each with a leading axis of H heads or Hk key heads (no parameter is 0-dimensional):
 
     - ``gain`` (H,): factor on the score scale;
-    - ``phi`` (Hk, M, N), ``score_bias`` (Hk, M): with ``config.learned``;
+    - ``phi`` (Hk, M, N), ``score_bias`` (Hk, M): with ``config.learned``; N is the block size of the block form;
+    - ``content_weight`` (Hk, M, D): W of the prefix form with ``config.content``;
     - ``feature_sensing`` (H, R, Dv): with ``config.feature_rank``; random orthonormal rows until `calibrate`, to be
       called once before training, puts the principal components in their place;
     - ``threshold`` (H, T, P), ``step`` (H, T) and the weights of the decoder: ``decoder_w`` (H, R, P) of the coupled
       form, ``decoder_s`` (H, T, P, P) and ``decoder_b`` (H, T, P, R) of the untied one, ``linear_weight`` (H, R, Dv)
       of the control.
 
-    ``parallel``, None by default, spreads the layer over ranks: by tokens or by heads (`csat_ext.parallel`).
+    ``parallel``, None by default, spreads the layer over ranks: by tokens or by heads (`csat_ext.parallel`); not the
+    causal forms.
 
     Args:
         num_heads: H.
@@ -101,6 +119,8 @@ class CSATCore(nn.Module):
 
     @parallel.setter
     def parallel(self, parallel: Parallel | None) -> None:
+        if parallel is not None and self.config.causal is not None:
+            raise ValueError(f"a layer with causal = {self.config.causal!r} runs on one rank; accepted: causal=None")
         self._parallel = parallel
         self._fixed.clear()  # made for other heads
 
@@ -129,6 +149,8 @@ class CSATCore(nn.Module):
             self.phi = nn.Parameter(start.phi.expand(self.kv_heads, -1, -1).clone())
             bias = torch.zeros(1, config.measurements) if start.score_bias is None else start.score_bias
             self.score_bias = nn.Parameter(bias.expand(self.kv_heads, -1).clone())
+        if config.causal == "prefix" and config.content:
+            self.content_weight = nn.Parameter(self._random_content())
         if config.feature_rank is not None:
             if config.feature_rank > self.head_dim:
                 raise ValueError(f"feature_rank = {config.feature_rank} exceeds the head width {self.head_dim}")
@@ -137,6 +159,13 @@ class CSATCore(nn.Module):
             psi = dictionary("learned", self.head_dim, config.atoms, seed=config.seed)
             self.psi = nn.Parameter(psi.expand(heads, -1, -1).clone())
         self._create_decoder()
+
+    def _random_content(self) -> Tensor:
+        """(Hk, M, D), entries N(0, 1 / D): logits that spread as the keys' features do."""
+        head, row, feature = (torch.arange(n) for n in (self.kv_heads, self.config.measurements, self.head_dim))
+        place = head[:, None, None], row[:, None], feature
+        words = philox.philox_bits(self.config.seed + _CONTENT, self.config.layer, *place)
+        return (philox.normal(words) * self.head_dim**-0.5).float()
 
     def _random_rows(self, rank: int) -> Tensor:
         """(H, R, Dv), orthonormal rows: no coordinate is preferred, so that F Psi has no zero column."""
@@ -193,7 +222,7 @@ class CSATCore(nn.Module):
     def decoder(self) -> Decoder | None:
         """The decoder at the parameters' present values, or None; its weights are in float32 (float64 for float64),
         under autocast too."""
-        with _no_autocast(self.measurement_key.device.type):
+        with no_autocast(self.measurement_key.device.type):
             return self._decoder()
 
     def _decoder(self) -> Decoder | None:
@@ -340,14 +369,15 @@ class CSATCore(nn.Module):
         return drawn.phi, phi_v, bias if bias is None else bias.float()  # as an implicit one has it
 
     def measured(
-        self, k: Tensor, v: Tensor, key_mask: Tensor | None, n: int, part: Part | None = None
+        self, k: Tensor, v: Tensor, key_mask: Tensor | None, n: int, part: Part | None = None, sensed: bool = True
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Kc, Vc and the score bias of `functional.measure` from the keys and values (B, Hk, N, D).
+        """Kc, Vc (F applied unless ``sensed=False``) and the score bias of `functional.measure` from the keys and
+        values (B, Hk, N, D).
 
         With a part they are those of its heads and tokens out of n; measurements of the parts of one sequence add up to
         those of the whole, and the bias is that of the whole already.
         """
-        config = self.config
+        config, f = self.config, self._f() if sensed else None
         if key_mask is not None:
             checked_mask(key_mask, k)
         if config.learned and n != config.length:
@@ -360,7 +390,7 @@ class CSATCore(nn.Module):
                     f"keys of length {n} are no longer than the {config.measurements} measurements "
                     "and exact_when_short is False"
                 )
-            return self._exact(k, v, key_mask, n, part)
+            return self._exact(k, v, key_mask, n, part, f)
         phi_k, phi_v, bias = self._phis(n, k, key_mask, part)
         if not (config.log_mass or config.learned or key_mask is not None):
             bias = None
@@ -371,12 +401,10 @@ class CSATCore(nn.Module):
             bias = self._per_query_head(bias, axis=-2)
         if part is not None and config.learned and key_mask is not None:
             whole = self._own(self.phi).unsqueeze(0), part.all_columns(key_mask)
-        return measure(
-            k, v, phi_k, phi_v, self._f(), bias, key_mask, heads=heads, renormalise=config.learned, whole=whole
-        )
+        return measure(k, v, phi_k, phi_v, f, bias, key_mask, heads=heads, renormalise=config.learned, whole=whole)
 
     def _exact(
-        self, k: Tensor, v: Tensor, key_mask: Tensor | None, n: int, part: Part | None
+        self, k: Tensor, v: Tensor, key_mask: Tensor | None, n: int, part: Part | None, f: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Phi = I: the tokens are their own measurements, masked ones zeroed and silenced."""
         bias = None
@@ -387,7 +415,6 @@ class CSATCore(nn.Module):
             bias = torch.zeros(mask.shape, device=k.device).masked_fill(~mask, -torch.inf).unsqueeze(1)
         if part is not None:
             k, v = (nn.functional.pad(t, (0, 0, part.start, n - part.stop)) for t in (k, v))
-        f = self._f()
         if f is None:
             return k, v, bias
         k, v = self._per_query_head(k), self._per_query_head(v)
@@ -420,9 +447,74 @@ class CSATCore(nn.Module):
         return self._attend(lambda: q, k, v, key_mask)
 
     def _attend(self, queries: Callable[[], Tensor], k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        if self.config.causal is not None:
+            rows, _ = self._continue(None, 0, queries(), k, v, key_mask, self.decoder())
+            return rows.transpose(1, 2).flatten(2)
         if self._parallel is not None:
             return self._parallel.attend(self, queries, k, v, key_mask)
         return self.rows(queries(), *self.measured(k, v, key_mask, k.shape[2]))
+
+    def _continue(
+        self,
+        state: CausalState | None,
+        length: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_mask: Tensor | None,
+        decoder: Decoder | None,
+    ) -> tuple[Tensor, CausalState]:
+        """The rows (B, H, n, Dv) of tokens that come after ``length`` others, and the state after them."""
+        config = self.config
+        if config.gain:
+            q = q * self.gain[:, None, None].to(q.dtype)
+        options: dict[str, Any] = {"decoder": decoder, "feature_sensing": self._f(), "key_mask": key_mask}
+        if config.causal == "prefix":
+            signed = not (config.content or ENSEMBLES[config.ensemble].averaging)
+            phi = self._content(k, key_mask) if config.content else self._columns(length, k)
+            return continue_causal(state, q, k, v, phi, causal="prefix", signed=signed, **options)
+        size = config.block_size
+        assert size is not None
+
+        def measure_blocks(k: Tensor, v: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+            return self.measured(k, v, keep, size, sensed=False)
+
+        window = config.window_blocks
+        return continue_causal(
+            state, q, k, v, measure_blocks, causal="block", block_size=size, window_blocks=window, **options
+        )
+
+    def _content(self, k: Tensor, key_mask: Tensor | None) -> Tensor:
+        """phi_s = softmax(W k_s), (B, Hk, n, M), float32 (float64)."""
+        if key_mask is not None:
+            k = k.masked_fill(~checked_mask(key_mask, k)[:, None, :, None], 0)
+        with no_autocast(k.device.type):
+            dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
+            return torch.softmax(k.to(dtype) @ self.content_weight.to(dtype).mT, -1)
+
+    def _columns(self, start: int, k: Tensor) -> Tensor:
+        """phi of n tokens from ``start`` on by their positions, (Hk, n, M)."""
+        c, stop = self.config, start + k.shape[2]
+
+        def make() -> Tensor:
+            return columns_by_position(
+                c.ensemble, c.measurements, start, stop,
+                seed=c.seed, layer=c.layer, heads=self.kv_heads, device=k.device,
+            )  # fmt: skip
+
+        return self._remember(("columns", stop, k.device), make) if start == 0 else make()
+
+    @torch.no_grad()
+    def new_cache(self) -> CSATCache:
+        """A cache for `CSATAttention.forward`, or by its own `step` for the heads of q, k, v; its decoder is that of
+        the present parameters. Raises ValueError for a layer that is not causal."""
+        if self.config.causal is None:
+            raise ValueError("causal = None came; a cache is for causal='block' or 'prefix'")
+        decoder = self.decoder()
+        return CSATCache.over(
+            self.config.causal,
+            lambda state, length, q, k, v, _, mask: self._continue(state, length, q, k, v, mask, decoder),
+        )
 
     def rows(self, q: Tensor, kc: Tensor, vc: Tensor, bias: Tensor | None) -> Tensor:
         """What `attend` returns, from what `measured` returned."""
@@ -577,13 +669,21 @@ class CSATAttention(CSATCore):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (x.shape[-1] // self.head_dim, self.head_dim)).transpose(1, 2)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, *, key_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        key_mask: Tensor | None = None,
+        cache: CSATCache | None = None,
+    ) -> Tensor:
         """Attend from x to ``context`` (to x itself when absent).
 
         Args:
             x: (B, Nq, embed_dim).
-            context: (B, N, kv_dim).
+            context: (B, N, kv_dim); absent where the layer is causal.
             key_mask: (B, N) bool, True = keep.
+            cache: of `new_cache`: x are the next tokens, which it takes up; without gradients of the attention.
 
         Returns:
             (B, Nq, embed_dim).
@@ -591,9 +691,14 @@ class CSATAttention(CSATCore):
         Raises:
             TypeError, ValueError: naming the argument, what came and what is accepted.
         """
+        if context is not None and self.config.causal is not None:
+            raise ValueError("context came, None is accepted: a causal layer attends from x to x itself")
         context = x if context is None else context
         self._check_inputs(x, context)
         k, v = self._heads(self.k_proj(context)), self._heads(self.v_proj(context))
+        if cache is not None:
+            rows = cache.step(self._heads(self.q_proj(x)), k, v, key_mask=key_mask)
+            return self.out_proj(rows.transpose(1, 2).flatten(2))
         # Queries are projected while measurements of other ranks are on their way.
         return self.out_proj(self._attend(lambda: self._heads(self.q_proj(x)), k, v, key_mask))
 
@@ -622,10 +727,6 @@ def _check_counts(**counts: Any) -> None:
             raise TypeError(f"{name} must be an int, got {count!r}")
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device_type, enabled=False) if device_type in ("cpu", "cuda") else nullcontext()
 
 
 def _ensemble_code(name: str) -> int:

@@ -300,6 +300,10 @@ def _parse(section: Any, where: str, inherited: Mapping[str, Any] | None = None)
     entries = chosen.pop("hybrid", ())
     attention = {key: value for key, value in settings.items() if key != "attention_dropout"}
     auto = tuple(key for key in AUTO if attention.get(key) == "auto")
+    if attention.get("causal") is not None:
+        raise ValueError(
+            f"{where}.causal: {attention['causal']!r} came, null is accepted: causal attention is not converted"
+        )
     return CSATSection(
         enabled=chosen.pop("enabled", True),
         **chosen,

@@ -3,7 +3,8 @@ sizes of zero included.
 
 A call is the operator's name and its arguments as CPU tensors, values exactly representable in the dtype asked for;
 `expected` is the operator in plain torch and float64, `plain` the same in the dtype of the call (a float32 phi beside
-16-bit tokens is rounded to their dtype there: that is how a matrix product in the tokens' dtype takes it).
+16-bit tokens is rounded to their dtype there: that is how a matrix product in the tokens' dtype takes it). In 16 bits
+`decode_backward` gets a decoder far from its thresholds, and stock torch operations of that dtype as `plain`.
 """
 
 from __future__ import annotations
@@ -13,9 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from conftest import assert_accurate
+from operator_cases import plain_torch_decode_backward, settled_decode
 from torch import Tensor
 
 from csat_ext import _composite
+from csat_ext._library import _C
+from csat_ext.info import FAMILIES
 
 RESULTS = {
     "project": ("y",),
@@ -66,10 +71,40 @@ class Call:
             return dx, dphi.to(self.args[2].dtype)
         if self.op == "project":
             return as_tuple(operator(self.args[0], self.args[1].to(dtype), self.args[2]))
+        if self.op == "decode_backward" and dtype.itemsize == 2:
+            return plain_torch_decode_backward(*self.args)
         return as_tuple(operator(*self.args))
 
     def named(self, results: Any) -> Iterator[tuple[str, Tensor]]:
         return zip((f"{self} {name}" for name in RESULTS[self.op]), as_tuple(results), strict=True)
+
+    def assert_accurate(self, results: Any) -> None:
+        """The tolerance rule for every result. The tensor cores round what they multiply, so the gradients of a decoder
+        in 16 bits are held to the limit of that dtype, though they are returned in float32."""
+        for (name, got), exact, plain in zip(self.named(results), self.expected(), self.plain(), strict=True):
+            got = got.cpu().to(plain.dtype)
+            finite = exact.isfinite()  # lse is -inf where nothing is left to attend to
+            assert torch.equal(got[~finite].double(), exact[~finite]), name
+            assert_accurate(name, got[finite], exact[finite], plain[finite])
+
+    def family(self, kernel: str, capability: int, shared_bytes: int) -> str:
+        """Which kernels run the `kernel` that this call is, or is made of, on a device of that compute capability."""
+        args = self.args[1:] if self.op.endswith("_backward") else self.args
+        sizes = dict.fromkeys(("B", "H", "Nq", "D", "Hk", "M", "R", "Hd", "T", "Ts", "Tb", "P", "Dv"), 1)
+        q, weights = args[0], args[1:6] if "attend" not in self.op else args[5:10]
+        if "attend" in self.op:
+            kc, vc = args[1:3]
+            sizes |= dict(zip(("Hk", "M", "D"), kc.shape[1:], strict=True)) | {"R": vc.shape[3]}
+        if "decode" in self.op:
+            S, B, theta, psi, _ = weights
+            sizes |= dict(zip(("Hd", "Ts", "P"), S.shape[:3], strict=True))
+            sizes |= {"Tb": B.shape[1], "R": B.shape[3], "T": theta.shape[1], "Dv": psi.shape[1]}
+        dtypes = [str(t.dtype).removeprefix("torch.") for t in (q, weights[0] if weights else q)]
+        sizes |= dict(zip(("B", "H", "Nq"), q.shape[:3], strict=True))
+        for family in FAMILIES:
+            if _C.can_run(kernel, family, sizes, *dtypes, capability, shared_bytes)[0] is None:
+                return family
+        raise ValueError(f"{self}: no family runs {kernel}")
 
 
 class Values:
@@ -96,6 +131,8 @@ def project_calls(dtype: torch.dtype) -> Iterator[Call]:
         "per-batch-shared-heads": (2, 2, 19, 8, 2, 1, 4, False, torch.float32),
         "grouped": (2, 2, 21, 8, 1, 4, 6, True, dtype),
         "one-token": (1, 1, 1, 3, 1, 1, 1, False, torch.float32),
+        "in-parts": (1, 1, 9001, 24, 1, 1, 33, False, dtype),
+        "grouped-in-parts": (2, 2, 9001, 24, 1, 4, 33, True, torch.float32),
         "no-batch": (0, 2, 5, 3, 1, 1, 4, False, torch.float32),
         "no-tokens": (2, 2, 0, 3, 1, 4, 4, False, dtype),
         "no-measurements": (2, 2, 5, 3, 1, 2, 0, False, torch.float32),
@@ -169,6 +206,13 @@ def attend_calls(dtype: torch.dtype) -> Iterator[Call]:
         "no-batch": ((0, 2, 1, 5, 4, 8, 8), (1, 2)),
         "no-queries": ((2, 2, 1, 0, 4, 8, 8), (1, 2)),
         "no-measurements": ((2, 2, 1, 5, 0, 8, 8), (1, 2)),
+        # Every compiled size of the tensor-core kernels, resident and streamed; 64 and 128 take wgmma on Hopper.
+        "D32": ((1, 2, 1, 70, 130, 32, 30), (1, 2)),
+        "D64": ((2, 4, 2, 330, 200, 64, 64), (1, 4)),
+        "D80": ((1, 2, 2, 33, 40, 80, 72), None),
+        "D96": ((1, 1, 1, 40, 257, 96, 90), (1, 1)),
+        "D128": ((2, 2, 1, 150, 100, 128, 128), (2, 1)),
+        "streamed": ((1, 2, 1, 70, 600, 128, 100), (1, 2)),
     }
     for label, (shape, bias_shape) in sizes.items():
         values = Values(dtype)
@@ -219,20 +263,38 @@ def decode_calls(dtype: torch.dtype) -> Iterator[Call]:
         "one": (1, 1, 1, 1, 1, 1, 1, 1, 1, 1, dtype),
         "no-batch": (0, 2, 5, 1, 2, 1, 1, 8, 6, 4, torch.float32),
         "no-queries": (2, 2, 0, 2, 2, 2, 2, 8, 6, 4, torch.float32),
+        "P64": (1, 2, 330, 1, 3, 1, 1, 64, 64, 64, torch.float32),
+        "P128": (2, 2, 141, 2, 3, 1, 3, 128, 64, 50, torch.float32),
+        "P128-D128": (1, 2, 70, 1, 2, 2, 1, 128, 128, 100, dtype),
+        "P256": (1, 2, 37, 1, 2, 1, 1, 256, 40, 64, torch.float32),
     }
     for label, (batch, heads, queries, decoder_heads, layers, s_layers, b_layers, p, r, dv, parameter) in sizes.items():
         values = Values(dtype)
         z = values.strided(batch, heads, queries, r)
         weights = decoder_weights(values, decoder_heads, layers, s_layers, b_layers, p, r, dv, parameter)
         yield Call("decode", label, (z, *weights))
-        yield Call("decode_backward", label, (values(batch, heads, queries, dv), z, *weights))
+        arguments = (values(batch, heads, queries, dv), z, *weights)
+        if dtype.itemsize == 2:
+            arguments = settled_decode(z, weights, torch.Generator().manual_seed(0))
+        yield Call("decode_backward", label, arguments)
 
 
 def attend_decode_calls(dtype: torch.dtype) -> Iterator[Call]:
-    for label, need_z, decoder_heads in (("shared", True, 1), ("per-head", False, 4)):
+    # sizes of attend; Hd, T, Ts, Tb, P, Dv; is z wanted
+    sizes: dict[str, tuple[tuple[int, ...], tuple[int, ...], bool]] = {
+        "shared": ((2, 4, 2, 45, 40, 16, 20), (1, 3, 1, 1, 33, 16), True),
+        "per-head": ((2, 4, 2, 45, 40, 16, 20), (4, 3, 1, 1, 33, 16), False),
+        "D64-P64": ((1, 4, 2, 330, 130, 64, 64), (1, 3, 1, 1, 64, 64), True),
+        "D64-P128": ((2, 2, 1, 75, 200, 64, 64), (2, 3, 1, 1, 128, 50), False),
+        "D96-P128": ((1, 2, 2, 70, 40, 96, 90), (1, 2, 1, 1, 128, 96), True),
+        "D128-P64": ((2, 1, 1, 150, 100, 128, 128), (1, 3, 1, 1, 64, 128), True),
+        "D128-P256": ((1, 2, 1, 40, 70, 128, 100), (1, 2, 1, 1, 256, 90), False),
+        "wide": ((1, 1, 1, 9, 20, 24, 140), (1, 2, 1, 1, 40, 30), True),
+    }
+    for label, (shape, (decoder_heads, layers, s_layers, b_layers, p, dv), need_z) in sizes.items():
         values = Values(dtype)
-        arguments = _attend_arguments(values, (2, 4, 2, 45, 40, 16, 20), (1, 4))
-        weights = decoder_weights(values, decoder_heads, 3, 1, 1, 33, 20, 16, torch.float32)
+        arguments = _attend_arguments(values, shape, (1, shape[1]))
+        weights = decoder_weights(values, decoder_heads, layers, s_layers, b_layers, p, shape[6], dv, torch.float32)
         yield Call("attend_decode", label, (*arguments, *weights, need_z))
 
 

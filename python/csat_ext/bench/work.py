@@ -46,7 +46,8 @@ def _lista(s: Sizes) -> float:
 
 def work(op: str, s: Sizes) -> Work:
     """Of one op over all pairs. "measure" is project of k and of v in one pass over Phi; "..._backward" is with respect
-    to the tensors, Phi being fixed; "project_<ensemble>" has no Phi in memory.
+    to the tensors, Phi being fixed; that of decode recomputes the iterates, not the output; "project_<ensemble>" has no
+    Phi in memory.
 
     Raises:
         KeyError: an unknown op.
@@ -65,7 +66,7 @@ def work(op: str, s: Sizes) -> Work:
         "attend": (2 * product, s.size * (2 * row + 2 * measured) + lse),
         "attend_backward": (5 * product, s.size * (4 * row + 4 * measured) + lse),
         "decode": (_lista(s), s.size * (2 * row + decoder)),
-        "decode_backward": (3 * _lista(s), s.size * 3 * row + 4 * decoder),
+        "decode_backward": (3 * _lista(s) - 2 * row * s.atoms, s.size * 3 * row + 4 * decoder),
         "attend_decode": (2 * product + _lista(s), s.size * (3 * row + 2 * measured + decoder) + lse),
     }
     flops, moved = counts[op]

@@ -12,6 +12,7 @@ from csat_ext.reference.attention import (
     renormalise_rows,
     soft_threshold,
 )
+from csat_ext.reference.causal import causal_block, causal_prefix
 from csat_ext.reference.lista import (
     DecoderWeights,
     alista_weights,
@@ -31,6 +32,8 @@ __all__ = [
     "analytic_weight",
     "attend",
     "basis_pursuit",
+    "causal_block",
+    "causal_prefix",
     "coupled_start",
     "coupled_weights",
     "csat_attention",

@@ -27,13 +27,13 @@ def project(
 ) -> Tensor:  # (B, max(Hx, Hp), M, D), dtype of x
     """Measure: y_j = sum over kept s of phi_js x_s. A masked token is not read: NaN there changes nothing."""
     phi = _four_axes(phi)
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     tokens, rows = x.to(dtype), phi.to(dtype)
     if key_mask is not None:
         tokens = torch.where(key_mask[:, None, :, None], tokens, 0.0)
         rows = torch.where(key_mask[:, None, None, :], rows, 0.0)
     heads = max(x.shape[1], phi.shape[1])
-    return (_repeat_heads(rows, heads) @ _repeat_heads(tokens, heads)).to(x.dtype)
+    return (repeat_heads(rows, heads) @ repeat_heads(tokens, heads)).to(x.dtype)
 
 
 def project_implicit(
@@ -75,7 +75,7 @@ def renormalise_rows(
     kept token has an entry other than 0.
     """
     phi = _four_axes(phi)
-    phi = phi.to(_compute_dtype(phi))
+    phi = phi.to(compute_dtype(phi))
     signed = (phi < 0).any(-1)
     remaining = _kept_sum(phi, key_mask)
     empty = _kept_sum((phi != 0).to(phi.dtype), key_mask) == 0
@@ -104,8 +104,8 @@ def attend(
 
     A measurement with bias -inf takes no part. A row whose every bias is -inf has z = 0 and lse = -inf.
     """
-    dtype, heads = _compute_dtype(q), q.shape[1]
-    kc, vc = _repeat_heads(kc.to(dtype), heads), _repeat_heads(vc.to(dtype), heads)
+    dtype, heads = compute_dtype(q), q.shape[1]
+    kc, vc = repeat_heads(kc.to(dtype), heads), repeat_heads(vc.to(dtype), heads)
     scores = scale * (q.to(dtype) @ kc.mT)  # (B, H, Nq, M)
     dead = torch.zeros((), dtype=torch.bool, device=q.device)
     if score_bias is not None:
@@ -141,7 +141,7 @@ def decode(
 
     S or B with first axis 1 are tied over the T layers. With step 1: the paper's a_{t+1} = soft(S a_t + B z, theta_t).
     """
-    dtype, (layers, atoms) = _compute_dtype(z), theta.shape[-2:]
+    dtype, (layers, atoms) = compute_dtype(z), theta.shape[-2:]
     S, B, theta, psi = (_head_axis(t.to(dtype), dims) for t, dims in ((S, 3), (B, 3), (theta, 2), (psi, 2)))
     step = torch.ones_like(theta[..., 0]) if step is None else _head_axis(step.to(dtype), 1)
     rows = z.to(dtype)
@@ -184,16 +184,30 @@ def csat_attention(
         beta = torch.zeros((), dtype=factor_k.dtype, device=key.device) if score_bias is None else score_bias
         score_bias = torch.where(empty.repeat_interleave(heads // empty.shape[1], dim=1), -math.inf, beta)
     if feature_sensing is not None:
-        sensing = _head_axis(feature_sensing.to(_compute_dtype(vc)), 2)  # (1, Hk or H, R, Dv)
-        groups = max(vc.shape[1], sensing.shape[0])
-        vc = (_repeat_heads(vc, groups).to(sensing.dtype) @ _repeat_heads(sensing[None], groups).mT).to(value.dtype)
+        vc = sense_features(vc, feature_sensing)
     z, _ = attend(query, kc, vc, score_bias, query.shape[-1] ** -0.5 if scale is None else scale)
+    return recover(z, decoder)
+
+
+def sense_features(
+    values: Tensor,  # (B, Hc, M, Dv)
+    feature_sensing: Tensor,  # F (R, Dv) or (Hf, R, Dv); Hf is 1, Hc or a multiple of Hc
+) -> Tensor:  # V F^T (B, max(Hc, Hf), M, R), dtype of the values
+    """Sense: every row v becomes F v."""
+    sensing = _head_axis(feature_sensing.to(compute_dtype(values)), 2)
+    groups = max(values.shape[1], sensing.shape[0])
+    rows = repeat_heads(values, groups).to(sensing.dtype)
+    return (rows @ repeat_heads(sensing[None], groups).mT).to(values.dtype)
+
+
+def recover(z: Tensor, decoder: Any) -> Tensor:  # (B, H, Nq, R) to (B, H, Nq, Dv)
+    """What the `decoder` of `csat_attention` makes of the rows of Z."""
     if decoder is None:
         return z
     if callable(decoder):
         return decoder(z)
     if hasattr(decoder, "weight"):
-        return (z.to(_compute_dtype(z)) @ decoder.weight.to(_compute_dtype(z))).to(z.dtype)
+        return (z.to(compute_dtype(z)) @ decoder.weight.to(compute_dtype(z))).to(z.dtype)
     return decode(z, decoder.S, decoder.B, decoder.theta, decoder.psi, decoder.step)
 
 
@@ -202,7 +216,8 @@ def has_values(x: Tensor) -> bool:
     return not (torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor))
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64, float32 for everything else."""
     return x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
 
 
@@ -216,6 +231,6 @@ def _head_axis(weight: Tensor, dims: int) -> Tensor:
     return weight if weight.dim() > dims else weight[None]
 
 
-def _repeat_heads(x: Tensor, heads: int) -> Tensor:
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
     """(B, Hx, ..) to (B, heads, ..): head h reads head h / (heads / Hx)."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)

@@ -41,9 +41,11 @@ constexpr bool wgmma_takes() {
 
 namespace csat {
 
-// What the registers hold is the emulator's own affair: it sees every access to them.
+// What the registers hold is the emulator's own affair: it sees every access to them. Naming them keeps g++ from giving
+// the place of an array that no product has written yet to something else between fence and product.
 template <typename... Registers>
-inline void wgmma_fence(Registers&...) {
+inline void wgmma_fence(Registers&... registers) {
+  (..., [](void* p) { asm volatile("" ::"r"(p) : "memory"); }(&registers));
   emulator::wgmma_fence();
 }
 inline void wgmma_commit() { emulator::wgmma_commit(); }

@@ -1,0 +1,182 @@
+"""`CSATCache`: a causal form of `csat_attention` token by token, for generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from csat_ext.causal import BlockState, PrefixState
+from csat_ext.functional import CausalState, Decoder, Phi, check_form, continue_causal
+from csat_ext.reference.causal import FORMS
+
+Continuation = Callable[
+    [CausalState | None, int, Tensor, Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, CausalState]
+]
+"""From the state, the tokens it stands for, query, key, value, phi and key mask: rows and the state after them."""
+
+
+class CSATCache:
+    """What a causal form remembers of the tokens so far, and the rows of the tokens that come.
+
+    Any split of a sequence into `prefill` and `step` calls gives the rows of the parallel form. For each batch element
+    and key head the block form keeps r measurements of every block behind the window and at most (w + 1) Bk tokens, in
+    the dtype of the keys; the prefix form keeps M (D + Dv + 1) numbers in float32 (float64), however long the sequence.
+    A token costs the work of attending over what is kept.
+
+    States are never written in place, so that `clone` and beams share them. Nothing here carries gradients.
+
+    Args:
+        causal: ``"block"`` or ``"prefix"``.
+        phi_k, phi_v, block_size, measurements_per_block, window_blocks, signed, decoder, feature_sensing, scale,
+            score_bias: as in `csat_attention`, except that the phi of the prefix form comes with its tokens.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is accepted; sizes that only tokens show, when
+        tokens come.
+    """
+
+    def __init__(
+        self,
+        causal: str,
+        phi_k: Phi | None = None,
+        phi_v: Phi | None = None,
+        *,
+        block_size: int | None = None,
+        measurements_per_block: int | None = None,
+        window_blocks: int = 0,
+        signed: bool = False,
+        decoder: Decoder | None = None,
+        feature_sensing: Tensor | None = None,
+        scale: float | None = None,
+        score_bias: Tensor | None = None,
+    ) -> None:
+        check_form(causal, False, block_size, measurements_per_block, window_blocks, signed)
+        if causal is None:
+            raise ValueError(f"causal = None came; accepted: {', '.join(map(repr, FORMS))}")
+        if causal == "prefix" and (phi_k is not None or phi_v is not None):
+            raise ValueError("phi_k and phi_v came; with causal='prefix' a phi comes with its tokens")
+        call = partial(
+            continue_causal, causal=causal, block_size=block_size, measurements_per_block=measurements_per_block,
+            window_blocks=window_blocks, signed=signed, decoder=decoder, feature_sensing=feature_sensing, scale=scale,
+            score_bias=score_bias,
+        )  # fmt: skip
+
+        def continuation(
+            state: CausalState | None, length: int, q: Tensor, k: Tensor, v: Tensor, phi: Tensor | None,
+            key_mask: Tensor | None,
+        ) -> tuple[Tensor, CausalState]:  # fmt: skip
+            if causal == "block" and phi is not None:
+                raise ValueError("phi came, None is accepted with causal='block': all blocks have that of the cache")
+            return call(state, q, k, v, phi if causal == "prefix" else phi_k, phi_v, key_mask=key_mask)
+
+        self._begin(causal, continuation)
+
+    @classmethod
+    def over(cls, causal: str, continuation: Continuation) -> CSATCache:
+        """A cache of what another layer computes, which must take any split of a sequence."""
+        cache = cls.__new__(cls)
+        cache._begin(causal, continuation)
+        return cache
+
+    def _begin(self, causal: str, continuation: Continuation) -> None:
+        self.causal, self._continue = causal, continuation
+        self._state: CausalState | None = None
+        self._length = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens so far, masked ones included."""
+        return self._length
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of what is kept."""
+        return sum(t.nbytes for t in self._state or () if t is not None)
+
+    def prefill(
+        self, query: Tensor, key: Tensor, value: Tensor, phi: Tensor | None = None, *, key_mask: Tensor | None = None
+    ) -> Tensor:
+        """`step` with the first tokens. Raises ValueError where tokens have come before."""
+        if self._length:
+            raise ValueError(f"prefill takes the first tokens, {self._length} have come; step takes the next ones")
+        return self.step(query, key, value, phi, key_mask=key_mask)
+
+    @torch.no_grad()
+    def step(
+        self, query: Tensor, key: Tensor, value: Tensor, phi: Tensor | None = None, *, key_mask: Tensor | None = None
+    ) -> Tensor:
+        """The rows (B, H, n, Dv) of the next n tokens, n = 1 in generation.
+
+        Args:
+            query: (B, H, n, D); key: (B, Hk, n, D); value: (B, Hk, n, Dv).
+            phi: prefix form: (1 or B, 1, Hk or H, n, M), as in `csat_attention`, of these tokens.
+            key_mask: (B, n) bool of these tokens, True = keep.
+
+        Raises:
+            TypeError, ValueError: as `csat_attention`; tokens that do not continue those before.
+        """
+        if self._state is not None:
+            _check_continues(self._state, query, key, value)
+        rows, state = self._continue(self._state, self._length, query, key, value, phi, key_mask)
+        self._state = _mapped(_compact, state)
+        self._length += query.shape[2]
+        return rows
+
+    def reorder(self, index: Tensor) -> None:
+        """Batch element i becomes what index[i] was: the surviving beams of a search. index: (any number,) int64."""
+        if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32) or index.dim() != 1:
+            got = f"{tuple(index.shape)} {index.dtype}" if isinstance(index, Tensor) else type(index).__name__
+            raise TypeError(f"index must be a tensor of one dimension, int64 or int32, got {got}")
+        if self._state is not None:
+            self._state = _mapped(lambda t: t.index_select(0, index), self._state)
+
+    def clone(self) -> CSATCache:
+        """A cache that goes on by itself from here."""
+        new = CSATCache.over(self.causal, self._continue)
+        new._state, new._length = self._state, self._length
+        return new
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors and numbers, which `load_state_dict` of a cache of the same arguments continues from."""
+        fields = {} if self._state is None else self._state._asdict()
+        return {"causal": self.causal, "length": self._length, **fields}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Raises ValueError for the state of the other form and for keys that are missing or unknown."""
+        fields = dict(state_dict)
+        causal, length = fields.pop("causal", None), fields.pop("length", None)
+        kind = BlockState if self.causal == "block" else PrefixState
+        if causal != self.causal or not isinstance(length, int) or (fields and set(fields) != set(kind._fields)):
+            raise ValueError(
+                f"state_dict has causal = {causal!r}, length = {length!r} and {sorted(fields)}; accepted: "
+                f"{self.causal!r}, an int and {sorted(kind._fields)}"
+            )
+        self._state, self._length = kind(**fields) if fields else None, length
+
+
+def _check_continues(state: CausalState, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """What a concatenation would promote or broadcast instead of refusing it."""
+    for name, new, past in (("key", key, state.kc), ("value", value, state.vc)):
+        if not isinstance(new, Tensor) or new.dim() != 4:
+            continue  # refused where every call is
+        if new.shape[0] != past.shape[0] or new.shape[3] != past.shape[3] or new.device != past.device:
+            raise ValueError(
+                f"{name} has shape {tuple(new.shape)} on {new.device}; the tokens before had batch size "
+                f"{past.shape[0]} and {past.shape[3]} features on {past.device}"
+            )
+    if isinstance(state, BlockState) and isinstance(key, Tensor) and key.dtype != state.k.dtype:
+        raise TypeError(f"key has dtype {key.dtype}, the tokens before had {state.k.dtype}: they must agree")
+
+
+def _mapped(function: Callable[[Tensor], Tensor], state: CausalState) -> CausalState:
+    tensors: dict[str, Any] = {name: None if t is None else function(t) for name, t in state._asdict().items()}
+    return type(state)(**tensors)
+
+
+def _compact(kept: Tensor) -> Tensor:
+    """kept without the rest of the memory that it is a view of."""
+    return kept if kept.untyped_storage().nbytes() == kept.nbytes else kept.clone()

@@ -1,0 +1,248 @@
+"""The two exact causal forms, a stretch of tokens at a time in plain torch (formulas: `csat_ext.reference.causal_block`
+and `causal_prefix`).
+
+Both continue from a state that stands for all tokens before: the parallel form continues from nothing, decoding is a
+continuation by one token. No stretch's scores outlive it: the backward pass computes them again. Work and memory for
+each head, E being the r N / Bk measurements of finished blocks:
+
+| form | multiplications, forward | kept for the backward pass | state of decoding |
+|---|---|---|---|
+| block | N (r N / Bk + (w + 1) Bk) D | q, k, v, E D | E (2 D + 1) + 2 (w + 1) Bk D |
+| prefix | N (4 M + 2 C) D, C = `CHUNK` | q, k, v, N M, and 2 M D for each chunk | M (2 D + 1) |
+
+No CUDA kernel of their own yet: products run in float32 (float64 for float64) through torch's matmul on every device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from csat_ext._composite import accumulate_dtype
+from csat_ext.reference.attention import repeat_heads
+
+TILE = 256
+"""Queries of one tile of the block form, at least; a multiple of the block size is taken."""
+CHUNK = 128
+"""Tokens of one chunk of the prefix form."""
+
+Measure = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]
+"""From blocks of keys, of values (blocks, Hk, Bk, D) and of the key mask (blocks, Bk) to Kc (blocks, Hc, r, D), Vc and
+the score bias (1 or blocks, 1 or H, r): `functional.measure`."""
+
+
+class BlockState(NamedTuple):
+    """What the block form remembers: measurements of the blocks that left the window, and the tokens since."""
+
+    kc: Tensor  # (B, Hc, E, D)
+    vc: Tensor  # (B, Hc, E, Dv)
+    bias: Tensor  # (B, H, E)
+    k: Tensor  # (B, Hk, n, D), the first one at the start of a block
+    v: Tensor  # (B, Hk, n, Dv)
+    keep: Tensor | None  # (B, n) bool; None: no token of these is masked
+
+
+class PrefixState(NamedTuple):
+    """What the prefix form remembers: sums over all tokens, in float32 (float64). Hs is Hk, or H for a phi of H."""
+
+    kc: Tensor  # (B, Hs, M, D), sum of phi_sj k_s
+    vc: Tensor  # (B, Hs, M, Dv), sum of phi_sj v_s
+    mass: Tensor  # (B, Hs, 1, M), sum of phi_sj; signed: (B, 1, 1, 1), the number of tokens
+
+
+def attend_blocks(
+    q: Tensor,  # (B, H, n, D)
+    k: Tensor,  # (B, Hk, n, D)
+    v: Tensor,  # (B, Hk, n, Dv)
+    key_mask: Tensor | None,  # (B, n)
+    state: BlockState | None,
+    measure: Measure,
+    *,
+    block_size: int,
+    window_blocks: int,
+    scale: float,
+) -> tuple[Tensor, BlockState]:  # z (B, H, n, Dv), dtype of q; the state after these tokens
+    """Block form: n new tokens over everything up to each of them."""
+    keep = key_mask
+    if state is not None:
+        keep = _joined_masks(state, key_mask, k)
+        k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
+    count = max(k.shape[2] // block_size - window_blocks, 0)  # blocks that have left the window of the next token
+    end = count * block_size
+    kc, vc, bias = _measured_blocks(measure, k[:, :, :end], v[:, :, :end], _first(keep, end), block_size, q)
+    fresh = kc.shape[2]
+    if state is not None:
+        kc, vc, bias = (_joined(*pair) for pair in ((state.kc, kc), (state.vc, vc), (state.bias, bias)))
+    after = BlockState(kc, vc, bias, k[:, :, end:], v[:, :, end:], None if keep is None else keep[:, end:])
+    if keep is not None:  # what is masked may be NaN
+        k, v = (x.masked_fill(~keep[:, None, :, None], 0) for x in (k, v))
+    seen = kc.shape[2] - fresh, fresh // count if count else 0
+    size = block_size * max(1, window_blocks, TILE // block_size)
+    return _attend_tiles(q, k, v, keep, (kc, vc, bias), seen, block_size, window_blocks, scale, size), after
+
+
+def _measured_blocks(
+    measure: Measure, k: Tensor, v: Tensor, keep: Tensor | None, size: int, q: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Kc (B, Hc, E, D), Vc and the bias (B, H, E) of whole blocks, which meet Phi as a batch of their own."""
+    batch, blocks = k.shape[0], k.shape[2] // size
+
+    def apart(x: Tensor) -> Tensor:
+        return x.unflatten(2, (blocks, size)).transpose(1, 2).flatten(0, 1)
+
+    kc, vc, bias = measure(apart(k), apart(v), None if keep is None else keep.reshape(batch * blocks, size))
+    shape = (batch * blocks, q.shape[1], kc.shape[2])
+    start = torch.zeros(shape, dtype=accumulate_dtype(q.dtype), device=q.device)
+    bias = start if bias is None else start + bias
+    kc, vc = (x.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3) for x in (kc, vc))
+    return kc, vc, bias.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)
+
+
+def _attend_tiles(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor | None,
+    entries: tuple[Tensor, Tensor, Tensor],
+    seen: tuple[int, int],
+    block_size: int,
+    window_blocks: int,
+    scale: float,
+    size: int,
+) -> Tensor:
+    """One softmax over ``entries`` (Kc, Vc, bias) and the window, for a tile of queries at a time.
+
+    The queries are those of the last tokens of k. seen: how many entries lie before the first block of k, and how many
+    each block of k has.
+    """
+    n, reach = k.shape[2], window_blocks * block_size
+    first = n - q.shape[2]
+    tiles = list(zip(k.split(size, 2), v.split(size, 2), strict=True))  # a slice's gradient would be as long as k
+    rows = []
+    for start in range(first // size * size, n, size):
+        stop, low = min(start + size, n), max(start - reach, 0)
+        near = tiles[low // size : start // size + 1]
+        keys, values = (torch.cat(x, 2)[:, :, low % size :] for x in zip(*near, strict=True))
+        token = torch.arange(max(start, first), stop, device=q.device)[:, None]
+        before = seen[0] + seen[1] * (token // block_size - window_blocks).clamp_min(0)  # entries that the query sees
+        count = seen[0] + seen[1] * max((stop - 1) // block_size - window_blocks, 0)
+        local = torch.arange(low, stop, device=q.device)
+        visible = (local <= token) & (local // block_size >= token // block_size - window_blocks)
+        visible = visible if keep is None else visible & keep[:, None, None, low:stop]
+        far = (torch.arange(count, device=q.device) < before).expand(*visible.shape[:-1], -1)
+        kc, vc, bias = (x.narrow(2, 0, count) for x in entries)
+        part = q[:, :, max(start, first) - first : stop - first]
+        rows.append(_recomputed(_tile, part, keys, values, kc, vc, bias, torch.cat([far, visible], -1), scale))
+    return torch.cat(rows, 2) if rows else q.new_empty((*q.shape[:3], v.shape[3]))
+
+
+def _tile(
+    q: Tensor, k: Tensor, v: Tensor, kc: Tensor, vc: Tensor, bias: Tensor, visible: Tensor, scale: float
+) -> Tensor:
+    far, (rows, k, v, kc, vc) = kc.shape[2], (x.to(accumulate_dtype(q.dtype)) for x in (q, k, v, kc, vc))
+    scores = torch.cat([_grouped(rows, kc.mT) * scale + bias.unsqueeze(2), _grouped(rows, k.mT) * scale], -1)
+    weights = _softmax(scores.masked_fill(~visible, -math.inf))
+    return (_grouped(weights[..., :far], vc) + _grouped(weights[..., far:], v)).to(q.dtype)
+
+
+def attend_prefixes(
+    q: Tensor,  # (B, H, n, D)
+    k: Tensor,  # (B, Hk, n, D)
+    v: Tensor,  # (B, Hk, n, Dv)
+    phi: Tensor,  # (1 or B, 1, Hk or H, n, M)
+    score_bias: Tensor | None,  # (1 or B, 1 or H, M)
+    key_mask: Tensor | None,  # (B, n)
+    state: PrefixState | None,
+    *,
+    signed: bool,
+    scale: float,
+) -> tuple[Tensor, PrefixState]:  # z (B, H, n, Dv), dtype of q; the state after these tokens
+    """Prefix form: two causal linear attentions, q k -> phi and softmax phi -> v, around the softmax over M."""
+    heads = max(k.shape[1], phi.shape[1])
+    k, v = repeat_heads(k, heads), repeat_heads(v, heads)
+    counted = torch.ones((1, 1, k.shape[2], 1), dtype=torch.bool, device=k.device)
+    if key_mask is not None:
+        counted = key_mask[:, None, :, None]
+        k, v, phi = (torch.where(counted, x, 0) for x in (k, v, phi))
+    if state is None:
+        sums = (k.shape[0], heads, phi.shape[3])
+        mass = (k.shape[0], 1, 1, 1) if signed else (k.shape[0], heads, 1, phi.shape[3])
+        shapes = (*sums, k.shape[3]), (*sums, v.shape[3]), mass
+        state = PrefixState(*(torch.zeros(s, dtype=accumulate_dtype(q.dtype), device=q.device) for s in shapes))
+    bias = None if score_bias is None else score_bias.unsqueeze(2)
+    rows = []
+    for part in zip(*(x.split(CHUNK, 2) for x in (q, k, v, phi, counted)), strict=True):
+        z, *state = _recomputed(_chunk, *part, *state, bias, signed, scale)
+        rows.append(z)
+    return torch.cat(rows, 2) if rows else q.new_empty((*q.shape[:3], v.shape[3])), PrefixState(*state)
+
+
+def _chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi: Tensor,
+    counted: Tensor,
+    kc: Tensor,
+    vc: Tensor,
+    mass: Tensor,
+    bias: Tensor | None,
+    signed: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows of z of one chunk, and the state after it."""
+    rows, k, v, phi, counted = (x.to(kc.dtype) for x in (q, k, v, phi, counted))
+    running = mass + (counted if signed else phi).cumsum(2)
+    at_row = running if running.shape[1] == 1 else repeat_heads(running, q.shape[1])
+    filled = at_row > 0
+    normal = torch.where(filled, at_row, 1.0)
+    scores = _grouped(rows, kc.mT) + _grouped(_grouped(rows, k.mT).tril(), phi)
+    scores = scores * scale / normal.sqrt() if signed else scores * scale / normal + normal.log()
+    scores = scores if bias is None else scores + bias
+    weights = _softmax(scores.masked_fill(~filled, -math.inf)) / (normal.sqrt() if signed else normal)
+    z = _grouped(weights, vc) + _grouped(_grouped(weights, phi.mT).tril(), v)
+    return z.to(q.dtype), kc + phi.mT @ k, vc + phi.mT @ v, running[:, :, -1:]
+
+
+# ---- what both need --------------------------------------------------------------------------------------------------
+
+
+def _grouped(rows: Tensor, matrix: Tensor) -> Tensor:
+    """(B, H, n, x) @ (1 or B, Hx, x, y): head h meets matrix h / (H / Hx), which is not copied for the others."""
+    heads = matrix.shape[1]
+    grouped = rows.reshape(rows.shape[0], heads, rows.shape[1] // heads * rows.shape[2], rows.shape[3]) @ matrix
+    return grouped.reshape(*rows.shape[:3], matrix.shape[3])
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """The softmax of each row, and zeros for a row of -inf alone."""
+    nothing = (scores == -math.inf).all(-1, keepdim=True)
+    return torch.softmax(scores.masked_fill(nothing, 0.0), -1).masked_fill(nothing, 0.0)
+
+
+def _recomputed(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args), whose intermediates the backward pass computes anew."""
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    return function(*args)
+
+
+def _joined(past: Tensor, new: Tensor) -> Tensor:
+    return torch.cat([past, new], 2) if new.shape[2] else past
+
+
+def _joined_masks(state: BlockState, new: Tensor | None, k: Tensor) -> Tensor | None:
+    if state.keep is None and new is None:
+        return None
+    lengths = (state.keep, state.k.shape[2]), (new, k.shape[2])
+    ones = [m if m is not None else torch.ones((k.shape[0], n), dtype=torch.bool, device=k.device) for m, n in lengths]
+    return torch.cat(ones, 1)
+
+
+def _first(mask: Tensor | None, n: int) -> Tensor | None:
+    return None if mask is None else mask[:, :n]

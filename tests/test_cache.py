@@ -1,0 +1,132 @@
+"""`CSATCache`: any split of a sequence gives the rows of the parallel form, from the memory it promises."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from test_causal import BK, DV, FORMS, HK, B, D, H, M, N, R, block_phi, name_of, prefix_phi, some_kept, tokens
+from torch import Tensor
+
+from csat_ext import CSATCache, LinearDecoder, csat_attention
+
+
+def cache_of(form: str, **more: Any) -> tuple[CSATCache, Tensor]:
+    _, make_phi, options = FORMS[form]
+    phi = make_phi()
+    of_cache = {"phi_k": phi} if name_of(form) == "block" else {}
+    return CSATCache(name_of(form), **of_cache, **options, **more), phi
+
+
+def stepped(cache: CSATCache, phi: Tensor, lengths: list[int], mask: Tensor | None = None, **changes: Any) -> Tensor:
+    rows, start, (q, k, v) = [], 0, changes.get("tokens", tokens())
+    for count in lengths:
+        at = slice(start, start + count)
+        phi_here = phi[:, :, at] if cache.causal == "prefix" else None
+        call = cache.prefill if start == 0 else cache.step
+        mask_here = None if mask is None or not bool((~mask[:, at]).any()) else mask[:, at]
+        rows.append(call(q[:, :, at], k[:, :, at], v[:, :, at], phi_here, key_mask=mask_here))
+        start += count
+    return torch.cat(rows, 2)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("lengths", [[1] * N, [11] + [1] * (N - 11), [BK, 1, 20, 3, 5], [N]], ids=str)
+def test_steps_give_the_parallel_form(form: str, masked: bool, lengths: list[int]) -> None:
+    weight = LinearDecoder(torch.randn(H, 4, DV, dtype=torch.float64))
+    more = {"decoder": weight, "feature_sensing": torch.randn(HK, 4, DV, dtype=torch.float64), "scale": 0.3}
+    mask = some_kept() if masked else None
+    cache, phi = cache_of(form, **more)
+    got = stepped(cache, phi, lengths, mask)
+    expected = csat_attention(*tokens(), phi, causal=name_of(form), key_mask=mask, **FORMS[form][2], **more)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+    assert cache.length == N
+
+
+def test_the_pool_of_blocks_steps_as_well() -> None:
+    options: dict[str, Any] = {"block_size": BK, "measurements_per_block": R, "window_blocks": 1}
+    mask = some_kept()
+    got = stepped(CSATCache("block", **options), torch.empty(0), [5] + [1] * (N - 5), mask)
+    expected = csat_attention(*tokens(), causal="block", key_mask=mask, **options)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["block", "prefix"])
+def test_lower_precision_steps_as_the_parallel_form(form: str, dtype: torch.dtype) -> None:
+    inputs = tokens(dtype=dtype)
+    phi = (block_phi() if form == "block" else prefix_phi()).float()
+    cache = CSATCache(form, *([phi] if form == "block" else []))
+    got = stepped(cache, phi, [9] + [1] * (N - 9), tokens=inputs)
+    expected = csat_attention(*inputs, phi, causal=form)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, expected)  # at most the rounding of the dtype apart: sums in another order
+
+
+def test_memory_is_what_the_docstring_says() -> None:
+    window = 1
+    block, phi = CSATCache("block", block_phi(), window_blocks=window), torch.empty(0)
+    stepped(block, phi, [N])
+    finished = N // BK - window
+    tokens_kept = N - finished * BK
+    entries = B * finished * R * (HK * (D + DV) + H)
+    assert block.nbytes == 8 * (entries + B * HK * tokens_kept * (D + DV))
+    prefix = CSATCache("prefix")
+    sizes = {prefix.nbytes for _ in range(N) if stepped_once(prefix)}
+    assert sizes == {8 * B * HK * M * (D + DV + 1)}
+
+
+def stepped_once(cache: CSATCache) -> bool:
+    q, k, v = tokens(1)
+    return cache.step(q, k, v, prefix_phi(n=1)).shape == (B, H, 1, DV)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_beams_clones_and_checkpoints_go_on_from_where_they_were(form: str) -> None:
+    cache, phi = cache_of(form)
+    stepped(cache, phi, [21])
+    q, k, v = (x[:, :, 21:] for x in tokens())
+    rest = phi[:, :, 21:] if cache.causal == "prefix" else None
+    other, loaded = cache.clone(), cache_of(form)[0]
+    file = io.BytesIO()
+    torch.save(cache.state_dict(), file)
+    file.seek(0)
+    loaded.load_state_dict(torch.load(file))
+    expected = cache.step(q, k, v, rest)
+    assert torch.equal(other.clone().step(q, k, v, rest), expected) and torch.equal(
+        loaded.step(q, k, v, rest), expected
+    )
+    index = torch.tensor([1, 0, 1])
+    other.reorder(index)
+    beams = rest if rest is None or rest.shape[0] == 1 else rest[index]
+    torch.testing.assert_close(other.step(q[index], k[index], v[index], beams), expected[index], rtol=1e-10, atol=1e-12)
+
+
+def test_what_does_not_continue_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="causal = None came"):
+        CSATCache(None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a phi comes with its tokens"):
+        CSATCache("prefix", prefix_phi())
+    cache, prefix = CSATCache("block", block_phi()), CSATCache("prefix")
+    q, k, v = tokens()
+    with pytest.raises(ValueError, match="phi came, None is accepted with causal='block'"):
+        cache.step(q, k, v, prefix_phi())
+    cache.prefill(q, k, v)
+    with pytest.raises(ValueError, match="prefill takes the first tokens, 37 have come"):
+        cache.prefill(q, k, v)
+    with pytest.raises(ValueError, match=r"key has shape \(1, 2, 37, 8\)"):
+        cache.step(q[:1], k[:1], v[:1])
+    with pytest.raises(TypeError, match="the tokens before had torch"):
+        cache.step(q.float(), k.float(), v.float())
+    with pytest.raises(TypeError, match="phi_k must be a"):
+        prefix.prefill(q, k, v)
+    assert prefix.length == 0
+    with pytest.raises(ValueError, match="state_dict has causal = 'block'"):
+        prefix.load_state_dict(cache.state_dict())
+    with pytest.raises(ValueError, match="accepted: 'block', an int and"):
+        cache.load_state_dict({"causal": "block", "length": 3, "kc": torch.zeros(1)})
+    with pytest.raises(TypeError, match="index must be a tensor of one dimension"):
+        cache.reorder([0, 1])  # type: ignore[arg-type]

@@ -1,0 +1,234 @@
+"""`benchmarks/gpu_check.py` where there is no GPU: its formulas, its file, what it does when something is missing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from csat_ext import _composite
+from csat_ext.bench.work import Work
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "gpu")]
+
+import gpu_check  # noqa: E402
+import kernel_budgets  # noqa: E402
+from operator_calls import calls  # noqa: E402
+
+SMALL = gpu_check.Problem(24, 5, 16, pairs=4, heads=2, device="cpu")
+CEILING = {"tflops": 800.0, "terabytes": 4.0}
+
+
+def run_once(run: Callable[[], Any]) -> float:
+    run()
+    return 2.0
+
+
+# ---- formulas --------------------------------------------------------------------------------------------------------
+
+
+def products(run: Callable[..., Any], *arguments: Any) -> int:
+    """FLOPs of the matrix products of a function, as torch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        run(*arguments)
+    return counter.get_total_flops()
+
+
+def test_flops_are_those_of_the_operators_in_plain_torch() -> None:
+    n, m, d = 96, 32, 64
+    p = gpu_check.Problem(n, m, d, device="meta")
+    q, kc, phi, decoder, lse = p.rows(n), p.rows(m), p.phi(), p.decoder(), torch.empty(4, 16, n, device="meta")
+    counted = {
+        "project": 2 * products(_composite.project, q, phi, None),  # K and V
+        "project_backward": 2 * products(_composite.project_backward, kc, q, phi, None, True, False),
+        "attend": products(_composite.attend, q, kc, kc, None, 0.1),
+        "attend_backward": products(_composite.attend_backward, q, q, kc, kc, None, q, lse, 0.1),
+        "attend_decode": products(_composite.attend_decode, q, kc, kc, None, 0.1, *decoder, True),
+        "decode_backward": products(_composite.decode_backward, q, q, *decoder),
+    }
+    # S a_0 and, in the backward pass, its two products, which kernels leave out: a_0 = 0
+    product = 2 * kernel_budgets.PAIRS * n * d * d
+    of_zero = {"attend_decode": product, "decode_backward": 3 * product}
+    for op, flops in counted.items():
+        assert flops == kernel_budgets.budget(op, n, m, d).flops + of_zero.get(op, 0), op
+
+
+def test_bytes_are_every_tensor_once() -> None:
+    n, m, d, pairs = 96, 32, 64, kernel_budgets.PAIRS
+    rows, measured, weights = 2 * pairs * n * d, 2 * pairs * m * d, 3 * 2 * d * d
+    moved = {op: kernel_budgets.budget(op, n, m, d).moved for op in gpu_check.operations(SMALL)}
+    assert moved["project"] == moved["project_backward"] == 2 * rows + 2 * measured + 2 * m * n
+    assert moved["attend"] == 2 * rows + 2 * measured + 4 * pairs * n
+    assert moved["attend_decode"] == 3 * rows + 2 * measured + 4 * pairs * n + weights
+    assert moved["attend_backward"] == 4 * rows + 4 * measured + 4 * pairs * n
+    assert moved["decode_backward"] == 3 * rows + 2 * weights
+
+
+@pytest.mark.parametrize("flops,moved,limit,least", [(8e12, 4e9, "products", 10.0), (8e9, 4e12, "memory", 1000.0)])
+def test_rates(flops: float, moved: float, limit: str, least: float) -> None:
+    figures = gpu_check.rates(Work(flops, moved), 2000.0, CEILING)
+    assert figures["limit"] == limit
+    assert figures["floor_ms"] == pytest.approx(least)
+    assert figures["share"] == pytest.approx(least / 2000)
+    assert figures["tflops"] == pytest.approx(flops / 2e12)
+    assert figures["terabytes"] == pytest.approx(moved / 2e12)
+
+
+def test_ceilings_count_both_directions_of_the_copy() -> None:
+    measured = gpu_check.ceilings(run_once, "cpu", side=10, elements=1000)
+    assert measured == {"tflops": pytest.approx(2e3 / 2e9), "terabytes": pytest.approx(2e3 / 2e9)}
+
+
+# ---- what is timed, and the form of the file ------------------------------------------------------------------------
+
+
+def test_rows_of_the_operators() -> None:
+    rows = gpu_check.operator_rows(SMALL, run_once, CEILING)
+    assert [row["op"] for row in rows] == list(gpu_check.operations(SMALL))
+    for row in rows:
+        assert row["ms"] == 2.0 and row["share"] == row["floor_ms"] / 2
+        assert (row["n"], row["m"], row["d"]) == (24, 5, 16)
+    families = {row["op"]: row["family"] for row in rows}
+    assert families["project"] == families["project_backward"] == "cublas"
+    assert families["attend_decode"] == families["attend_backward"] == "wgmma"
+    json.dumps(rows)
+
+
+def test_row_of_the_whole_and_what_lista_adds() -> None:
+    times = iter([4.0, 12.0, 3.0, 8.0])  # with the decoder: forward, training step; without
+
+    def timer(run: Callable[[], Any]) -> float:
+        run()
+        return next(times)
+
+    full = {"flash": {"forward": 8.0, "training": 6.0}, "cudnn": None}
+    row = gpu_check.attention_row(SMALL, timer, CEILING, full)
+    assert row["forward"]["ms"] == 4 and row["training"]["ms"] == 12
+    assert row["forward"]["lista_over_attention"] == pytest.approx(1 / 3)
+    assert row["training"]["lista_over_attention"] == pytest.approx(0.5)
+    assert row["forward"]["speed_over_sdpa"] == {"flash": 2.0, "cudnn": None}
+    assert row["training"]["speed_over_sdpa"] == {"flash": 0.5, "cudnn": None}
+    forward = sum(kernel_budgets.budget(op, 24, 5, 16).flops for op in ("project", "attend_decode"))
+    assert row["forward"]["tflops"] == pytest.approx(forward / 4e9)
+    json.dumps(row)
+
+
+def test_gradients_of_every_leaf_are_in_the_training_step() -> None:
+    seen: list[tuple[Tensor, ...]] = []
+    leaves = [torch.randn(2, 3), torch.randn(2, 3)]
+    gpu_check.forward_and_training(lambda a, b: a * b, leaves, lambda run: seen.append(run()) or 1.0)
+    assert torch.equal(seen[0], leaves[0] * leaves[1])
+    assert len(seen[1]) == 2 and not torch.equal(seen[1][0], seen[1][1])
+
+
+def test_sizes_for_which_no_time_is_left_are_named() -> None:
+    left_out: list[dict[str, int]] = []
+    assert list(gpu_check.by_size(gpu_check.Clock(0), left_out, device="meta")) == []
+    assert len(left_out) == 18 and left_out[0] == {"n": 4096, "m": 128, "d": 64}
+    found = list(gpu_check.by_size(gpu_check.Clock(1e6), [], device="meta"))
+    assert [p.sizes() for p in found] == left_out
+
+
+def test_the_file_keeps_other_stages_and_names_no_path(tmp_path: Path) -> None:
+    report = gpu_check.Report(tmp_path, "NVIDIA H200 (x)")
+    report.put("ops", {"rows": [1]})
+    report.put("tests", {"failed": [f'File "{ROOT}/a.py", "/tmp/b" in \'/root/c\'\n/home/d\nend']})
+    assert report.path.name == "gpu_check_NVIDIA_H200_x_.json"
+    text = report.path.read_text()
+    assert str(ROOT) not in text and not any(root in text for root in ("/tmp/", "/root/", "/home/"))
+    stages = json.loads(text)["stages"]
+    assert stages["ops"]["rows"] == [1] and stages["tests"]["failed"][0].endswith("\nend")
+    assert all(stage["machine"]["command"].startswith("python benchmarks/gpu_check.py") for stage in stages.values())
+
+
+# ---- when something is missing, fails or takes too long -------------------------------------------------------------
+
+
+def test_stages_are_named_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_check.parse([]).stage == ["build", "tests", "ops", "attention", "sanitize"]
+    given = gpu_check.parse(["--stage", "ops", "build", "--seconds", "30"])
+    assert given.stage == ["ops", "build"] and given.seconds == 30
+    with pytest.raises(SystemExit):
+        gpu_check.parse(["--stage", "oops"])
+    assert "invalid choice: 'oops'" in capsys.readouterr().err
+
+
+def test_a_failing_stage_leaves_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report, seen = gpu_check.Report(tmp_path, "gpu"), []
+
+    def stage(clock: gpu_check.Clock) -> Any:
+        yield {"rows": [1]}
+        seen.append(report.stages()["ops"]["status"])
+        raise ValueError("no luck")
+
+    monkeypatch.setitem(gpu_check.STAGES, "ops", stage)
+    assert not gpu_check.run_stage("ops", report, gpu_check.Clock(9))
+    entry = report.stages()["ops"]
+    assert seen == ["running"]
+    assert entry["status"] == "failed" and entry["reason"] == "ValueError: no luck" and entry["rows"] == [1]
+
+
+@pytest.mark.parametrize("loads", [True, False])
+def test_without_nvcc_a_library_that_is_there_serves(monkeypatch: pytest.MonkeyPatch, loads: bool) -> None:
+    monkeypatch.setattr(gpu_check, "find_tool", lambda name: None)
+    monkeypatch.setattr(gpu_check, "command", lambda *_: (0 if loads else 1, ""))
+    (result,) = gpu_check.build(gpu_check.Clock(9))
+    assert result["status"] == ("skipped" if loads else "failed")
+    assert result["reason"].startswith("no nvcc on this machine")
+    (result,) = gpu_check.sanitize(gpu_check.Clock(9))
+    assert result == {"status": "skipped", "reason": "no compute-sanitizer on this machine"}
+
+
+def test_both_sanitizers_run_and_their_reports_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def command(arguments: Any, clock: gpu_check.Clock, **environment: str) -> tuple[int, str]:
+        ran.append(arguments[arguments.index("--tool") + 1])
+        return (
+            (9, "========= ERROR SUMMARY: 1 error\n1 passed") if ran[-1] == "racecheck" else (0, "=========\n1 passed")
+        )
+
+    monkeypatch.setattr(gpu_check, "find_tool", lambda name: name)
+    monkeypatch.setattr(gpu_check, "command", command)
+    *_, result = gpu_check.sanitize(gpu_check.Clock(9))
+    assert ran == ["memcheck", "racecheck"]
+    assert result["status"] == "failed" and result["memcheck"]["status"] == "passed"
+    assert result["racecheck"]["report"] == ["========= ERROR SUMMARY: 1 error"]
+
+
+def test_a_command_is_stopped_when_time_is_up() -> None:
+    code = "print('so far', flush=True); import time; time.sleep(60)"
+    status, output = gpu_check.command([sys.executable, "-c", code], gpu_check.Clock(2))
+    assert (status, output) == (None, "so far\n")
+    assert gpu_check.outcome(status) == "stopped"
+
+
+def test_failed_tests_are_listed() -> None:
+    output = "...F\nFAILED tests/gpu/test_gpu.py::test_x - assert 0\nERROR tests/b.py\n1 failed, 3 passed in 2.0s"
+    result = gpu_check.pytest_result(1, output)
+    assert result["status"] == "failed" and result["summary"] == "1 failed, 3 passed in 2.0s"
+    assert [line.split()[0] for line in result["failed"]] == ["FAILED", "ERROR"]
+
+
+def test_what_is_sanitized_is_among_the_calls() -> None:
+    labels = {str(call) for call in calls(torch.bfloat16)}
+    assert set(gpu_check.SANITIZED) <= labels
+    assert {label.split("-")[0] for label in gpu_check.SANITIZED} == {label.split("-")[0] for label in labels} - {
+        "project_implicit_backward"
+    }
+
+
+def test_without_a_device_nothing_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_check.main(["--folder", str(tmp_path)]) == 1
+    assert "no CUDA device here" in capsys.readouterr().err and not list(tmp_path.iterdir())
