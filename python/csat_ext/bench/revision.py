@@ -83,8 +83,8 @@ def beside(
     if root is None:
         raise ValueError("base: csat_ext is installed, not a checkout: a result file is accepted, not a revision")
     results: dict[str, list[dict[str, Any]]] = {"base": [], "new": []}
-    build(root)
     with built(root, revision) as tree:
+        build(root)
         for name, where in (("base", tree), ("new", root), ("new", root), ("base", tree)):
             report(f"measuring {revision if name == 'base' else 'this checkout'}")
             results[name].append(measured(where, arguments))
