@@ -296,16 +296,17 @@ def test_revisions_are_measured_base_new_new_base(result: dict[str, Any], monkey
 
     monkeypatch.setattr(revision, "checkout", lambda: Path("new"))
     monkeypatch.setattr(revision, "built", lambda root, name: Built())
+    monkeypatch.setattr(revision, "build", lambda tree: order.append(f"build {tree.name}"))
     monkeypatch.setattr(revision, "measured", measured)
     base, new = revision.beside("HEAD", {}, report=lambda line: None)
-    assert order == ["base", "new", "new", "base"]
+    assert order == ["build new", "base", "new", "new", "base"]
     one, other = base["rows"][0], new["rows"][0]
     assert len(one["samples_ms"]) == len(other["samples_ms"]) == 2 * TINY.turns
     assert other["median_ms"] == pytest.approx(2 * result["rows"][0]["median_ms"])
     assert other["TFLOP/s"] == pytest.approx(result["rows"][0]["TFLOP/s"] / 2)
 
 
-def test_revisions_need_a_checkout_that_knows_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_revisions_need_a_checkout_that_knows_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = Path(__file__).resolve().parents[1]
     if (root / ".git").exists():
         with (
@@ -313,6 +314,9 @@ def test_revisions_need_a_checkout_that_knows_them(monkeypatch: pytest.MonkeyPat
             revision.built(root, "no-such-revision"),
         ):
             pass
+    (tmp_path / "setup.py").write_text("raise SystemExit('no compiler here')")
+    with pytest.raises(ValueError, match="no compiler here"):
+        revision.build(tmp_path)
     monkeypatch.setattr(revision, "checkout", lambda: None)
     with pytest.raises(ValueError, match="installed"):
         revision.beside("HEAD", {})

@@ -130,6 +130,9 @@ def bench_kernels(
     earlier = None
     if base is not None and not Path(base).is_file():
         earlier, result = revision.beside(base, arguments, report=typer.echo)
+        beside = output.with_name(f"{output.stem}_base.json")
+        beside.write_text(json.dumps(earlier, indent=1) + "\n")
+        typer.echo(f"written: {beside}")
     else:
         earlier = None if base is None else compare.load(Path(base))
         result = kernels.measured(**arguments, report=typer.echo)

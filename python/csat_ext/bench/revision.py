@@ -20,6 +20,18 @@ from csat_ext.bench.machine import checkout, git
 _RATES = ("TFLOP/s", "TB/s", "of product", "of copy")
 
 
+def build(tree: Path) -> None:
+    """Builds the libraries of a checkout in place, so that none older than the sources is measured.
+
+    Raises:
+        ValueError: they do not build; with the end of what the compiler said.
+    """
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"{tree.name}: does not build:\n{done.stderr[-1000:]}")
+
+
 @contextmanager
 def built(root: Path, revision: str) -> Iterator[Path]:
     """A worktree of the revision of the checkout at `root`, its libraries built in place; gone afterwards.
@@ -35,10 +47,7 @@ def built(root: Path, revision: str) -> Iterator[Path]:
         tree = Path(folder) / "base"
         git(root, "worktree", "add", "--detach", str(tree), commit)
         try:
-            command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-            done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
-            if done.returncode:
-                raise ValueError(f"base: {revision} does not build:\n{done.stderr[-1000:]}")
+            build(tree)
             yield tree
         finally:
             git(root, "worktree", "remove", "--force", str(tree))
@@ -75,6 +84,7 @@ def beside(
         raise ValueError("base: csat_ext is installed, not a checkout: a result file is accepted, not a revision")
     results: dict[str, list[dict[str, Any]]] = {"base": [], "new": []}
     with built(root, revision) as tree:
+        build(root)
         for name, where in (("base", tree), ("new", root), ("new", root), ("base", tree)):
             report(f"measuring {revision if name == 'base' else 'this checkout'}")
             results[name].append(measured(where, arguments))
