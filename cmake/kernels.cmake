@@ -10,7 +10,7 @@ find_package(CsatCublas REQUIRED)
 add_library(csat_kernels STATIC ${CSAT_KERNEL_SOURCES})
 add_library(csat_ext::csat_kernels ALIAS csat_kernels)
 # Flags, not a property: CMake before 3.26 does not know that nvcc has C++20. limits.h is constexpr for host and device.
-target_compile_options(csat_kernels PRIVATE -std=c++20 --expt-relaxed-constexpr)
+target_compile_options(csat_kernels PRIVATE -std=c++20 $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr>)
 target_include_directories(csat_kernels PUBLIC $<BUILD_INTERFACE:${CSAT_SOURCE_ROOT}> $<INSTALL_INTERFACE:include>)
 target_link_libraries(csat_kernels PRIVATE CUDA::cudart_static csat_ext::cublas)
 set_target_properties(csat_kernels PROPERTIES POSITION_INDEPENDENT_CODE ON)
