@@ -8,10 +8,9 @@ Stages: `build` (in place, for this device), `tests` (tests/gpu with its primiti
 over all tokens, forward and training step, and what LISTA adds), `sanitize` (compute-sanitizer over a few tests). Each
 runs in a process of its own; FOLDER/gpu_check_<device>.json is written after each, and after every group of figures.
 
-Sizes, FLOPs and least bytes are those of `kernel_budgets.py`: 64 pairs of 16 heads in bfloat16, Phi shared and frozen,
-three layers of LISTA with P = D tied. A time is a median over CUDA events, the L2 cache overwritten before each run and
-the stream kept busy until the host has launched everything. The ceilings, a large copy and a large matrix product, are
-measured in the same process: an operator's share is the least time that they allow over the time it took.
+Sizes are those of `kernel_budgets.py`: 64 pairs of 16 heads in bfloat16, Phi shared and frozen, three layers of LISTA
+with P = D tied. FLOPs, least bytes, the clock and the ceilings are those of `csat bench kernels`: an operator's share
+is the least time that the ceilings of the same process allow over the time it took. K and V are projected together.
 """
 
 from __future__ import annotations
@@ -21,33 +20,32 @@ import json
 import os
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from baselines.sdpa import FullAttention
 from kernel_budgets import HEADS, LAYERS, MEASUREMENTS, PAIRS, TOKENS, WIDTHS, budget, choices, floor_ms
 from machine import header
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
+from csat_ext.bench.clock import COLD, Clock, CUDAClock, cache_bytes, measure
 from csat_ext.bench.work import Work
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONPATH = os.pathsep.join(filter(None, (str(ROOT / "python"), os.environ.get("PYTHONPATH"))))
 ENVIRONMENT = {**os.environ, "PYTHONPATH": PYTHONPATH}
 Run = Callable[[], Any]
-Timer = Callable[[Run], float]  # milliseconds
 Result = dict[str, Any]
 
 
-class Clock:
+class Deadline:
     """Seconds left of those that the run may take."""
 
     def __init__(self, seconds: float) -> None:
@@ -68,15 +66,14 @@ class Report:
         return json.loads(self.path.read_text())["stages"] if self.path.exists() else {}
 
     def put(self, stage: str, result: Result) -> None:
-        machine = header() | {"command": f"python benchmarks/gpu_check.py --stage {stage}"}
-        whole = {"device": self.device, "stages": self.stages() | {stage: {"machine": machine, **result}}}
+        whole = {"device": self.device, "stages": self.stages() | {stage: {"machine": header(), **result}}}
         text = json.dumps(whole, indent=1).replace(str(ROOT), ".")  # a result file names no path of a machine
         text = re.sub(r"/(?:tmp|root|home|work)/[^\s\"'\\]*", "PATH", text)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(text + "\n")
 
 
-def command(arguments: Sequence[str], clock: Clock, **environment: str) -> tuple[int | None, str]:
+def command(arguments: Sequence[str], deadline: Deadline, **environment: str) -> tuple[int | None, str]:
     """Exit status, None where it was stopped for time, and what it printed."""
     try:
         done = subprocess.run(
@@ -85,7 +82,7 @@ def command(arguments: Sequence[str], clock: Clock, **environment: str) -> tuple
             env=ENVIRONMENT | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=max(clock.left(), 1),
+            timeout=max(deadline.left(), 1),
         )
         return done.returncode, done.stdout.decode(errors="replace")
     except subprocess.TimeoutExpired as stopped:
@@ -105,20 +102,20 @@ def find_tool(name: str) -> str | None:
     return shutil.which(name) or (str(home) if home.exists() else None)
 
 
-def build(clock: Clock) -> Iterator[Result]:
+def build(deadline: Deadline) -> Iterator[Result]:
     """The libraries in place, machine code for this device alone; without nvcc those that are there, if they load."""
     loads = [sys.executable, "-c", "import sys; from csat_ext import _library; sys.exit(not _library.CUDA.kernels)"]
     if find_tool("nvcc") is None:
-        there = command(loads, clock)[0] == 0
+        there = command(loads, deadline)[0] == 0
         found = "the libraries that were there are used" if there else "and no library with CUDA kernels loads"
         yield {"status": "skipped" if there else "failed", "reason": f"no nvcc on this machine, {found}"}
         return
     major, minor = torch.cuda.get_device_capability()
     arch = os.environ.get("CSAT_CUDA_ARCHS", f"{major}{minor}{'a' if major >= 9 else ''}")
     setup = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    status, output = command(setup, clock, CSAT_WITH_CUDA="1", CSAT_CUDA_ARCHS=arch)
+    status, output = command(setup, deadline, CSAT_WITH_CUDA="1", CSAT_CUDA_ARCHS=arch)
     if status == 0:
-        status, output = command(loads, clock)
+        status, output = command(loads, deadline)
     yield {"status": outcome(status), "archs": arch, "output": "" if status == 0 else output[-3000:]}
 
 
@@ -131,11 +128,11 @@ def pytest_result(status: int | None, output: str) -> Result:
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 
 
-def tests(clock: Clock) -> Iterator[Result]:
+def tests(deadline: Deadline) -> Iterator[Result]:
     suites = {"gpu": ["tests/gpu"], "operator": ["tests/test_operator.py", "-k", "cuda"]}
     result: Result = {}
     for name, selection in suites.items():
-        result[name] = pytest_result(*command([*PYTEST, *selection], clock))
+        result[name] = pytest_result(*command([*PYTEST, *selection], deadline))
         print(f"  {name}: {result[name]['summary']}", flush=True)
         passed = all(suite["status"] == "passed" for suite in result.values())
         yield {"status": "passed" if passed else "failed", **result}
@@ -150,7 +147,7 @@ SANITIZED = (
 )
 
 
-def sanitize(clock: Clock) -> Iterator[Result]:
+def sanitize(deadline: Deadline) -> Iterator[Result]:
     tool = find_tool("compute-sanitizer")
     if tool is None:
         yield {"status": "skipped", "reason": "no compute-sanitizer on this machine"}
@@ -160,7 +157,7 @@ def sanitize(clock: Clock) -> Iterator[Result]:
     for check in ("memcheck", "racecheck"):
         run = [tool, "--tool", check, "--error-exitcode", "9", *PYTEST, "--timeout=0", *selection]
         # without torch's cache every tensor is an allocation of its own, whose end memcheck knows
-        status, output = command(run, clock, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        status, output = command(run, deadline, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         found = [line for line in output.splitlines() if line.startswith("=========")]
         result[check] = {"status": outcome(status), "report": found[:60] + found[60:][-5:]}
         print(f"  {check}: {outcome(status)}, {found[-1] if found else output[-200:]}", flush=True)
@@ -171,38 +168,10 @@ def sanitize(clock: Clock) -> Iterator[Result]:
 # ---- times -----------------------------------------------------------------------------------------------------------
 
 
-class EventTimer:
-    """Median time of a run on the device, without its launches."""
-
-    def __init__(self) -> None:
-        self._flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-
-    def __call__(self, run: Run) -> float:
-        for _ in range(2):
-            run()
-        first = self._once(run)
-        return statistics.median(self._once(run) for _ in range(max(3, min(30, int(200 / first)))))
-
-    def _once(self, run: Run) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._flush.zero_()
-        torch.cuda._sleep(4_000_000)  # cycles, about 2 ms, in which the host launches what is timed
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-
-
-def ceilings(timer: Timer, device: str = "cuda", side: int = 8192, elements: int = 1 << 31) -> dict[str, float]:
-    """TFLOP/s of a large product of random bfloat16 and TB/s, read and written, of a large copy."""
-    a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
-    source = torch.empty(elements, dtype=torch.uint8, device=device).random_()
-    target = torch.empty_like(source)
-    return {
-        "tflops": 2.0 * side**3 / timer(lambda: a @ b) / 1e9,
-        "terabytes": 2.0 * elements / timer(lambda: target.copy_(source)) / 1e9,
-    }
+def milliseconds(cases: dict[str, list[Run]], clock: Clock, turns: int) -> dict[str, float]:
+    """Median of every case, a list of runs on rotated inputs; the cases take turns."""
+    prepared = {name: [clock.prepare(run)[0] for run in runs] for name, runs in cases.items()}
+    return {name: 1e3 * timing.median for name, timing in measure(prepared, clock, turns).items()}
 
 
 def rates(asked: Work, ms: float, ceiling: dict[str, float]) -> Result:
@@ -210,6 +179,14 @@ def rates(asked: Work, ms: float, ceiling: dict[str, float]) -> Result:
     least, limit = floor_ms(asked, **ceiling)
     figures = {"ms": ms, "tflops": asked.flops / ms / 1e9, "terabytes": asked.moved / ms / 1e9}
     return {**figures, "floor_ms": least, "limit": limit, "share": least / ms}
+
+
+def ceilings(clock: Clock) -> dict[str, float]:
+    from csat_ext.bench import kernels
+
+    device = torch.device("cuda")
+    found = kernels.ceilings(device, ["bfloat16"], clock, kernels.grid_for(device))
+    return {"tflops": found["product TFLOP/s"]["bfloat16"], "terabytes": found["copy TB/s"]}
 
 
 @dataclass(frozen=True)
@@ -225,6 +202,11 @@ class Problem:
 
     def sizes(self) -> dict[str, int]:
         return {"n": self.n, "m": self.m, "d": self.d}
+
+    def sets(self) -> int:
+        """Sets of inputs, one of whose tensors of tokens all together are `COLD` times the cache."""
+        one = 2 * self.pairs * self.n * self.d
+        return max(1, -(-int(COLD * cache_bytes(torch.device(self.device))) // one))
 
     def randn(self, *shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.randn(shape, device=self.device, dtype=dtype) * scale
@@ -245,7 +227,7 @@ class Problem:
 
 
 def operations(p: Problem) -> dict[str, Run]:
-    """One run of every operator of a training step; K and V are measured, and their gradients taken, together."""
+    """One run of every operator of a training step, backward operators themselves and not through autograd."""
     csat, phi, decoder, tau = torch.ops.csat, p.phi(), p.decoder(), p.d**-0.5
     q, k, v, dz = (p.rows(p.n) for _ in range(4))
     kc, vc = p.rows(p.m), p.rows(p.m)
@@ -262,52 +244,61 @@ def operations(p: Problem) -> dict[str, Run]:
     }
 
 
-def operator_rows(p: Problem, timer: Timer, ceiling: dict[str, float]) -> list[Result]:
+def operator_rows(p: Problem, clock: Clock, ceiling: dict[str, float]) -> list[Result]:
     chosen = choices(p.m, p.d, p.d, "cuda" if p.device == "cuda" else "sm_90")
-    rows = []
-    for op, run in operations(p).items():
-        family = chosen.get(op, chosen["project"])[0]
-        figures = rates(budget(op, p.n, p.m, p.d), timer(run), ceiling)
-        rows.append({"op": op, "family": family, **p.sizes(), **figures})
-    return rows
+    sets = [operations(p) for _ in range(p.sets())]
+    times = milliseconds({op: [runs[op] for runs in sets] for op in sets[0]}, clock, turns=5)
+    return [
+        {
+            "op": op,
+            "family": chosen.get(op, chosen["project"])[0],
+            **p.sizes(),
+            **rates(budget(op, p.n, p.m, p.d), ms, ceiling),
+        }
+        for op, ms in times.items()
+    ]
 
 
-def few_heads(p: Problem, timer: Timer) -> Result:
+def few_heads(p: Problem, clock: Clock) -> Result:
     """`project` of few heads, whose tokens go in parts, beside a plain batched product."""
-    x, phi = p.rows(p.n), p.phi()
-    ours, plain = timer(lambda: torch.ops.csat.project(x, phi, None)), timer(lambda: phi @ x)
-    return {"pairs": p.pairs, **p.sizes(), "ms": ours, "matmul_ms": plain}
+    sets = [(p.rows(p.n), p.phi()) for _ in range(p.sets())]
+    runs = {
+        "project_ms": [lambda x=x, phi=phi: torch.ops.csat.project(x, phi, None) for x, phi in sets],
+        "matmul_ms": [lambda x=x, phi=phi: phi @ x for x, phi in sets],
+    }
+    return {"pairs": p.pairs, **p.sizes(), **milliseconds(runs, clock, turns=5)}
 
 
-def forward_and_training(function: Callable[..., Tensor], leaves: Sequence[Tensor], timer: Timer) -> dict[str, float]:
-    """Milliseconds of function(*leaves), and with the gradients of all of its leaves."""
-    with torch.no_grad():
-        forward = timer(lambda: function(*leaves))
-        weight = torch.randn_like(leaves[0])
-    leaves = [t.detach().requires_grad_() for t in leaves]
-    return {"forward": forward, "training": timer(lambda: torch.autograd.grad(function(*leaves), leaves, weight))}
+def forward_and_training(
+    function: Callable[..., Tensor], sets: Sequence[Sequence[Tensor]], clock: Clock
+) -> dict[str, float]:
+    """Milliseconds of function(*leaves), and with the gradients of all leaves, the first of the output's shape."""
+
+    def forward(leaves: Sequence[Tensor]) -> Tensor:
+        with torch.no_grad():
+            return function(*leaves)
+
+    def training(leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(function(*leaves), leaves, leaves[0].detach())
+
+    tracked = [[t.detach().requires_grad_() for t in leaves] for leaves in sets]
+    runs: dict[str, list[Run]] = {
+        "forward": [lambda s=s: forward(s) for s in sets],
+        "training": [lambda s=s: training(s) for s in tracked],
+    }
+    return milliseconds(runs, clock, turns=5)
 
 
-def sdpa(backend: SDPBackend) -> Callable[..., Tensor]:
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
-            return scaled_dot_product_attention(q, k, v)
-
-    return attention
-
-
-SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-
-
-def full_attention(p: Problem, timer: Timer) -> dict[str, dict[str, float] | None]:
+def full_attention(p: Problem, clock: Clock) -> dict[str, dict[str, float] | None]:
     """Backend -> milliseconds of attention over all tokens; None where this torch has it not for this device."""
-    qkv, result = [p.rows(p.n) for _ in range(3)], {}
-    for name, backend in SDPA.items():
+    sets = [[p.rows(p.n) for _ in range(3)] for _ in range(p.sets())]
+    result: dict[str, dict[str, float] | None] = {}
+    for backend in ("flash", "cudnn"):
         try:
-            result[name] = forward_and_training(sdpa(backend), qkv, timer)
+            result[backend] = forward_and_training(FullAttention(backend), sets, clock)
         except RuntimeError as error:
-            print(f"  SDPA {name}: {str(error).splitlines()[0]}", flush=True)
-            result[name] = None
+            print(f"  SDPA {backend}: {str(error).splitlines()[0]}", flush=True)
+            result[backend] = None
     return result
 
 
@@ -315,20 +306,20 @@ FORWARD = ("project", "attend_decode")
 TRAINING = (*FORWARD, "attend_backward", "decode_backward", "project_backward")
 
 
-def attention_row(p: Problem, timer: Timer, ceiling: dict[str, float], full: dict[str, Any]) -> Result:
+def attention_row(p: Problem, clock: Clock, ceiling: dict[str, float], full: dict[str, Any]) -> Result:
     from csat_ext import SparseDecoder, csat_attention
 
-    qkv, phi = [p.rows(p.n) for _ in range(3)], p.phi()
-    weights = [w[0] for w in p.decoder()]
+    phi = p.phi()
 
-    def whole(q: Tensor, k: Tensor, v: Tensor, *w: Tensor) -> Tensor:
-        return csat_attention(q, k, v, phi, decoder=SparseDecoder(*w, check_values=False))
+    def whole(q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
+        return csat_attention(q, k, v, phi, decoder=SparseDecoder(*weights, check_values=False))
 
-    ours = forward_and_training(whole, [*qkv, *weights], timer)
-    plain = forward_and_training(lambda q, k, v: csat_attention(q, k, v, phi), qkv, timer)
+    sets = [[*(p.rows(p.n) for _ in range(3)), *p.decoder()] for _ in range(p.sets())]
+    ours = forward_and_training(whole, sets, clock)
+    plain = forward_and_training(lambda q, k, v: csat_attention(q, k, v, phi), [leaves[:3] for leaves in sets], clock)
     row: Result = p.sizes()
-    for name, ops in (("forward", FORWARD), ("training", TRAINING)):
-        asked = sum((budget(op, p.n, p.m, p.d) for op in ops), Work(0.0, 0.0))
+    for name, parts in (("forward", FORWARD), ("training", TRAINING)):
+        asked = sum((budget(op, p.n, p.m, p.d) for op in parts), Work(0.0, 0.0))
         row[name] = rates(asked, ours[name], ceiling) | {
             "lista_over_attention": ours[name] / plain[name] - 1,
             "speed_over_sdpa": {b: times[name] / ours[name] if times else None for b, times in full.items()},
@@ -339,50 +330,48 @@ def attention_row(p: Problem, timer: Timer, ceiling: dict[str, float], full: dic
 
 def load_kernels() -> None:
     """Raises RuntimeError where `torch.ops.csat` would not run on the device by its own kernels."""
-    sys.path.insert(0, str(ROOT / "python"))
-    from csat_ext import _library, ops  # noqa: F401  (registers torch.ops.csat)
+    from csat_ext import _library
 
     if not _library.CUDA.kernels:
         raise RuntimeError(_library.CUDA.reason)
 
 
-def by_size(clock: Clock, left_out: list[dict[str, int]], **sizes: Any) -> Iterator[Problem]:
+def by_size(deadline: Deadline, left_out: list[dict[str, int]]) -> Iterator[Problem]:
     """Every published size, the short ones first; those for which no time was left go to `left_out`."""
-    for n in TOKENS:
-        for d in WIDTHS:
-            for m in MEASUREMENTS:
-                p = Problem(n, m, d, **sizes)
-                if clock.left() < 5:
-                    left_out.append(p.sizes())
-                    continue
-                yield p
+    for n, d, m in product(TOKENS, WIDTHS, MEASUREMENTS):
+        p = Problem(n, m, d)
+        if deadline.left() < 5:
+            left_out.append(p.sizes())
+        else:
+            yield p
 
 
-def ops(clock: Clock) -> Iterator[Result]:
+def ops(deadline: Deadline) -> Iterator[Result]:
     load_kernels()
-    timer = EventTimer()
-    result: Result = {"ceilings": ceilings(timer), "left_out": [], "few_heads": [], "rows": []}
+    clock = CUDAClock()
+    result: Result = {"ceilings": ceilings(clock), "left_out": [], "few_heads": [], "rows": []}
     yield result
     for pairs in (1, 4, 16):
-        result["few_heads"].append(few_heads(Problem(TOKENS[-1], 256, 64, pairs, pairs), timer))
-    for p in by_size(clock, result["left_out"]):
-        result["rows"] += operator_rows(p, timer, result["ceilings"])
-        for row in result["rows"][-6:]:
+        result["few_heads"].append(few_heads(Problem(TOKENS[-1], 256, 64, pairs, pairs), clock))
+    for p in by_size(deadline, result["left_out"]):
+        rows = operator_rows(p, clock, result["ceilings"])
+        result["rows"] += rows
+        for row in rows:
             print(
                 "  {op:16} {family:7} n={n:<6} m={m:<4} d={d:<4} {ms:9.4f} ms, {share:.2f} of the floor".format(**row)
             )
         yield result
 
 
-def attention(clock: Clock) -> Iterator[Result]:
+def attention(deadline: Deadline) -> Iterator[Result]:
     load_kernels()
-    timer = EventTimer()
-    result: Result = {"ceilings": ceilings(timer), "left_out": [], "rows": []}
+    clock = CUDAClock(rounds_per_turn=1)  # attention over 65536 tokens takes a second
+    result: Result = {"ceilings": ceilings(clock), "left_out": [], "rows": []}
     full: dict[tuple[int, int], Any] = {}
-    for p in by_size(clock, result["left_out"]):
+    for p in by_size(deadline, result["left_out"]):
         if (p.n, p.d) not in full:  # m is nothing to attention over all tokens
-            full[p.n, p.d] = full_attention(p, timer)
-        row = attention_row(p, timer, result["ceilings"], full[p.n, p.d])
+            full[p.n, p.d] = full_attention(p, clock)
+        row = attention_row(p, clock, result["ceilings"], full[p.n, p.d])
         result["rows"].append(row)
         for name in ("forward", "training"):
             part = row[name]
@@ -392,7 +381,7 @@ def attention(clock: Clock) -> Iterator[Result]:
 
 # ---- running them ----------------------------------------------------------------------------------------------------
 
-STAGES: dict[str, Callable[[Clock], Iterator[Result]]] = {
+STAGES: dict[str, Callable[[Deadline], Iterator[Result]]] = {
     "build": build,
     "tests": tests,
     "ops": ops,
@@ -401,11 +390,11 @@ STAGES: dict[str, Callable[[Clock], Iterator[Result]]] = {
 }
 
 
-def run_stage(stage: str, report: Report, clock: Clock) -> bool:
+def run_stage(stage: str, report: Report, deadline: Deadline) -> bool:
     """Runs a stage here; what it yields is on disk at once. False where it failed."""
     start, result = time.monotonic(), {}
     try:
-        for result in STAGES[stage](clock):
+        for result in STAGES[stage](deadline):
             report.put(stage, {"status": "running", **result})
         result = {"status": "left out sizes" if result.get("left_out") else "passed", **result}
     except Exception as error:  # whatever it is, the other stages run
@@ -415,11 +404,11 @@ def run_stage(stage: str, report: Report, clock: Clock) -> bool:
     return result["status"] not in ("failed", "stopped")
 
 
-def run_apart(stage: str, report: Report, clock: Clock) -> bool:
+def run_apart(stage: str, report: Report, deadline: Deadline) -> bool:
     """Runs a stage in a process of its own: a kernel that fails spoils the device for that process alone."""
-    arguments = ["--stage", stage, "--folder", str(report.path.parent), "--seconds", f"{clock.left():.0f}"]
+    arguments = ["--stage", stage, "--folder", str(report.path.parent), "--seconds", f"{deadline.left():.0f}"]
     try:
-        done = subprocess.run([sys.executable, __file__, *arguments], timeout=clock.left() + 15)
+        done = subprocess.run([sys.executable, __file__, *arguments], timeout=deadline.left() + 15)
         return done.returncode == 0
     except subprocess.TimeoutExpired:
         report.put(stage, {**report.stages().get(stage, {}), "status": "failed", "reason": "stopped for time"})
@@ -439,9 +428,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("gpu_check: no CUDA device here; nothing was measured", file=sys.stderr)
         return 1
-    clock, report = Clock(given.seconds), Report(given.folder.resolve(), torch.cuda.get_device_name())
+    deadline, report = Deadline(given.seconds), Report(given.folder.resolve(), torch.cuda.get_device_name())
     run = run_stage if len(given.stage) == 1 else run_apart
-    passed = [run(stage, report, clock) for stage in given.stage]
+    passed = [run(stage, report, deadline) for stage in given.stage]
     print(report.path)
     return 0 if all(passed) else 1
 

@@ -4,32 +4,46 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from csat_ext import _composite
+from csat_ext.bench.clock import Call
 from csat_ext.bench.work import Work
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "gpu")]
 
 import gpu_check  # noqa: E402
-import kernel_budgets  # noqa: E402
+from kernel_budgets import PAIRS, budget  # noqa: E402
 from operator_calls import calls  # noqa: E402
 
 SMALL = gpu_check.Problem(24, 5, 16, pairs=4, heads=2, device="cpu")
 CEILING = {"tflops": 800.0, "terabytes": 4.0}
 
 
-def run_once(run: Callable[[], Any]) -> float:
-    run()
-    return 2.0
+class FakeClock:
+    """Runs every call and says what it is told, in order, five turns of each."""
+
+    def __init__(self, *milliseconds: float) -> None:
+        self.said = [ms / 1e3 for ms in milliseconds]
+        self.turns = 0
+
+    def prepare(self, call: Call) -> tuple[Call, str]:
+        call()
+        return call, "fake"
+
+    def seconds(self, calls: Sequence[Call]) -> float:
+        self.turns += 1
+        return self.said[(self.turns - 1) % len(self.said)]
+
+    def peak_bytes(self, call: Call) -> int:
+        return 0
 
 
 # ---- formulas --------------------------------------------------------------------------------------------------------
@@ -42,34 +56,32 @@ def products(run: Callable[..., Any], *arguments: Any) -> int:
     return counter.get_total_flops()
 
 
-def test_flops_are_those_of_the_operators_in_plain_torch() -> None:
+def test_flops_of_backward_operators_are_those_of_plain_torch() -> None:
     n, m, d = 96, 32, 64
     p = gpu_check.Problem(n, m, d, device="meta")
     q, kc, phi, decoder, lse = p.rows(n), p.rows(m), p.phi(), p.decoder(), torch.empty(4, 16, n, device="meta")
     counted = {
-        "project": 2 * products(_composite.project, q, phi, None),  # K and V
-        "project_backward": 2 * products(_composite.project_backward, kc, q, phi, None, True, False),
-        "attend": products(_composite.attend, q, kc, kc, None, 0.1),
+        "project_backward": 2 * products(_composite.project_backward, kc, q, phi, None, True, False),  # K and V
         "attend_backward": products(_composite.attend_backward, q, q, kc, kc, None, q, lse, 0.1),
-        "attend_decode": products(_composite.attend_decode, q, kc, kc, None, 0.1, *decoder, True),
         "decode_backward": products(_composite.decode_backward, q, q, *decoder),
     }
-    # S a_0 and, in the backward pass, its two products, which kernels leave out: a_0 = 0
-    product = 2 * kernel_budgets.PAIRS * n * d * d
-    of_zero = {"attend_decode": product, "decode_backward": 3 * product}
+    of_zero = 3 * 2 * p.pairs * n * d * d  # S a_0 and its two products, which kernels leave out: a_0 = 0
     for op, flops in counted.items():
-        assert flops == kernel_budgets.budget(op, n, m, d).flops + of_zero.get(op, 0), op
+        assert flops == budget(op, n, m, d).flops + (of_zero if op == "decode_backward" else 0), op
 
 
 def test_bytes_are_every_tensor_once() -> None:
-    n, m, d, pairs = 96, 32, 64, kernel_budgets.PAIRS
-    rows, measured, weights = 2 * pairs * n * d, 2 * pairs * m * d, 3 * 2 * d * d
-    moved = {op: kernel_budgets.budget(op, n, m, d).moved for op in gpu_check.operations(SMALL)}
-    assert moved["project"] == moved["project_backward"] == 2 * rows + 2 * measured + 2 * m * n
-    assert moved["attend"] == 2 * rows + 2 * measured + 4 * pairs * n
-    assert moved["attend_decode"] == 3 * rows + 2 * measured + 4 * pairs * n + weights
-    assert moved["attend_backward"] == 4 * rows + 4 * measured + 4 * pairs * n
-    assert moved["decode_backward"] == 3 * rows + 2 * weights
+    n, m, d = 96, 32, 64
+    rows, measured, weights, lse = 2 * PAIRS * n * d, 2 * PAIRS * m * d, 3 * 2 * d * d, 4 * PAIRS * n
+    moved = {op: budget(op, n, m, d).moved for op in gpu_check.operations(SMALL)}
+    assert moved == {
+        "project": 2 * rows + 2 * measured + 2 * m * n,
+        "project_backward": 2 * rows + 2 * measured + 2 * m * n,
+        "attend": 2 * rows + 2 * measured + lse,
+        "attend_decode": 3 * rows + 2 * measured + lse + weights,
+        "attend_backward": 4 * rows + 4 * measured + lse,
+        "decode_backward": 3 * rows + 2 * weights,
+    }
 
 
 @pytest.mark.parametrize("flops,moved,limit,least", [(8e12, 4e9, "products", 10.0), (8e9, 4e12, "memory", 1000.0)])
@@ -82,58 +94,75 @@ def test_rates(flops: float, moved: float, limit: str, least: float) -> None:
     assert figures["terabytes"] == pytest.approx(moved / 2e12)
 
 
-def test_ceilings_count_both_directions_of_the_copy() -> None:
-    measured = gpu_check.ceilings(run_once, "cpu", side=10, elements=1000)
-    assert measured == {"tflops": pytest.approx(2e3 / 2e9), "terabytes": pytest.approx(2e3 / 2e9)}
+def test_small_problems_take_turns_on_enough_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "cache_bytes", lambda device: 50 << 20)
+    assert gpu_check.Problem(4096, 128, 64, device="cpu").sets() == 4  # 32 MiB a tensor, 100 MiB are cold
+    assert gpu_check.Problem(65536, 128, 64, device="cpu").sets() == 1
 
 
 # ---- what is timed, and the form of the file ------------------------------------------------------------------------
 
 
+@pytest.fixture
+def one_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "cache_bytes", lambda device: 1)
+
+
+@pytest.mark.usefixtures("one_set")
 def test_rows_of_the_operators() -> None:
-    rows = gpu_check.operator_rows(SMALL, run_once, CEILING)
+    rows = gpu_check.operator_rows(SMALL, FakeClock(2.0), CEILING)
     assert [row["op"] for row in rows] == list(gpu_check.operations(SMALL))
     for row in rows:
-        assert row["ms"] == 2.0 and row["share"] == row["floor_ms"] / 2
+        assert row["ms"] == pytest.approx(2) and row["share"] == pytest.approx(row["floor_ms"] / 2)
         assert (row["n"], row["m"], row["d"]) == (24, 5, 16)
     families = {row["op"]: row["family"] for row in rows}
     assert families["project"] == families["project_backward"] == "cublas"
-    assert families["attend_decode"] == families["attend_backward"] == "wgmma"
+    assert families["attend_decode"] == "wgmma" and families["decode_backward"] == "mma"
     json.dumps(rows)
 
 
+@pytest.mark.usefixtures("one_set")
 def test_row_of_the_whole_and_what_lista_adds() -> None:
-    times = iter([4.0, 12.0, 3.0, 8.0])  # with the decoder: forward, training step; without
-
-    def timer(run: Callable[[], Any]) -> float:
-        run()
-        return next(times)
-
+    # forward and training step take turns, five with the decoder, five without
+    clock = FakeClock(*[4.0, 12.0] * 5, *[3.0, 8.0] * 5)
     full = {"flash": {"forward": 8.0, "training": 6.0}, "cudnn": None}
-    row = gpu_check.attention_row(SMALL, timer, CEILING, full)
-    assert row["forward"]["ms"] == 4 and row["training"]["ms"] == 12
+    row = gpu_check.attention_row(SMALL, clock, CEILING, full)
+    assert row["forward"]["ms"] == pytest.approx(4) and row["training"]["ms"] == pytest.approx(12)
     assert row["forward"]["lista_over_attention"] == pytest.approx(1 / 3)
     assert row["training"]["lista_over_attention"] == pytest.approx(0.5)
-    assert row["forward"]["speed_over_sdpa"] == {"flash": 2.0, "cudnn": None}
-    assert row["training"]["speed_over_sdpa"] == {"flash": 0.5, "cudnn": None}
-    forward = sum(kernel_budgets.budget(op, 24, 5, 16).flops for op in ("project", "attend_decode"))
+    assert row["forward"]["speed_over_sdpa"] == {"flash": pytest.approx(2), "cudnn": None}
+    assert row["training"]["speed_over_sdpa"] == {"flash": pytest.approx(0.5), "cudnn": None}
+    forward = sum(budget(op, 24, 5, 16).flops for op in ("project", "attend_decode"))
     assert row["forward"]["tflops"] == pytest.approx(forward / 4e9)
     json.dumps(row)
 
 
-def test_gradients_of_every_leaf_are_in_the_training_step() -> None:
-    seen: list[tuple[Tensor, ...]] = []
-    leaves = [torch.randn(2, 3), torch.randn(2, 3)]
-    gpu_check.forward_and_training(lambda a, b: a * b, leaves, lambda run: seen.append(run()) or 1.0)
-    assert torch.equal(seen[0], leaves[0] * leaves[1])
-    assert len(seen[1]) == 2 and not torch.equal(seen[1][0], seen[1][1])
+@pytest.mark.usefixtures("one_set")
+def test_few_heads_beside_a_plain_product() -> None:
+    row = gpu_check.few_heads(SMALL, FakeClock(1.0, 2.0))
+    assert row == {"pairs": 4, "n": 24, "m": 5, "d": 16, "project_ms": pytest.approx(1), "matmul_ms": pytest.approx(2)}
+
+
+def test_a_training_step_takes_the_gradient_of_every_leaf(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: dict[str, Any] = {}
+
+    def milliseconds(cases: dict[str, list[Call]], clock: Any, turns: int) -> dict[str, float]:
+        ran.update({name: [run() for run in runs] for name, runs in cases.items()})
+        return dict.fromkeys(cases, 1.0)
+
+    monkeypatch.setattr(gpu_check, "milliseconds", milliseconds)
+    a, b = torch.randn(2, 3), torch.randn(2, 3)
+    gpu_check.forward_and_training(lambda x, y: x * y, [[a, b]], FakeClock(1.0))
+    assert torch.equal(ran["forward"][0], a * b) and not ran["forward"][0].requires_grad
+    for got, wanted in zip(ran["training"][0], (a * b, a * a), strict=True):
+        assert torch.equal(got, wanted)
 
 
 def test_sizes_for_which_no_time_is_left_are_named() -> None:
     left_out: list[dict[str, int]] = []
-    assert list(gpu_check.by_size(gpu_check.Clock(0), left_out, device="meta")) == []
+    assert list(gpu_check.by_size(gpu_check.Deadline(0), left_out)) == []
     assert len(left_out) == 18 and left_out[0] == {"n": 4096, "m": 128, "d": 64}
-    found = list(gpu_check.by_size(gpu_check.Clock(1e6), [], device="meta"))
+    found = list(gpu_check.by_size(gpu_check.Deadline(1e6), []))
     assert [p.sizes() for p in found] == left_out
 
 
@@ -146,7 +175,7 @@ def test_the_file_keeps_other_stages_and_names_no_path(tmp_path: Path) -> None:
     assert str(ROOT) not in text and not any(root in text for root in ("/tmp/", "/root/", "/home/"))
     stages = json.loads(text)["stages"]
     assert stages["ops"]["rows"] == [1] and stages["tests"]["failed"][0].endswith("\nend")
-    assert all(stage["machine"]["command"].startswith("python benchmarks/gpu_check.py") for stage in stages.values())
+    assert all(stage["machine"]["torch"] == torch.__version__ for stage in stages.values())
 
 
 # ---- when something is missing, fails or takes too long -------------------------------------------------------------
@@ -164,13 +193,13 @@ def test_stages_are_named_on_the_command_line(capsys: pytest.CaptureFixture[str]
 def test_a_failing_stage_leaves_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report, seen = gpu_check.Report(tmp_path, "gpu"), []
 
-    def stage(clock: gpu_check.Clock) -> Any:
+    def stage(deadline: gpu_check.Deadline) -> Any:
         yield {"rows": [1]}
         seen.append(report.stages()["ops"]["status"])
         raise ValueError("no luck")
 
     monkeypatch.setitem(gpu_check.STAGES, "ops", stage)
-    assert not gpu_check.run_stage("ops", report, gpu_check.Clock(9))
+    assert not gpu_check.run_stage("ops", report, gpu_check.Deadline(9))
     entry = report.stages()["ops"]
     assert seen == ["running"]
     assert entry["status"] == "failed" and entry["reason"] == "ValueError: no luck" and entry["rows"] == [1]
@@ -180,17 +209,17 @@ def test_a_failing_stage_leaves_what_it_had(tmp_path: Path, monkeypatch: pytest.
 def test_without_nvcc_a_library_that_is_there_serves(monkeypatch: pytest.MonkeyPatch, loads: bool) -> None:
     monkeypatch.setattr(gpu_check, "find_tool", lambda name: None)
     monkeypatch.setattr(gpu_check, "command", lambda *_: (0 if loads else 1, ""))
-    (result,) = gpu_check.build(gpu_check.Clock(9))
+    (result,) = gpu_check.build(gpu_check.Deadline(9))
     assert result["status"] == ("skipped" if loads else "failed")
     assert result["reason"].startswith("no nvcc on this machine")
-    (result,) = gpu_check.sanitize(gpu_check.Clock(9))
+    (result,) = gpu_check.sanitize(gpu_check.Deadline(9))
     assert result == {"status": "skipped", "reason": "no compute-sanitizer on this machine"}
 
 
 def test_both_sanitizers_run_and_their_reports_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
 
-    def command(arguments: Any, clock: gpu_check.Clock, **environment: str) -> tuple[int, str]:
+    def command(arguments: Any, deadline: gpu_check.Deadline, **environment: str) -> tuple[int, str]:
         ran.append(arguments[arguments.index("--tool") + 1])
         return (
             (9, "========= ERROR SUMMARY: 1 error\n1 passed") if ran[-1] == "racecheck" else (0, "=========\n1 passed")
@@ -198,7 +227,7 @@ def test_both_sanitizers_run_and_their_reports_are_kept(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(gpu_check, "find_tool", lambda name: name)
     monkeypatch.setattr(gpu_check, "command", command)
-    *_, result = gpu_check.sanitize(gpu_check.Clock(9))
+    *_, result = gpu_check.sanitize(gpu_check.Deadline(9))
     assert ran == ["memcheck", "racecheck"]
     assert result["status"] == "failed" and result["memcheck"]["status"] == "passed"
     assert result["racecheck"]["report"] == ["========= ERROR SUMMARY: 1 error"]
@@ -206,7 +235,7 @@ def test_both_sanitizers_run_and_their_reports_are_kept(monkeypatch: pytest.Monk
 
 def test_a_command_is_stopped_when_time_is_up() -> None:
     code = "print('so far', flush=True); import time; time.sleep(60)"
-    status, output = gpu_check.command([sys.executable, "-c", code], gpu_check.Clock(2))
+    status, output = gpu_check.command([sys.executable, "-c", code], gpu_check.Deadline(2))
     assert (status, output) == (None, "so far\n")
     assert gpu_check.outcome(status) == "stopped"
 

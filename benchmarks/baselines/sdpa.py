@@ -8,6 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
