@@ -49,7 +49,6 @@ struct AttendBackwardMmaArgs {
 namespace slab_backward {
 
 constexpr int kQueries = limits::kBackwardQueries;
-constexpr float kLog2e = 1.4426950408889634f;
 
 template <typename T>
 CSAT_DEVICE GlobalRows<T> rows_of(const View& v, int64_t batch, int64_t head, int64_t rows, int columns) {

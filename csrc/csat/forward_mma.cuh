@@ -41,9 +41,6 @@ struct ForwardMmaArgs {
   bool z_vectors, out_vectors;  // 16-byte stores
 };
 
-// Natural logarithms outside, powers of two inside.
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-
 // A chunk of measurements in shared memory; bias in powers of two, -inf where there is no measurement.
 template <typename T, int kD>
 struct Chunk {

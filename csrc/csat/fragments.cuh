@@ -155,17 +155,7 @@ constexpr int block_offset(Tile<T, kColumns>, int i, int k) {
 
 }  // namespace fragment
 
-// One block (16, 16) of the left operand from rows `row` .. of a tile, columns `column` ..
-template <typename T, int kColumns>
-CSAT_DEVICE void load_block(uint32_t (&block)[4], Tile<T, kColumns> tile, int row, int column) {
-  ldmatrix_x4(block, tile.row(row + lane_id() % 16) + column + lane_id() / 16 * 8);
-}
-// The same of the transposed tile: block(r, k) = tile(column + k, row + r).
-template <typename T, int kColumns>
-CSAT_DEVICE void load_block_transposed(uint32_t (&block)[4], Tile<T, kColumns> tile, int row, int column) {
-  const int lane = lane_id();
-  ldmatrix_x4_transposed(block, tile.row(column + lane % 8 + lane / 16 * 8) + row + lane / 8 % 2 * 8);
-}
+// The rows of a tile as a left operand.
 template <int kRows, typename T, int kColumns>
 CSAT_DEVICE Operand<T, kRows, kColumns> load_operand(Tile<T, kColumns> tile) {
   Operand<T, kRows, kColumns> x;

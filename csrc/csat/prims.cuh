@@ -463,6 +463,9 @@ CSAT_DEVICE float warp_max(float x) {
 // Four consecutive floats from a 16-byte aligned address.
 CSAT_DEVICE float4 load4(const float* p) { return *reinterpret_cast<const float4*>(p); }
 
+// Natural logarithms outside kernels, powers of two inside, where exp2_approx is one instruction.
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
 // Full precision: nothing here is compiled with fast-math.
 CSAT_DEVICE float exp_f32(float x) { return expf(x); }
 CSAT_DEVICE float log_f32(float x) { return logf(x); }
