@@ -320,6 +320,51 @@ ON_TENSOR_CORES = [
     ((1, 3, 150), (3, 2, 2, 1, 128, 8, 8)),  # three groups of rows, two chunks
 ]
 ON_CORES = [((1, 2, 9), (1, 2, 1, 1, 260, 24, 18)), ((1, 2, 9), (2, 2, 2, 2, 17, 130, 24))]
+ON_WARPGROUPS = [
+    ((1, 1, 1), (1, 1, 1, 1, 5, 24, 1)),
+    ((2, 2, 9), (1, 3, 1, 1, 33, 24, 18)),
+    ((2, 2, 70), (2, 2, 1, 1, 64, 17, 64)),
+    ((1, 3, 300), (1, 1, 1, 1, 40, 24, 60)),  # a team walks several tiles, the next one on its way
+    ((1, 2, 40), (1, 5, 1, 1, 64, 64, 64)),  # and without room for it
+    ((1, 2, 40), (1, 3, 1, 1, 128, 128, 128)),
+    ((2, 2, 90), (2, 2, 1, 1, 100, 60, 70)),
+    ((1, 1, 700), (1, 1, 1, 1, 65, 24, 70)),  # two chunks
+]
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
+@pytest.mark.parametrize("shape,sizes", ON_WARPGROUPS, ids=str)
+def test_decode_backward_on_warpgroups(
+    library: Any,
+    generator: torch.Generator,
+    shape: tuple[int, int, int],
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+) -> None:
+    ops = EmulatedOps(library, seed=5, compute_capability=90)
+    check_decode_backward(ops, *_settled_decode(generator, dtype, shape, sizes))
+
+
+def test_products_of_decode_backward_are_warpgroups_on_hopper(library: Any, generator: torch.Generator) -> None:
+    """Of 64 rows, P = 64, two layers: B z, S a_1, g, es S, dS, two of dB, two of dz, dpsi, each 4 of 64 x 64 x 16."""
+    ops = EmulatedOps(library, compute_capability=90)
+    ops.decode_backward(*_settled_decode(generator, torch.bfloat16, (1, 1, 64), (1, 2, 1, 1, 64, 64, 64)))
+    assert ops.counters.mma == 40
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
+@pytest.mark.parametrize("size", [64, 128])
+def test_decode_backward_on_warpgroups_recomputes_the_iterates(
+    library: Any, generator: torch.Generator, size: int, dtype: torch.dtype
+) -> None:
+    """Those of attend_decode, bit for bit: a coefficient at its threshold is on in both passes or off in both."""
+    ops = EmulatedOps(library, seed=5, compute_capability=90)
+    S, B, theta, psi, step = _decoder(generator, (1, 3, 1, 1, size, size, size))
+    inputs = _attend_inputs(generator, dtype, (1, 1, 1, size, 20, size, size), "finite")
+    coefficients, z, _ = ops.attend_decode(*inputs, S, B, theta, torch.eye(size)[None], step, True)
+    dpsi = ops.decode_backward(torch.eye(size, dtype=dtype)[None, None], z, S, B, theta, psi, step)[4]
+    assert bool((coefficients == 0).any())
+    assert torch.equal(dpsi[0].to(dtype), coefficients[0, 0])
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
@@ -336,12 +381,14 @@ def test_decode_backward_in_16_bits(
     assert _on_tensor_cores(ops) == ((shape, sizes) in ON_TENSOR_CORES)
 
 
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("theta", [0.0, math.inf])
 @pytest.mark.parametrize("step", [0.0, 1.0])
 def test_decode_backward_at_the_ends_of_thresholds_and_steps(
-    ops: EmulatedOps, generator: torch.Generator, theta: float, step: float
+    ops: EmulatedOps, generator: torch.Generator, theta: float, step: float, capability: int
 ) -> None:
     """No threshold, every coefficient off, a layer that changes nothing: its step still has a gradient."""
+    ops.compute_capability = capability
     dc, z, S, B, thresholds, psi, steps = _settled_decode(generator, torch.bfloat16, (1, 1, 9), (1, 3, 1, 1, 20, 8, 8))
     steps[:, 1] = step
     got = check_decode_backward(ops, dc, z, S, B, torch.full_like(thresholds, theta), psi, steps)
@@ -365,17 +412,25 @@ def test_decode_backward_recomputes_the_iterates_of_decode(
     assert torch.equal(dpsi[0, :, :64].to(dtype), coefficients[0, 0])
 
 
-def test_decode_backward_takes_strided_tensors(ops: EmulatedOps, generator: torch.Generator) -> None:
-    dc, z, *weights = _settled_decode(generator, torch.float16, (2, 2, 11), (2, 2, 1, 2, 33, 9, 7))
+@pytest.mark.parametrize("capability,b_layers", [(80, 2), (90, 1)])
+def test_decode_backward_takes_strided_tensors(
+    ops: EmulatedOps, generator: torch.Generator, capability: int, b_layers: int
+) -> None:
+    ops.compute_capability = capability
+    dc, z, *weights = _settled_decode(generator, torch.float16, (2, 2, 11), (2, 2, 1, b_layers, 33, 9, 7))
     plain = ops.decode_backward(dc, z, *weights)
     transposed = [w.mT.contiguous().mT for w in weights[:2]]
     strided = ops.decode_backward(_strided(dc), _strided(z), *transposed, *weights[2:])
     assert all(torch.equal(a, b) for a, b in zip(plain, strided, strict=True))
 
 
-def test_order_of_threads_does_not_matter_to_decode_backward(library: Any, generator: torch.Generator) -> None:
-    arguments = _settled_decode(generator, torch.bfloat16, (1, 2, 90), (1, 2, 2, 1, 128, 24, 24))
-    first, *others = (EmulatedOps(library, seed=seed).decode_backward(*arguments) for seed in (0, 1, 2))
+@pytest.mark.parametrize("capability,s_layers", [(80, 2), (90, 1)])
+def test_order_of_threads_does_not_matter_to_decode_backward(
+    library: Any, generator: torch.Generator, capability: int, s_layers: int
+) -> None:
+    arguments = _settled_decode(generator, torch.bfloat16, (1, 2, 90), (1, 2, s_layers, 1, 128, 24, 24))
+    emulated = (EmulatedOps(library, seed=seed, compute_capability=capability) for seed in (0, 1, 2))
+    first, *others = (ops.decode_backward(*arguments) for ops in emulated)
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
@@ -637,6 +692,13 @@ def test_bank_conflicts_of_the_backward_on_tensor_cores(
     z, lse = _composite.attend(*inputs)
     ops = EmulatedOps(library, count_bank_conflicts=True, compute_capability=capability)
     _check_bank_conflicts(ops, "attend_backward", z, *inputs[:4], z, lse, inputs[4])
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_bank_conflicts_of_decode_backward_on_warpgroups(library: Any, generator: torch.Generator, size: int) -> None:
+    ops = EmulatedOps(library, count_bank_conflicts=True, compute_capability=90)
+    arguments = _settled_decode(generator, torch.float16, (1, 2, 150), (1, 3, 1, 1, size, size, size))
+    _check_bank_conflicts(ops, "decode_backward", *arguments)
 
 
 def test_report_is_raised(library: Any, generator: torch.Generator) -> None:

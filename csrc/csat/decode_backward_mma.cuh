@@ -144,24 +144,6 @@ CSAT_DEVICE Operand<T, kRows, kColumns> load_strided(uint32_t* blocks, const Vie
   return load_blocks<T, kRows, kColumns, kColumns>(blocks);
 }
 
-// The sum over the rows of a tile for each of 4 n columns. A lane comes with the sums over its own rows for columns
-// 8 (c / 2) + 2 t + c % 2, c < n, and gets the whole sum for the one with c = g n / 8. Each exchange halves the columns
-// that a lane holds, while there are two, and doubles the rows that are in them.
-template <int n>
-CSAT_DEVICE float column_sum(float (&held)[n]) {
-#pragma unroll
-  for (int mask = 16, half = n / 2; mask > 2; mask /= 2, half /= 2) {
-    const bool upper = lane_id() & mask;
-    if (half == 0) held[0] += shfl_xor(held[0], mask);
-#pragma unroll
-    for (int c = 0; c < half; ++c) {
-      const float keep = upper ? held[half + c] : held[c], send = upper ? held[c] : held[half + c];
-      held[c] = keep + shfl_xor(send, mask);
-    }
-  }
-  return held[0];
-}
-
 // e_t = g [a_{t+1} != 0] for the columns of g, and these rows' share of dtheta_t.
 template <typename T, int kRows, int kP, int kF, int kColumns>
 CSAT_DEVICE void store_error(const BackwardRows<kRows, kP, kF>& rows, int t, int first, Sums<kRows, kColumns>& g,

@@ -222,6 +222,26 @@ constexpr int64_t decode_backward_bytes(int atoms, int feature, bool psi_apart) 
 // nullptr if decode_backward runs on tensor cores within `shared_limit` bytes a block, else the reason.
 const char* why_not_mma(const DecodeBackwardParams& p, int64_t shared_limit);
 
+// The same on wgmma, S and B tied. A warpgroup has 64 rows and 64 coefficients; P, R and Dv share a size, 64 or 128.
+constexpr int decode_backward_wgmma_size(const Decoder& d) {
+  int64_t n = d.coefficients > d.features ? d.coefficients : d.features;
+  return smallest_of({64, 128}, n > d.outputs ? n : d.outputs);
+}
+// Weights; for each team of warpgroups `stages` tiles of z and dc, the iterates (a_T only where dpsi is summed with the
+// rows, for 64), es_t; thresholds and steps, their sums of every warp, mbarriers.
+constexpr int64_t decode_backward_wgmma_bytes(int size, int64_t layers, int stages) {
+  const int64_t teams = 128 / size, tile = int64_t(kWgmmaRows) * size;
+  const int64_t tiles = 2 * stages + 2 * layers - (size == 64 ? 0 : 1);
+  return 2 * (3 * size * size + teams * tiles * tile) + 4 * round_up(layers * (size + 1 + kMmaWarps * 65), 2) + 4 * 8;
+}
+// Tiles of z and dc that fit: 2, or 1; 0: none.
+constexpr int decode_backward_wgmma_stages(int size, int64_t layers, int64_t shared_limit) {
+  for (int stages : {2, 1})
+    if (decode_backward_wgmma_bytes(size, layers, stages) <= shared_limit) return stages;
+  return 0;
+}
+const char* why_not_wgmma(const DecodeBackwardParams& p, const Device& device);
+
 // nullptr if the op runs within `shared_limit` bytes a block, else the reason.
 const char* why_not(const AttendParams& p, int64_t shared_limit);
 const char* why_not(const AttendBackwardParams& p, int64_t shared_limit);

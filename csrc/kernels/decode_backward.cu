@@ -1,4 +1,4 @@
-// Host side of decode's backward: on tensor cores where limits::why_not_mma has nothing against it, else SIMT. The
+// Host side of decode's backward: wgmma, mma or SIMT, the first that limits.h has nothing against. The
 // iterates of all rows would not fit anywhere for long inputs, so the rows go in chunks of at most
 // limits::kWorkspaceCap bytes; the sums over rows are accumulated chunk by chunk, in order.
 #include "csat/decode_backward_mma.h"
@@ -145,6 +145,7 @@ int add_outer_sum(OuterArgs sum, float* target, bool accumulate, void* stream) {
 }  // namespace
 
 int64_t decode_backward_workspace(const DecodeBackwardParams& p) {
+  if (!limits::why_not_wgmma(p, limits::current_device())) return decode_backward_wgmma_workspace(p);
   if (!limits::why_not_mma(p, shared_memory_limit())) return decode_backward_mma_workspace(p);
   Carver carver(nullptr);
   Plan().take(p, carver, nullptr);
@@ -152,6 +153,7 @@ int64_t decode_backward_workspace(const DecodeBackwardParams& p) {
 }
 
 int decode_backward(const DecodeBackwardParams& p, void* workspace, void* stream) {
+  if (!limits::why_not_wgmma(p, limits::current_device())) return decode_backward_wgmma(p, workspace, stream);
   if (!limits::why_not_mma(p, shared_memory_limit())) return decode_backward_mma(p, workspace, stream);
   const Decoder& d = p.forward.decoder;
   Carver carver(workspace);

@@ -18,6 +18,7 @@ KERNELS: dict[str, tuple[int, ...]] = {
     "attend_backward_mma": MMA_FEATURES,
     "attend_backward_wgmma": (64, 128),
     "decode_backward_mma": (64, 128, 256),
+    "decode_backward_wgmma": (64, 128),
 }
 
 TEMPLATE = """// Written by generate.py.

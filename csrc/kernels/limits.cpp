@@ -128,6 +128,19 @@ const char* why_not_mma(const DecodeBackwardParams& p, int64_t shared_limit) {
              : "a layer's weights exceed the shared memory of a block";
 }
 
+const char* why_not_wgmma(const DecodeBackwardParams& p, const Device& device) {
+  const Decoder& d = p.forward.decoder;
+  const int size = decode_backward_wgmma_size(d);
+  if (device.capability != kWgmmaCapability) return "wgmma belongs to compute capability 9.0";
+  if (const char* reason = check_dtypes(p.forward.z.dtype, &d)) return reason;
+  if (!size) return "P, R or Dv above 128";
+  if (d.layers > 1 && (d.s_layers > 1 || d.b_layers > 1)) return "S or B not tied over the layers";
+  if (p.forward.batch * p.forward.heads * p.forward.queries == 0) return "no rows";
+  return decode_backward_wgmma_stages(size, d.layers, device.shared_bytes)
+             ? nullptr
+             : "the iterates of all layers exceed the shared memory of a block";
+}
+
 const char* why_not(const AttendParams& p, int64_t shared_limit) {
   return first_of({check_attend(p), check_row(attend_row(p.measurements, p.head_dim, p.features), shared_limit)});
 }
@@ -261,7 +274,7 @@ const char* can_run_backward(Family family, const AttendBackwardParams& p, const
 }
 
 const char* can_run_backward(Family family, const DecodeBackwardParams& p, const Device& device) {
-  if (family == Family::wgmma) return kNoWgmma;
+  if (family == Family::wgmma) return why_not_wgmma(p, device);
   if (family == Family::pair) return kNoPair;
   return family == Family::mma ? why_not_mma(p, device.shared_bytes) : why_not(p, device.shared_bytes);
 }
@@ -319,6 +332,10 @@ int64_t shared_bytes(Kernel kernel, Family family, const Problem& p, const Devic
   }
   if (kernel == Kernel::decode_backward) {
     if (family == Family::simt) return simt_bytes({decode_backward_row(d.coefficients, d.features, d.outputs)}, limit);
+    if (family == Family::wgmma) {
+      const int size = decode_backward_wgmma_size(d);
+      return decode_backward_wgmma_bytes(size, d.layers, decode_backward_wgmma_stages(size, d.layers, limit));
+    }
     const int atoms = mma_atoms(d.coefficients), feature = decode_backward_feature(d.features, d.outputs);
     const int64_t apart = decode_backward_bytes(atoms, feature, true);
     return apart <= limit ? apart : decode_backward_bytes(atoms, feature, false);
