@@ -188,7 +188,7 @@ class Table:
         self.settings, self.clock, self.deadline, self.save = settings, clock, deadline, save
         self.rows: list[dict[str, Any]] = []
         self.left_out: list[dict[str, Any]] = []
-        self.slowest: dict[tuple[str, int], tuple[int, float]] = {}  # (mechanism, mlp): n, seconds of a call
+        self.last: dict[tuple[str, int], tuple[int, float, int]] = {}  # (mechanism, mlp): n, seconds, bytes of a call
         self.too_large: set[tuple[str, int]] = set()
 
     def run(self) -> dict[str, Any]:
@@ -215,6 +215,9 @@ class Table:
         if (name, mlp) in self.too_large:
             self.leave_out(name, n, mlp, "memory: a shorter length did not fit")
             return None
+        if self.would_be_killed(name, n, mlp):
+            self.leave_out(name, n, mlp, "memory: what is free here may not hold it")
+            return None
         expected = self.expected(name, n, mlp)
         if expected > self.deadline.left():
             self.leave_out(name, n, mlp, f"time: {expected:.0f} s wanted, {self.deadline.left():.0f} s left")
@@ -227,15 +230,24 @@ class Table:
         except RuntimeError as error:  # a mechanism that does not run here leaves the others their rows
             self.leave_out(name, n, mlp, f"{type(error).__name__}: {str(error).splitlines()[0]}")
         else:
-            self.slowest[name, mlp] = n, case.estimate
+            self.last[name, mlp] = n, case.estimate, case.peak_bytes
             return case
         clear(torch.device(self.settings.device))
         return None
 
     def expected(self, name: str, n: int, mlp: int) -> float:
         """Seconds that a case takes at least, if its time grows with n^2 from the last length on: four calls."""
-        before = self.slowest.get((name, mlp))
+        before = self.last.get((name, mlp))
         return 1.0 if before is None else 4 * before[1] * (n / before[0]) ** 2
+
+    def would_be_killed(self, name: str, n: int, mlp: int) -> bool:
+        """Whether the memory of the last length, grown with n^2, is not there. On CUDA torch says so when it is tried;
+        on CPU the system ends the process."""
+        before = self.last.get((name, mlp))
+        device = torch.device(self.settings.device)
+        if before is None or device.type == "cuda":
+            return False
+        return before[2] * (n / before[0]) ** 2 > 0.7 * free_bytes(device)
 
     def leave_out(self, name: str, n: int, mlp: int, reason: str) -> None:
         self.left_out.append({"mechanism": name, "mlp": mlp, "n": n, "reason": reason})

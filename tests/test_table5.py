@@ -103,8 +103,18 @@ def test_what_time_or_memory_does_not_allow_is_listed(monkeypatch: pytest.Monkey
 def test_the_expected_time_grows_with_the_square_of_n() -> None:
     run = table()
     assert run.expected("full", 64, 0) == 1
-    run.slowest["full", 0] = 16, 0.5
+    run.last["full", 0] = 16, 0.5, 1 << 30
     assert run.expected("full", 64, 0) == pytest.approx(4 * 0.5 * 16)
+
+
+def test_on_cpu_no_length_is_begun_that_may_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = table()
+    run.last["full", 0] = 16, 0.5, 1 << 30
+    monkeypatch.setattr(table5, "free_bytes", lambda device: 5 << 30)
+    assert not run.would_be_killed("full", 16, 0) and run.would_be_killed("full", 32, 0)
+    assert not run.would_be_killed("csat", 1 << 20, 0)
+    run.settings = dataclasses.replace(TINY, device="cuda")
+    assert not run.would_be_killed("full", 32, 0)
 
 
 def test_growth_is_the_exponent_of_the_longest_lengths() -> None:
