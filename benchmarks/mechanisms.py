@@ -14,6 +14,7 @@ import machine  # noqa: F401  (csat_ext of a checkout that was never installed)
 from baselines import BASELINES, Budget
 from baselines.composed import ComposedStock
 from torch import Tensor, nn
+from torch.nn.functional import gelu
 
 from csat_ext import CSATAttention, CSATConfig
 
@@ -58,6 +59,24 @@ class Projected(nn.Module):
             proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         return self.out_proj(self.mechanism(q, k, v, key_mask).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)) with a GELU between where `hidden` is not 0.
+
+    x (B, N, width) to the same shape; key_mask (B, N) goes to the attention.
+    """
+
+    def __init__(self, attention: nn.Module, width: int, hidden: int) -> None:
+        super().__init__()
+        self.norm, self.attention, self.hidden = nn.LayerNorm(width), attention, hidden
+        if hidden:
+            self.mlp_norm = nn.LayerNorm(width)
+            self.inner, self.outer = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        x = x + self.attention(self.norm(x), key_mask=key_mask)
+        return x + self.outer(gelu(self.inner(self.mlp_norm(x)))) if self.hidden else x
 
 
 def csat_config(shape: LayerShape, **changes: Any) -> CSATConfig:

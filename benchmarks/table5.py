@@ -30,9 +30,8 @@ from typing import Any
 import torch
 from deadline import Deadline
 from machine import header
-from mechanisms import NAMES, LayerShape, attention_layer
-from torch import Tensor, nn
-from torch.nn.functional import gelu
+from mechanisms import NAMES, Block, LayerShape, attention_layer
+from torch import nn
 
 from csat_ext._library import CUDA
 from csat_ext.bench.clock import Call, Clock, CPUClock, CUDAClock, Timing
@@ -76,27 +75,12 @@ class Settings:
 # ---- the model -------------------------------------------------------------------------------------------------------
 
 
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)) where `mlp` is not 0: (B, N, width) to itself."""
-
-    def __init__(self, attention: nn.Module, width: int, mlp: int) -> None:
-        super().__init__()
-        self.norm, self.attention, self.mlp = nn.LayerNorm(width), attention, mlp
-        if mlp:
-            self.mlp_norm = nn.LayerNorm(width)
-            self.inner, self.outer = nn.Linear(width, mlp * width), nn.Linear(mlp * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm(x))
-        return x + self.outer(gelu(self.inner(self.mlp_norm(x)))) if self.mlp else x
-
-
 def model(name: str, n: int, mlp: int, settings: Settings) -> nn.Sequential:
     """The blocks under one mechanism."""
     blocks = []
     for layer in range(settings.layers):
         shape = LayerShape(settings.width, settings.heads, n, settings.m, layer=layer)
-        blocks.append(Block(attention_layer(name, shape), settings.width, mlp))
+        blocks.append(Block(attention_layer(name, shape), settings.width, mlp * settings.width))
     return nn.Sequential(*blocks).to(settings.device, DTYPES[settings.dtype])
 
 
