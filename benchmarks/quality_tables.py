@@ -91,7 +91,8 @@ def tables(quick: bool, folder: Path) -> dict[str, Table]:
     some = Protocol(
         Size(layers=4, width=128, heads=4, hidden=256, m=64), Schedule(steps=3000, batch=32), rates=(5e-4, 2e-3)
     )
-    ablation = Table(quick_listops, replace(few, equal_parameters=False), ablation_forms(SMALL.m))
+    parts = replace(few, equal_parameters=False, schedule=Schedule(steps=150, batch=32))
+    ablation = Table(quick_listops, parts, ablation_forms(SMALL.m))
     if quick:
         pixels = replace(few, schedule=Schedule(steps=100, batch=16))
         return {

@@ -11,7 +11,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from csat_ext.bench.tables import Results, kind, mechanisms_of, where
+from csat_ext.bench.tables import Results, counted_runs, kind, mechanisms_of, where
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -101,3 +101,21 @@ def ensembles(pyplot: Any, figure: Any, result: dict[str, Any]) -> None:
     axes.grid(visible=True, which="major", color="0.9")
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     axes.set_title(where(result["machine"]), fontsize=11)
+
+
+def quality(pyplot: Any, figure: Any, result: dict[str, Any]) -> None:
+    """Test accuracy of every seed, a bar at the mean, chance and the most frequent label as lines."""
+    axes = figure.subplots()
+    forms = counted_runs(result)
+    for i, (form, runs) in enumerate(forms.items()):
+        scores = [100 * run["test"] for run in runs]
+        colour = COLOURS[0] if form.startswith("csat") else COLOURS[1] if form == "full" else "0.4"
+        axes.plot(scores, [i] * len(scores), linestyle="none", marker="o", markersize=5, alpha=0.6, color=colour)
+        axes.plot([sum(scores) / len(scores)], [i], marker="|", markersize=16, markeredgewidth=2, color=colour)
+    s = result["settings"]
+    axes.axvline(100 * s["majority"], color="0.6", linestyle=":", linewidth=1)
+    axes.set_yticks(range(len(forms)), list(forms))
+    axes.invert_yaxis()
+    axes.set_xlabel("test accuracy, %: a point a seed, a bar at the mean; dotted: the most frequent label")
+    axes.grid(visible=True, axis="x", color="0.9")
+    axes.set_title(f"{s['task']}{', quick' if s['quick'] else ''}: {where(result['machine'])}", fontsize=11)

@@ -49,6 +49,14 @@ SECTIONS = (
     Section("Time of the operator alone", "scaling", _alone(tables.scaling), drawer=pictures.scaling),
     Section("The operator on a GPU", "gpu_check_*", tables.gpu_attention),
     Section("Pretraining", "pretrain", _alone(tables.pretrain), kept=("pretrain", "pretrain_examples")),
+    Section(
+        "What is learnt with equal parameters, examples and steps",
+        "quality_[!a]*",
+        tables.quality,
+        "`csat + linear` is the control that `csat + LISTA` has to beat. Protocol: `benchmarks/quality/protocol.py`.",
+        pictures.quality,
+    ),
+    Section("What each part of CSAT buys", "quality_ablation*", tables.ablation),
     Section("Which ensembles approximate attention", "ensembles", _alone(tables.ensembles), drawer=pictures.ensembles),
     Section(
         "Sparse decoding on the synthetic problem",

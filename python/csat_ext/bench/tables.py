@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,9 +219,93 @@ def _gpu_row(row: dict[str, Any]) -> list[str]:
     return cells
 
 
+# ---- quality ---------------------------------------------------------------------------------------------------------
+
+
 def spread(values: Sequence[float]) -> float:
     """Standard deviation of a sample; 0 of a single value."""
-    if len(values) < 2:
-        return 0.0
-    mean = sum(values) / len(values)
-    return float((sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5)
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def counted_runs(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Form of attention -> its runs at the rate that was chosen on validation, with the first seed, one for each seed.
+
+    The lower of equally good rates, as `benchmarks/quality/protocol.py` chooses.
+    """
+    first = result["settings"]["seeds"][0]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for form in result["settings"]["forms"]:
+        runs = [run for run in result["runs"] if run["form"] == form]
+        tried = [run for run in runs if run["seed"] == first]
+        if tried:
+            rate = max(tried, key=lambda run: (run["validation"], -run["rate"]))["rate"]
+            found[form] = [run for run in runs if run["rate"] == rate]
+    return found
+
+
+def percent(runs: Sequence[dict[str, Any]]) -> str:
+    """Mean and standard deviation of the test accuracy, in percent, and the number of runs."""
+    scores = [100 * run["test"] for run in runs]
+    sigma = f" ± {spread(scores):.1f}" if len(scores) > 1 else ""
+    return f"{statistics.fmean(scores):.1f}{sigma} ({len(scores)})"
+
+
+def _protocol(result: dict[str, Any]) -> str:
+    s, quick = result["settings"], result["settings"]["quick"]
+    size, examples = s["size"], s["examples"]
+    rates = ", ".join(f"{rate:g}" for rate in s["rates"])
+    return (
+        f"{s['about']}. {'**A quick set, too short for conclusions.** ' if quick else ''}Test accuracy in percent, "
+        f"mean ± standard deviation (number of seeds); chance {100 * s['chance']:.0f}, the most frequent label "
+        f"{100 * s['majority']:.1f}. {size['layers']} layers, width {size['width']}, {size['heads']} heads, "
+        f"m = {size['m']}; {s['schedule']['steps']} steps of {s['schedule']['batch']} out of {examples[0]} examples, "
+        f"{examples[2]} for the test; rate {'out of ' if len(s['rates']) > 1 else ''}{rates}.\n\n"
+    )
+
+
+def quality(results: Results, name: str) -> str:
+    """What each mechanism learns with equal parameters, examples, steps and seeds."""
+    result = results.load(name)
+    forms = result["settings"]["forms"]
+    rows = []
+    for form, runs in counted_runs(result).items():
+        times = [run["ms_a_step"] for run in runs if "ms_a_step" in run]
+        took = milliseconds(statistics.median(times)) if times else "-"
+        rows.append([f"`{form}`", percent(runs), f"{runs[0]['rate']:g}", f"{forms[form]['parameters']}", took])
+    head = ["attention", "accuracy", "rate", "parameters", "ms a step"]
+    return _protocol(result) + table(head, rows) + _runs_left_out(result) + results.source(result["machine"], name)
+
+
+def _runs_left_out(result: dict[str, Any]) -> str:
+    left = len(result["left_out"])
+    return f"\n\n{left} runs were left out for time." if left else ""
+
+
+DECODERS = ("none", "linear", "lista")
+
+
+def ablation(results: Results, name: str) -> str:
+    """Ensemble x fixed or learned x decoder, then decoder x m for the default ensemble."""
+    result = results.load(name)
+    runs = counted_runs(result)
+    parts = {tuple(form.split(", ")): own for form, own in runs.items() if form.count(", ") == 3}
+    m = f"m = {result['settings']['size']['m']}"
+
+    def cell(*form: str) -> str:
+        return percent(parts[form]) if form in parts else "-"
+
+    kinds = list(dict.fromkeys((ensemble, phi) for ensemble, phi, _, _ in parts))
+    rows = [[f"{ensemble}, {phi}", *(cell(ensemble, phi, d, m) for d in DECODERS)] for ensemble, phi in kinds]
+    sizes = sorted({int(size.removeprefix("m = ")) for *_, size in parts})
+    of_m = [[d, *(cell("pool", "fixed", d, f"m = {size}") for size in sizes)] for d in ("none", "lista")]
+    full = f"Full attention: {percent(runs['full'])}.\n\n" if "full" in runs else ""
+    return (
+        _protocol(result)
+        + full
+        + table([f"ensemble, Phi; {m}", *(f"decoder `{d}`" for d in DECODERS)], rows)
+        + "\n\n"
+        + table(["pool, fixed; decoder", *(f"m = {size}" for size in sizes)], of_m)
+        + "\n\nHere parameters are not made equal: learned Phi and decoders add theirs."
+        + _runs_left_out(result)
+        + results.source(result["machine"], name)
+    )
