@@ -108,7 +108,7 @@ class Case:
     weights_bytes: int
     peak_bytes: int
     estimate: float
-    timer: str = ""
+    timer: str
     samples: list[float] = field(default_factory=list)
 
     def calls(self) -> list[Call]:
@@ -140,19 +140,19 @@ def make_case(name: str, n: int, mlp: int, settings: Settings, clock: Clock) -> 
     call()
     start = time.perf_counter()
     peak = clock.peak_bytes(call)
-    return Case(name, n, mlp, call, parameters, held, peak, time.perf_counter() - start)
+    timer = "cuda events" if settings.device == "cuda" else "torch.utils.benchmark"
+    return Case(name, n, mlp, call, parameters, held, peak, time.perf_counter() - start, timer)
 
 
-def prepare(cases: Sequence[Case], clock: Clock, device: torch.device) -> None:
+def capture(cases: Sequence[Case], clock: Clock, device: torch.device) -> None:
     """Graphs for all of them where their memory allows it, for none of them otherwise."""
     clear(device)
     together = 1.3 * sum(case.peak_bytes for case in cases)
-    graphs = device.type == "cuda" and together < 0.8 * free_bytes(device)
+    if device.type != "cuda" or together > 0.8 * free_bytes(device):
+        return
     for case in cases:
-        case.timer = "cuda events" if device.type == "cuda" else "torch.utils.benchmark"
-        if graphs:
-            clear(device)
-            case.call, case.timer = clock.prepare(case.call)
+        clear(device)
+        case.call, case.timer = clock.prepare(case.call)
 
 
 def clear(device: torch.device) -> None:
@@ -174,6 +174,7 @@ class Table:
         self.left_out: list[dict[str, Any]] = []
         self.last: dict[tuple[str, int], tuple[int, float, int]] = {}  # (mechanism, mlp): n, seconds, bytes of a call
         self.too_large: set[tuple[str, int]] = set()
+        self.machine = header()
 
     def run(self) -> dict[str, Any]:
         for n in self.settings.lengths:
@@ -186,8 +187,9 @@ class Table:
         device = torch.device(self.settings.device)
         cases = [case for name in self.settings.mechanisms if (case := self.case(name, n, mlp)) is not None]
         try:
-            prepare(cases, self.clock, device)
-        except torch.OutOfMemoryError:  # graphs of the calls before hold too much: this length is launched
+            capture(cases, self.clock, device)
+        except torch.OutOfMemoryError:  # the graphs so far hold too much: this length is launched
+            cases.clear()
             clear(device)
             cases = [case for name in self.settings.mechanisms if (case := self.case(name, n, mlp)) is not None]
         self.take_turns(cases)
@@ -254,7 +256,7 @@ class Table:
     def result(self, running: Iterable[dict[str, Any]] = ()) -> dict[str, Any]:
         rows = [*self.rows, *running]
         return {
-            "machine": header(),
+            "machine": self.machine,
             "settings": asdict(self.settings),
             "paper, full over csat": PAPER,
             "full over each": ratios(rows),

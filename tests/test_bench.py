@@ -8,16 +8,18 @@ import json
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from csat_ext import cli
 from csat_ext.bench import compare, kernels, machine, revision, roofline
-from csat_ext.bench.clock import Call, CPUClock, clock_for, measure, rotations
+from csat_ext.bench.clock import Call, CPUClock, CUDAClock, clock_for, measure, rotations
 from csat_ext.bench.kernels import OPS, PASSES, Grid, Problem
 from csat_ext.bench.work import Sizes, work
 
@@ -86,6 +88,19 @@ def test_the_cpu_clock_gives_the_mean_call_of_a_round(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(benchmark, "Timer", functools.partial(benchmark.Timer, timer=lambda: now[0]))
     assert CPUClock(1e-3).seconds([call(1.0), call(2.0), call(6.0)]) == pytest.approx(3.0)
+
+
+def test_a_replayed_graph_keeps_the_tensors_that_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = mock.MagicMock()
+    for name in ("Stream", "current_stream", "stream", "graph", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    x = torch.ones(3)
+    alive = weakref.ref(x)
+    replay, timer = CUDAClock().prepare(lambda x=x: x + 1)
+    del x
+    replay()
+    assert timer == "cuda graph" and graph.replay.call_count == 1 and alive() is not None
 
 
 def test_peak_memory_is_what_tensors_hold_at_once() -> None:

@@ -117,6 +117,18 @@ def test_on_cpu_no_length_is_begun_that_may_not_fit(monkeypatch: pytest.MonkeyPa
     assert not run.would_be_killed("full", 32, 0)
 
 
+def test_graphs_are_for_all_of_a_length_or_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, cuda = FakeClock(), torch.device("cuda")
+    cases = [table5.make_case(name, 16, 0, TINY, clock) for name in TINY.mechanisms]
+    monkeypatch.setattr(table5, "clear", lambda device: None)
+    monkeypatch.setattr(table5, "free_bytes", lambda device: 3 << 20)
+    table5.capture(cases, clock, cuda)
+    assert {case.timer for case in cases} == {"torch.utils.benchmark"}
+    monkeypatch.setattr(table5, "free_bytes", lambda device: 4 << 20)
+    table5.capture(cases, clock, cuda)
+    assert {case.timer for case in cases} == {"fake"}
+
+
 def test_growth_is_the_exponent_of_the_longest_lengths() -> None:
     lengths = (1, 2, 4, 8, 16)
     rows = [
