@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from baselines.sdpa import FullAttention
+from deadline import Deadline
 from kernel_budgets import HEADS, LAYERS, MEASUREMENTS, PAIRS, TOKENS, WIDTHS, budget, choices, floor_ms
 from machine import header
 from torch import Tensor
@@ -43,16 +44,6 @@ PYTHONPATH = os.pathsep.join(filter(None, (str(ROOT / "python"), os.environ.get(
 ENVIRONMENT = {**os.environ, "PYTHONPATH": PYTHONPATH}
 Run = Callable[[], Any]
 Result = dict[str, Any]
-
-
-class Deadline:
-    """Seconds left of those that the run may take."""
-
-    def __init__(self, seconds: float) -> None:
-        self._end = time.monotonic() + seconds
-
-    def left(self) -> float:
-        return max(self._end - time.monotonic(), 0.0)
 
 
 class Report:

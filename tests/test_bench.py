@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import subprocess
 import sys
+import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from csat_ext import cli
 from csat_ext.bench import compare, kernels, machine, revision, roofline
-from csat_ext.bench.clock import Call, CPUClock, clock_for, measure, rotations
+from csat_ext.bench.clock import Call, CPUClock, CUDAClock, clock_for, measure, rotations
 from csat_ext.bench.kernels import OPS, PASSES, Grid, Problem
 from csat_ext.bench.work import Sizes, work
 
@@ -69,10 +73,34 @@ def test_cases_take_turns() -> None:
         measure(cases, FakeClock(1.0), 0)
 
 
-def test_the_cpu_clock_tells_long_from_short() -> None:
-    x = torch.ones(128, 128)
-    short, long = (CPUClock(2e-3).seconds([lambda n=n: [x @ x for _ in range(n)]]) for n in (1, 50))
-    assert 10 < long / short < 250
+def test_the_cpu_clock_measures_at_least_what_a_call_takes() -> None:
+    assert CPUClock(1e-3).seconds([lambda: time.sleep(0.02)] * 2) >= 0.02
+
+
+def test_the_cpu_clock_gives_the_mean_call_of_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its time is one that only the calls let pass."""
+    from torch.utils import benchmark
+
+    now = [0.0]
+
+    def call(seconds: float) -> Call:
+        return lambda: now.__setitem__(0, now[0] + seconds)
+
+    monkeypatch.setattr(benchmark, "Timer", functools.partial(benchmark.Timer, timer=lambda: now[0]))
+    assert CPUClock(1e-3).seconds([call(1.0), call(2.0), call(6.0)]) == pytest.approx(3.0)
+
+
+def test_a_replayed_graph_keeps_the_tensors_that_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = mock.MagicMock()
+    for name in ("Stream", "current_stream", "stream", "graph", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    x = torch.ones(3)
+    alive = weakref.ref(x)
+    replay, timer = CUDAClock().prepare(lambda x=x: x + 1)
+    del x
+    replay()
+    assert timer == "cuda graph" and graph.replay.call_count == 1 and alive() is not None
 
 
 def test_peak_memory_is_what_tensors_hold_at_once() -> None:

@@ -78,9 +78,8 @@ def test_a_killed_rank_ends_the_run_which_resumes_bitwise(job: Path, uninterrupt
     output = job / "killed"
     process = start("-m", "csat_ext.cli", *arguments(job, output), ranks=2)
     lines = output / "metrics.jsonl"
-    deadline = time.monotonic() + 120
     while not (lines.is_file() and lines.read_text().count("\n") > EVERY):
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.poll() is None
         time.sleep(0.005)
     os.kill(workers(process.pid)[1], signal.SIGKILL)
     told = finish(process, code=1)

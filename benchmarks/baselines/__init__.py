@@ -2,7 +2,9 @@
 
 One interface: a module takes q, k, v (B, H, N, D) and an optional key_mask (B, N) bool, True = keep, and returns
 (B, H, N, D). A baseline is made for a `Budget` by its name in `BASELINES`; `parameters` counts what it learns.
-The packages of these methods on the index have not been kept up; hence equations of the papers, cited where they stand.
+The packages of these methods on the index have not been kept up; hence formulas after the papers. They were written
+down from memory, without the papers at hand, so sections and equations are not cited by number; the tests hold each to
+the property that defines it. What is said of fairseq's Linformer and of the Nystromformer authors' code was read there.
 """
 
 from __future__ import annotations

@@ -12,10 +12,10 @@ from .budget import Budget
 
 
 class Linformer(nn.Module):
-    """softmax(q (E k)^T / sqrt(D)) F v with learned E, F (m, N) (equation 7), shared by the heads ("headwise sharing").
+    """softmax(q (E k)^T / sqrt(D)) F v with learned E, F (m, N), shared by the heads ("headwise sharing").
 
-    A masked token is set to 0 before it is projected; fewer tokens than N use the first columns of E and F, as in
-    fairseq. 2 m N parameters.
+    A masked token is set to 0 before it is projected. Fewer tokens than N use the first columns of E and F, and both
+    start as Xavier's uniform with gain 1 / sqrt(2), as in fairseq. 2 m N parameters.
     """
 
     def __init__(self, budget: Budget) -> None:

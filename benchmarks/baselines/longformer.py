@@ -1,4 +1,4 @@
-"""Longformer's sliding window (Beltagy, Peters and Cohan 2020, section 3.1): token i attends to |i - j| <= w / 2."""
+"""Longformer's sliding window (Beltagy, Peters and Cohan 2020): token i attends to |i - j| <= w / 2."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _compiled_flex() -> Any:
 def banded_attention(q: Tensor, k: Tensor, v: Tensor, half: int, key_mask: Tensor | None = None) -> Tensor:
     """Attention to |i - j| <= half, in blocks of c = max(half, 1) queries and the c + 2 half keys that they can reach.
 
-    3 N half scores at most are in memory (the paper's "sliding chunks"). A row that reaches no kept key is 0.
+    3 N half scores at most are in memory (the authors' sliding chunks). A row that reaches no kept key is 0.
     """
     batch, tokens = q.shape[0], q.shape[2]
     block = max(half, 1)

@@ -25,7 +25,7 @@ def landmarks(x: Tensor, m: int, key_mask: Tensor | None = None) -> Tensor:
 def iterative_pinv(a: Tensor, iterations: int) -> Tensor:
     """Moore-Penrose inverse: Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4, Z_0 = A^T / (|A|_1 |A|_inf).
 
-    Razavi et al. 2014, as the paper takes it; six iterations there.
+    After Razavi et al. 2014, as the paper takes it; six iterations in the authors' code.
     """
     identity = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     norms = a.abs().sum(-2).amax(-1) * a.abs().sum(-1).amax(-1)
@@ -40,11 +40,11 @@ class Nystromformer(nn.Module):
     """softmax(q k~^T) softmax(q~ k~^T)^+ softmax(q~ k^T) v with m landmarks q~, k~, scores over sqrt(D).
 
     The convolution is the paper's skip connection: over the tokens of v, one kernel for each head, `kernel` of them
-    odd (33 in the authors' code), added to the output; None leaves it out. H x kernel parameters. The pseudo-inverse
-    is taken in float32 at least.
+    odd (35 in the authors' settings for the Long Range Arena), added to the output; None leaves it out. H x kernel
+    parameters. The pseudo-inverse is taken in float32 at least.
     """
 
-    def __init__(self, budget: Budget, *, iterations: int = 6, kernel: int | None = 33) -> None:
+    def __init__(self, budget: Budget, *, iterations: int = 6, kernel: int | None = 35) -> None:
         super().__init__()
         if kernel is not None and (kernel < 1 or kernel % 2 == 0):
             raise ValueError(f"kernel: {kernel} came; an odd positive number or None is accepted")

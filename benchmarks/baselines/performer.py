@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from .budget import Budget
 
-EPSILON = 1e-6  # added to every feature, as in the authors' implementation: no denominator is 0
+EPSILON = 1e-6  # added to every feature, as in common implementations: no denominator is 0
 
 
 def orthogonal_features(m: int, width: int, seed: int) -> Tensor:
-    """omega (m, D): rows N(0, I), orthogonal to each other within every block of D rows (section 2.3).
+    """omega (m, D): rows N(0, I), orthogonal to each other within every block of D rows.
 
     A block is a uniformly random orthogonal matrix whose rows get the lengths of independent Gaussian vectors, so that
     each row by itself is N(0, I) and the estimate stays unbiased.
@@ -28,7 +28,7 @@ def orthogonal_features(m: int, width: int, seed: int) -> Tensor:
 
 
 def log_features(x: Tensor, omega: Tensor) -> Tensor:
-    """Exponents of sqrt(m) phi(x) = exp(omega x' - |x'|^2 / 2), x' = x / D^(1/4) (lemma 1): (.., N, D) to (.., N, m).
+    """Exponents of sqrt(m) phi(x) = exp(omega x' - |x'|^2 / 2), x' = x / D^(1/4): (.., N, D) to (.., N, m).
 
     E[phi(q) . phi(k)] = exp(q . k / sqrt(D)).
     """
@@ -37,7 +37,7 @@ def log_features(x: Tensor, omega: Tensor) -> Tensor:
 
 
 class Performer(nn.Module):
-    """D^-1 (phi(q) (phi(k)^T v)), D = diag(phi(q) phi(k)^T 1) (section 2.2), positive orthogonal random features.
+    """D^-1 (phi(q) (phi(k)^T v)), D = diag(phi(q) phi(k)^T 1), positive orthogonal random features.
 
     Exponents are shifted by their maximum (of a row for q, of all tokens for k), which cancels; features are made in
     float32 at least, products are in the dtype of q. Nothing is learned; the features are drawn once.

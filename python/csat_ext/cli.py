@@ -167,6 +167,20 @@ def bench_roofline(
     typer.echo(f"written: {output}")
 
 
+@app.command()
+def report(
+    results: Annotated[Path, typer.Option(help="Folder of result files.")] = Path("benchmarks/results"),
+    output: Annotated[Path, typer.Option(help="The page, HTML with its pictures inside.")] = Path("report.html"),
+) -> None:
+    """Tables and pictures of every known result file, as docs/results.md has them, on one HTML page."""
+    from csat_ext.bench import report
+    from csat_ext.bench.tables import Results
+
+    link = Path(os.path.relpath(results, output.resolve().parent)).as_posix()
+    output.write_text(report.html(Results(results, link)))
+    typer.echo(f"written: {output}")
+
+
 @app.command("ds-report")
 def ds_report() -> None:
     """DeepSpeed's ds_report with our operator in its list."""

@@ -106,7 +106,7 @@ class CUDAClock:
         except RuntimeError:  # the call waits for the device, or its backward belongs to another stream
             torch.cuda.synchronize()
             return call, "cuda events"
-        return graph.replay, "cuda graph"
+        return _Replay(graph, call), "cuda graph"
 
     def seconds(self, calls: Sequence[Call]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -128,6 +128,17 @@ class CUDAClock:
         torch.cuda.synchronize()
         del kept
         return torch.cuda.max_memory_allocated() - before
+
+
+@dataclass(frozen=True)
+class _Replay:
+    """Replays a graph, and keeps the call: the graph reads the tensors that it holds, where they were."""
+
+    graph: torch.cuda.CUDAGraph
+    call: Call
+
+    def __call__(self) -> None:
+        self.graph.replay()
 
 
 def clock_for(device: torch.device, *, quick: bool = False) -> Clock:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-# Okabe and Ito's colours, told apart by colour-blind readers; each op has a marker of its own as well.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+from csat_ext.bench.pictures import COLOURS, MARKERS
 
 
 def points(result: dict[str, Any], dtype: str, direction: str) -> dict[str, list[tuple[float, float, float, float]]]:
@@ -53,7 +51,7 @@ def draw(result: dict[str, Any], output: Path, *, dtype: str | None = None, dire
     axes.annotate(f"copy: {copy:.3g} TB/s", (left, copy * left), (16, -2), **_note())
     for i, (op, line) in enumerate(found.items()):
         x, y, below, above = zip(*line, strict=True)
-        look: dict[str, Any] = {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)]}
+        look: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
         axes.errorbar(x, y, yerr=[below, above], label=op, linestyle="none", markersize=7, capsize=2, **look)
     axes.set(xscale="log", yscale="log", xlim=(left, right))
     axes.set_ylim(top=2.5 * max([product, *(y for line in found.values() for _, y, *_ in line)]))

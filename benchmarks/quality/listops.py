@@ -1,0 +1,77 @@
+"""ListOps (Nangia and Bowman 2018) with the settings of the Long Range Arena (Tay et al. 2021): nested MIN, MAX, MED
+and SM (sum modulo 10) of digits, the label being the value.
+
+A node is an operator with probability 1/4 above the greatest depth, else a digit; an operator has 2 to `arguments`
+arguments. MED is the median, rounded towards 0. As in LRA the parentheses of the binary tree are left out, a length
+is the number of digits, operators and closing brackets, expressions outside the lengths are drawn anew, and no
+expression is there twice.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from dataclasses import dataclass
+
+import torch
+
+from .task import Task, splits_of
+
+OPERATORS = ("MIN", "MAX", "MED", "SM")
+PADDING, DIGIT, OPEN = 0, 1, 11
+"""Tokens: 0 padding, 1 + digit, 11 + operator, 15 the closing bracket."""
+CLOSE = OPEN + len(OPERATORS)
+NESTED = 0.25
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """LRA's: depth and number of arguments at most, length in between (both excluded)."""
+
+    depth: int = 10
+    arguments: int = 10
+    shortest: int = 500
+    longest: int = 2000
+
+
+def value_of(operator: str, arguments: list[int]) -> int:
+    if operator == "SM":
+        return sum(arguments) % 10
+    return {"MIN": min, "MAX": max, "MED": lambda a: int(statistics.median(a))}[operator](arguments)
+
+
+def expression(rng: random.Random, sizes: Sizes, depth: int = 1) -> tuple[list[int], int]:
+    """Tokens and value of a random expression; one longer than `sizes.longest` is cut off, with a value that is not
+    its own."""
+    if depth >= sizes.depth or rng.random() >= NESTED:
+        digit = rng.randrange(10)
+        return [DIGIT + digit], digit
+    tokens, values = [0], []
+    for _ in range(rng.randint(2, sizes.arguments)):
+        inner, value = expression(rng, sizes, depth + 1)
+        tokens += inner
+        values.append(value)
+        if len(tokens) >= sizes.longest:
+            break
+    operator = rng.randrange(len(OPERATORS))
+    tokens[0] = OPEN + operator
+    return [*tokens, CLOSE], value_of(OPERATORS[operator], values)
+
+
+def listops(sizes: Sizes, counts: tuple[int, int, int], seed: int = 0) -> Task:
+    """Train, validation and test examples, all different."""
+    rng = random.Random(seed)
+    drawn: dict[tuple[int, ...], int] = {}
+    while len(drawn) < sum(counts):
+        tokens, value = expression(rng, sizes)
+        if sizes.shortest < len(tokens) < sizes.longest:
+            drawn[tuple(tokens)] = value
+    rows = torch.full((len(drawn), sizes.longest), PADDING, dtype=torch.uint8)
+    for row, tokens_of_one in zip(rows, drawn, strict=True):
+        row[: len(tokens_of_one)] = torch.tensor(tokens_of_one, dtype=torch.uint8)
+    about = (
+        f"ListOps, depth {sizes.depth}, 2 to {sizes.arguments} arguments, {sizes.shortest} to {sizes.longest} tokens"
+        f"{' (the settings of LRA)' if sizes == Sizes() else ' (easier than the settings of LRA)'}"
+    )
+    parts = splits_of(rows, rows != PADDING, torch.tensor(list(drawn.values())), counts)
+    return Task("listops", about, 10, CLOSE + 1, *parts)

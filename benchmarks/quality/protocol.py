@@ -1,0 +1,140 @@
+"""The protocol of every quality table: what is fixed, what is chosen on validation, what is run with every seed.
+
+For each form of attention the rate is chosen among the same few on the validation split with the first seed; then every
+seed is run at that rate, and the test split is looked at once a run. Each run is on disk when it ends, and one that is
+there is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from deadline import Deadline
+from machine import header
+
+from .classifier import Classifier, Layer, Size, count, equal_hidden
+from .task import Task
+from .training import Schedule, accuracy, on, train
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Attributes:
+    equal_parameters: MLPs are widened until every form has the parameters of the largest.
+    rates: tried on the validation split.
+    """
+
+    size: Size
+    schedule: Schedule
+    rates: tuple[float, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    equal_parameters: bool = True
+    quick: bool = False
+
+
+class Record:
+    """A result file: the settings, and one entry a run.
+
+    Raises:
+        ValueError: the file has runs of other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path, self.settings = path, json.loads(json.dumps(settings))
+        self.runs: list[dict[str, Any]] = []
+        self.left_out: list[dict[str, Any]] = []
+        if path.exists():
+            earlier = json.loads(path.read_text())
+            if earlier["settings"] != self.settings:
+                raise ValueError(f"{path.name} has runs of other settings: remove it, or name another --output")
+            self.runs = earlier["runs"]
+
+    def find(self, form: str, rate: float, seed: int) -> dict[str, Any] | None:
+        key = (form, rate, seed)
+        return next((run for run in self.runs if (run["form"], run["rate"], run["seed"]) == key), None)
+
+    def put(self, run: dict[str, Any]) -> None:
+        self.runs.append(run)
+        self.save()
+
+    def save(self) -> None:
+        whole = {"machine": header(), "settings": self.settings, "left_out": self.left_out, "runs": self.runs}
+        self.path.write_text(json.dumps(whole, indent=1) + "\n")
+
+    def chosen_rate(self, form: str, rates: tuple[float, ...], seed: int) -> float | None:
+        """The rate of the best validation accuracy with a seed, the lower of equal ones; None until all were tried."""
+        tried = [self.find(form, rate, seed) for rate in rates]
+        if any(run is None for run in tried):
+            return None
+        return max((run for run in tried if run is not None), key=lambda r: (r["validation"], -r["rate"]))["rate"]
+
+
+def hidden_widths(forms: Mapping[str, Layer], task: Task, protocol: Protocol) -> dict[str, tuple[int, int]]:
+    """Form -> width of its MLPs and parameters of its classifier."""
+    size, given = protocol.size, (task.tokens, task.vocabulary, task.classes)
+    base = {name: count(layer, size, size.hidden, *given) for name, layer in forms.items()}
+    hidden = equal_hidden(base, size) if protocol.equal_parameters else dict.fromkeys(forms, size.hidden)
+    return {name: (hidden[name], count(forms[name], size, hidden[name], *given)) for name in forms}
+
+
+def wanted(forms: Mapping[str, Layer], protocol: Protocol, record: Record) -> Iterator[tuple[str, float, int]]:
+    """Form, rate and seed of every run that is not there yet; all rates with the first seed, then the seeds in turn."""
+    first, *others = protocol.seeds
+    for rate in protocol.rates:
+        for form in forms:
+            if record.find(form, rate, first) is None:
+                yield form, rate, first
+    for seed in others:
+        for form in forms:
+            rate_of_form = record.chosen_rate(form, protocol.rates, first)
+            if rate_of_form is not None and record.find(form, rate_of_form, seed) is None:
+                yield form, rate_of_form, seed
+
+
+def run_one(layer: Layer, hidden: int, task: Task, protocol: Protocol, rate: float, seed: int) -> dict[str, Any]:
+    """One training and its accuracies; the task lies on the device that trains."""
+    torch.manual_seed(seed)
+    device = task.train.tokens.device
+    model = Classifier(layer, protocol.size, hidden, task.tokens, task.vocabulary, task.classes, seed).to(device)
+    try:
+        found = train(model, task.train, protocol.schedule, rate, seed)
+    except FloatingPointError as error:  # a rate that is too high is a result
+        return {"validation": 0.0, "test": 0.0, "reason": str(error)}
+    batch = protocol.schedule.batch
+    scores = {"validation": accuracy(model, task.validation, batch), "test": accuracy(model, task.test, batch)}
+    return found | scores
+
+
+def run(
+    forms: Mapping[str, Layer], task: Task, protocol: Protocol, device: str, deadline: Deadline, output: Path
+) -> dict[str, Any]:
+    """Every run of a table that is not in the file yet, while time is left; returns what the file has."""
+    widths = hidden_widths(forms, task, protocol)
+    settings = {
+        "task": task.name,
+        "about": task.about,
+        "tokens": task.tokens,
+        "examples": [len(part) for part in (task.train, task.validation, task.test)],
+        "majority": task.majority(),
+        "chance": 1 / task.classes,
+        "device": device,
+        **asdict(protocol),
+        "forms": {name: {"hidden": hidden, "parameters": own} for name, (hidden, own) in widths.items()},
+    }
+    record, there, slowest = Record(output, settings), on(task, device), 0.0
+    for form, rate, seed in wanted(forms, protocol, record):
+        if deadline.left() < slowest or deadline.left() == 0:
+            record.left_out.append({"form": form, "rate": rate, "seed": seed, "reason": "time"})
+            continue
+        before = deadline.left()
+        found = run_one(forms[form], widths[form][0], there, protocol, rate, seed)
+        slowest = max(slowest, before - deadline.left() if before != float("inf") else 0.0)
+        record.put({"form": form, "rate": rate, "seed": seed, **found})
+        print(f"{task.name} {form}, rate {rate}, seed {seed}: test {found['test']:.3f}", flush=True)
+    record.save()
+    return json.loads(output.read_text())

@@ -1,0 +1,172 @@
+"""docs/results.md from the result files, and the same as one HTML page: `csat report`."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from csat_ext.bench import pictures, tables
+from csat_ext.bench.pictures import Drawer
+from csat_ext.bench.tables import Results
+
+Place = Callable[[str, Drawer | None], str]
+"""Name of a result file and what draws it -> address of the picture; None: it lies beside the file."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """What the page says of the result files of a pattern; left out where there are none.
+
+    make: (results, name of one file) -> Markdown. intro stands once, before them. drawer draws the picture of a file;
+    kept are pictures in the folder of the results, which the script that measured has drawn.
+    """
+
+    title: str
+    files: str
+    make: Callable[[Results, str], str]
+    intro: str = ""
+    drawer: Drawer | None = None
+    kept: tuple[str, ...] = ()
+
+
+def _alone(maker: tables.Maker) -> Callable[[Results, str], str]:
+    return lambda results, name: maker(results)
+
+
+SECTIONS = (
+    Section(
+        "Time and memory of a whole model (the paper's Table 5)",
+        "table5_*",
+        tables.table5,
+        "`full` is torch's fused attention, `full, scores kept` its unfused form with all n² scores in memory, `stock` "
+        "the same attention on K and V projected by CSAT's measurements, `stock + LISTA` the same with LISTA in torch.",
+        pictures.table5,
+    ),
+    Section("Time of the operator alone", "scaling", _alone(tables.scaling), drawer=pictures.scaling),
+    Section("The operator on a GPU", "gpu_check_*", tables.gpu_attention),
+    Section("Pretraining", "pretrain", _alone(tables.pretrain), kept=("pretrain", "pretrain_examples")),
+    Section(
+        "What is learnt with equal parameters, examples and steps",
+        "quality_[!a]*",
+        tables.quality,
+        "`csat + linear` is the control that `csat + LISTA` has to beat. Protocol: `benchmarks/quality/protocol.py`.",
+        pictures.quality,
+    ),
+    Section("What each part of CSAT buys", "quality_ablation*", tables.ablation),
+    Section("Which ensembles approximate attention", "ensembles", _alone(tables.ensembles), drawer=pictures.ensembles),
+    Section(
+        "Sparse decoding on the synthetic problem",
+        "lista_synthetic",
+        _alone(tables.lista),
+        "M = 250, N = 500, 10 % nonzero, noiseless, 16 layers; one seed, schedules chosen on the test vectors.",
+        kept=("lista_synthetic",),
+    ),
+)
+
+PREFACE = """# Results
+
+Generated from the files under `benchmarks/results` by `python benchmarks/readme_tables.py`; a test fails where they and
+this page disagree, and `csat report` writes the same as one HTML page. Under each table: machine, date, command, file.
+"""
+
+
+def found(results: Results) -> Iterator[tuple[Section, list[str]]]:
+    """The sections that have files, with their names."""
+    for section in SECTIONS:
+        names = sorted(path.stem for path in results.folder.glob(f"{section.files}.json"))
+        if names:
+            yield section, names
+
+
+def page(results: Results, place: Place) -> str:
+    """The whole page in Markdown; `place` says where a picture is.
+
+    Raises:
+        ValueError: the folder has no result file that is known here.
+    """
+    parts = [PREFACE]
+    for section, names in found(results):
+        parts.append(f"\n## {section.title}\n")
+        if section.intro:
+            parts.append(f"\n{section.intro}\n")
+        for name in names:
+            parts.append(f"\n{section.make(results, name)}\n")
+            if section.drawer is not None:
+                parts.append(f"\n![{section.title}]({place(name, section.drawer)})\n")
+        parts += [f"\n![{section.title}]({place(picture, None)})\n" for picture in section.kept]
+    if len(parts) == 1:
+        raise ValueError(f"results: {results.folder} came, and no known result file is in it")
+    return "".join(parts)
+
+
+# ---- docs/results.md -------------------------------------------------------------------------------------------------
+
+
+def _picture(folder: Path, name: str) -> Path:
+    return folder / f"{name}.png"
+
+
+def write_page(results: Results, path: Path, folder: Path) -> None:
+    """The page, and its pictures in `folder` beside it where they are not of these files already."""
+    folder.mkdir(exist_ok=True)
+
+    def place(name: str, drawer: Drawer | None) -> str:
+        if drawer is None:
+            return f"{results.link}/{name}.png"
+        png = _picture(folder, name)
+        if not png.is_file() or pictures.drawn_from(png) != pictures.digest(results, name):
+            png.write_bytes(pictures.draw(results, name, drawer))
+        return _address(path, png)
+
+    path.write_text(page(results, place))
+
+
+def disagreements(results: Results, path: Path, folder: Path) -> list[str]:
+    """What of the page and its pictures is not that of the result files."""
+    wrong, drawn = [], {}
+
+    def place(name: str, drawer: Drawer | None) -> str:
+        if drawer is None:
+            return f"{results.link}/{name}.png"
+        png = drawn[name] = _picture(folder, name)
+        if not png.is_file():
+            wrong.append(f"{png.name} is missing")
+        elif pictures.drawn_from(png) != pictures.digest(results, name):
+            wrong.append(f"{png.name} was drawn from another {name}.json")
+        return _address(path, png)
+
+    text = page(results, place)
+    if not path.is_file() or path.read_text() != text:
+        wrong.append(f"{path.name} is not what the result files say")
+    extra = {png.name for png in folder.glob("*.png")} - {png.name for png in drawn.values()}
+    return wrong + [f"{name} is on no page" for name in sorted(extra)]
+
+
+def _address(page: Path, png: Path) -> str:
+    return Path(os.path.relpath(png, page.parent)).as_posix()
+
+
+# ---- one HTML page ---------------------------------------------------------------------------------------------------
+
+STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; color: #222; }
+table { border-collapse: collapse; margin: 1em 0; font-size: 0.9em; }
+th, td { border: 1px solid #ccc; padding: 0.3em 0.7em; text-align: left; font-variant-numeric: tabular-nums; }
+img { max-width: 100%; } code { background: #f3f3f3; } sub { vertical-align: baseline; color: #555; }"""
+
+
+def html(results: Results) -> str:
+    """The page as one HTML file with its pictures inside."""
+    from markdown_it import MarkdownIt
+
+    body = MarkdownIt("commonmark").enable("table").render(page(results, partial(_inside, results)))
+    head = f'<meta charset="utf-8"><title>CSAT: results</title><style>\n{STYLE}\n</style>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}</body></html>\n'
+
+
+def _inside(results: Results, name: str, drawer: Drawer | None) -> str:
+    png = _picture(results.folder, name).read_bytes() if drawer is None else pictures.draw(results, name, drawer)
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

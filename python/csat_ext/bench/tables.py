@@ -1,0 +1,311 @@
+"""Tables in Markdown from result files: those of README.md and of docs/results.md, each with the file it comes from."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Results:
+    """A folder of result files, and how a page links to it."""
+
+    folder: Path
+    link: str
+
+    def load(self, name: str) -> dict[str, Any]:
+        """The result file of a name.
+
+        Raises:
+            ValueError: it is not there, or is no JSON.
+        """
+        path = self.folder / f"{name}.json"
+        try:
+            return json.loads(path.read_text())
+        except FileNotFoundError:
+            raise ValueError(f"results: {path.name} came, and {self.folder} has no such file") from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path.name} is no JSON: {error}") from None
+
+    def has(self, name: str) -> bool:
+        return (self.folder / f"{name}.json").is_file()
+
+    def source(self, machine: dict[str, Any], name: str) -> str:
+        """Where a table comes from: machine, date, command, file."""
+        return f"\n\n<sub>{where(machine)}, `{machine['command']}`, [{name}.json]({self.link}/{name}.json)</sub>"
+
+
+Maker = Callable[[Results], str]
+
+
+def where(machine: dict[str, Any]) -> str:
+    """Machine and date of a header."""
+    place = machine["device"] if machine["device"] != "cpu" else f"{machine['cpu']}, {machine['cores']} cores"
+    return f"{place}, {machine['date'][:10]}"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+# ---- the tables of the README ----------------------------------------------------------------------------------------
+
+
+def pretrain(results: Results) -> str:
+    """Held-out metrics of the runs of equal settings, chance beside them."""
+    result = results.load("pretrain")
+    runs = result["runs"]
+    chance: dict[str, float] = {}
+    rows = []
+    for name, run in runs.items():
+        both = {k: [direction[k]["score"] for direction in run["retrieval"].values()] for k in ("R@1", "R@5", "R@10")}
+        chance = {k: next(iter(run["retrieval"].values()))[k]["chance"] for k in both}
+        captions = run["captioning"]
+        rows.append(
+            [f"`{name}`", f"{run['loss'][-1]:.2f}"]
+            + [" / ".join(f"{100 * score:.1f}" for score in scores) for scores in both.values()]
+            + [f"{captions['BLEU-4']['score']:.1f}", f"{captions['CIDEr-D']['score']:.2f}"]
+        )
+    last = next(iter(runs.values()))["captioning"]
+    rows.append(
+        ["chance", ""]
+        + [f"{100 * value:.1f}" for value in chance.values()]
+        + [f"{last['BLEU-4']['chance']:.1f}", f"{last['CIDEr-D']['chance']:.2f}"]
+    )
+    items = next(iter(runs.values()))["held-out items"]
+    head = ["attention", "last training loss", "R@1 %", "R@5 %", "R@10 %", "BLEU-4", "CIDEr-D"]
+    text = f"Held-out retrieval among {items} pairs, image to text / text to image, greedy captions; one seed each:\n\n"
+    return text + table(head, rows) + results.source(result["machine"], "pretrain")
+
+
+def ensembles(results: Results) -> str:
+    """Output error of every ensemble on trained activations."""
+    result = results.load("ensembles")
+    sizes = list(next(iter(result["error"].values())))
+    rows = [[name, *(f"{errors[m]:.2f}" for m in sizes)] for name, errors in result["error"].items()]
+    rows.append(["*the mean of the values, no attention*", *[f"{result['error of the mean']:.2f}"] * len(sizes)])
+    text = (
+        f"Relative error of the attention output on the image tower of the `sdpa` run ({result['tokens']} tokens, "
+        f"{result['layers']} layers, {result['images']} held-out images), nothing retrained:\n\n"
+    )
+    head = [f"ensemble, n = {result['tokens']}", *(f"m = {m}" for m in sizes)]
+    return text + table(head, rows) + results.source(result["machine"], "ensembles")
+
+
+def lista(results: Results) -> str:
+    """NMSE at full depth on the literature's problem."""
+    result = results.load("lista_synthetic")
+    rows = [
+        [f"`{name}`", row["about"], f"{row['nmse_db'][-1]:.1f}"]
+        for name, row in sorted(result["methods"].items(), key=lambda item: -item[1]["nmse_db"][-1])
+    ]
+    headers = [row["machine"] for row in result["methods"].values()]
+    commands = "`, `".join(dict.fromkeys(machine["command"] for machine in headers))
+    machine = {**headers[0], "command": commands}
+    return table(["method", "what it is", "NMSE, dB"], rows) + results.source(machine, "lista_synthetic")
+
+
+def scaling(results: Results) -> str:
+    """Time over full attention as n grows."""
+    result = results.load("scaling")
+    ratios = result["time over sdpa, forward and backward"]
+    names = [name for name in next(iter(ratios.values())) if name != "sdpa"]
+    rows = [[name, *(f"{ratios[n][name]:.2f}" for n in ratios)] for name in names]
+    shape = result["shape"]
+    text = (
+        f"Time of forward and backward over that of torch's full attention, on a CPU ({shape['heads']} heads of "
+        f"{shape['width']}, m = {shape['m']}, {shape['dtype']}; below 1 is faster):\n\n"
+    )
+    head = ["", *(f"n = {n}" for n in ratios)]
+    return text + table(head, rows) + results.source(result["machine"], "scaling")
+
+
+README: dict[str, Maker] = {"pretrain": pretrain, "ensembles": ensembles, "lista": lista, "scaling": scaling}
+"""The tables that README.md has between `<!-- name -->` and `<!-- /name -->`."""
+
+
+# ---- those of docs/results.md alone ----------------------------------------------------------------------------------
+
+
+def mechanisms_of(rows: Iterable[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(row["mechanism"] for row in rows))
+
+
+def milliseconds(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+KINDS = {0: "blocks of attention alone"}
+
+
+def kind(mlp: int) -> str:
+    """What a model of `benchmarks/table5.py` consists of."""
+    return KINDS.get(mlp, f"whole transformer blocks, MLP of {mlp} x the width")
+
+
+def table5(results: Results, name: str) -> str:
+    """Time and memory of the paper's model: full over each mechanism, and the growth exponents."""
+    result = results.load(name)
+    s = result["settings"]
+    text = (
+        f"{s['layers']} layers, width {s['width']}, {s['heads']} heads, m = {s['m']}, batch {s['batch']}, "
+        f"{s['dtype']}, forward and backward{', **a quick run**' if s['quick'] else ''}. "
+        "Full attention over each mechanism, time / memory; above 1 the mechanism is cheaper than full attention:\n"
+    )
+    parts = [text]
+    for mlp in s["mlp"]:
+        rows = [row for row in result["rows"] if row["mlp"] == mlp]
+        if rows:
+            parts += [f"\n{kind(mlp).capitalize()}:\n\n", _table5_ratios(result, mlp), "\n"]
+    paper = result["paper, full over csat"]
+    parts.append(
+        f"\nThe paper states {paper['time']} / {paper['memory']} for its CSAT, which decodes by LISTA, and finds it "
+        "slower than Linformer and Performer. An exponent is fitted over the four longest lengths that were measured. "
+    )
+    return ("".join(parts) + _left_out(result)).rstrip() + results.source(result["machine"], name)
+
+
+def _table5_ratios(result: dict[str, Any], mlp: int) -> str:
+    lengths = sorted({row["n"] for row in result["rows"] if row["mlp"] == mlp})
+    over = {(r["mechanism"], r["n"]): r for r in result["full over each"] if r["mlp"] == mlp}
+    slopes = {g["mechanism"]: g for g in result["growth"] if g["mlp"] == mlp}
+    measured = {(r["mechanism"], r["n"]): r for r in result["rows"] if r["mlp"] == mlp}
+
+    def cell(mechanism: str, n: int) -> str:
+        if mechanism == "full" and (row := measured.get((mechanism, n))):
+            return f"{milliseconds(row['median_ms'])} ms, {row['memory_MiB']:.0f} MiB"
+        ratio = over.get((mechanism, n))
+        return "-" if ratio is None else f"{ratio['time']:.2f} / {ratio['memory']:.2f}"
+
+    def exponents(mechanism: str) -> str:
+        found = slopes.get(mechanism)
+        return "-" if found is None else f"{found['time']:.2f} / {found['memory']:.2f}"
+
+    names = mechanisms_of(result["rows"])
+    rows = [[name, *(cell(name, n) for n in lengths), exponents(name)] for name in names]
+    return table(["", *(f"n = {n}" for n in lengths), "grows as n to the"], rows)
+
+
+def _left_out(result: dict[str, Any]) -> str:
+    reasons: dict[str, list[str]] = {}
+    for entry in result["left_out"]:
+        reasons.setdefault(entry["reason"].split(":")[0], []).append(f"{entry['mechanism']} at n = {entry['n']}")
+    return "".join(f"Left out for {reason}: {', '.join(dict.fromkeys(names))}. " for reason, names in reasons.items())
+
+
+def gpu_attention(results: Results, name: str) -> str:
+    """The whole operator with LISTA beside fused full attention, of `benchmarks/gpu_check.py`."""
+    stage = results.load(name)["stages"]["attention"]
+    rows = [_gpu_row(row) for row in stage["rows"]]
+    text = (
+        "Time of full attention (the faster of torch's flash and cuDNN backends) over that of CSAT with LISTA (T = 3), "
+        "64 pairs of batch and head, bfloat16; above 1 CSAT is faster:\n\n"
+    )
+    head = ["n", "m", "D", "forward", "ms", "forward and backward", "ms"]
+    return text + table(head, rows) + results.source(stage["machine"], name)
+
+
+def _gpu_row(row: dict[str, Any]) -> list[str]:
+    cells = [str(row["n"]), str(row["m"]), str(row["d"])]
+    for name in ("forward", "training"):
+        speeds = [speed for speed in row[name]["speed_over_sdpa"].values() if speed is not None]
+        cells += [f"{min(speeds):.2f}" if speeds else "-", milliseconds(row[name]["ms"])]
+    return cells
+
+
+# ---- quality ---------------------------------------------------------------------------------------------------------
+
+
+def spread(values: Sequence[float]) -> float:
+    """Standard deviation of a sample; 0 of a single value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def counted_runs(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Form of attention -> its runs at the rate that was chosen on validation, with the first seed, one for each seed.
+
+    The lower of equally good rates, as `benchmarks/quality/protocol.py` chooses.
+    """
+    first = result["settings"]["seeds"][0]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for form in result["settings"]["forms"]:
+        runs = [run for run in result["runs"] if run["form"] == form]
+        tried = [run for run in runs if run["seed"] == first]
+        if tried:
+            rate = max(tried, key=lambda run: (run["validation"], -run["rate"]))["rate"]
+            found[form] = [run for run in runs if run["rate"] == rate]
+    return found
+
+
+def percent(runs: Sequence[dict[str, Any]]) -> str:
+    """Mean and standard deviation of the test accuracy, in percent, and the number of runs."""
+    scores = [100 * run["test"] for run in runs]
+    sigma = f" ± {spread(scores):.1f}" if len(scores) > 1 else ""
+    return f"{statistics.fmean(scores):.1f}{sigma} ({len(scores)})"
+
+
+def _protocol(result: dict[str, Any]) -> str:
+    s, quick = result["settings"], result["settings"]["quick"]
+    size, examples = s["size"], s["examples"]
+    rates = ", ".join(f"{rate:g}" for rate in s["rates"])
+    return (
+        f"{s['about']}. {'**A quick set, too short for conclusions.** ' if quick else ''}Test accuracy in percent, "
+        f"mean ± standard deviation (number of seeds); chance {100 * s['chance']:.0f}, the most frequent label "
+        f"{100 * s['majority']:.1f}. {size['layers']} layers, width {size['width']}, {size['heads']} heads, "
+        f"m = {size['m']}; {s['schedule']['steps']} steps of {s['schedule']['batch']} out of {examples[0]} examples, "
+        f"{examples[2]} for the test; rate {'out of ' if len(s['rates']) > 1 else ''}{rates}.\n\n"
+    )
+
+
+def quality(results: Results, name: str) -> str:
+    """What each mechanism learns with equal parameters, examples, steps and seeds."""
+    result = results.load(name)
+    forms = result["settings"]["forms"]
+    rows = []
+    for form, runs in counted_runs(result).items():
+        times = [run["ms_a_step"] for run in runs if "ms_a_step" in run]
+        took = milliseconds(statistics.median(times)) if times else "-"
+        rows.append([f"`{form}`", percent(runs), f"{runs[0]['rate']:g}", f"{forms[form]['parameters']}", took])
+    head = ["attention", "accuracy", "rate", "parameters", "ms a step"]
+    return _protocol(result) + table(head, rows) + _runs_left_out(result) + results.source(result["machine"], name)
+
+
+def _runs_left_out(result: dict[str, Any]) -> str:
+    left = len(result["left_out"])
+    return f"\n\n{left} runs were left out for time." if left else ""
+
+
+DECODERS = ("none", "linear", "lista")
+
+
+def ablation(results: Results, name: str) -> str:
+    """Ensemble x fixed or learned x decoder, then decoder x m for the default ensemble."""
+    result = results.load(name)
+    runs = counted_runs(result)
+    parts = {tuple(form.split(", ")): own for form, own in runs.items() if form.count(", ") == 3}
+    m = f"m = {result['settings']['size']['m']}"
+
+    def cell(*form: str) -> str:
+        return percent(parts[form]) if form in parts else "-"
+
+    kinds = list(dict.fromkeys((ensemble, phi) for ensemble, phi, _, _ in parts))
+    rows = [[f"{ensemble}, {phi}", *(cell(ensemble, phi, d, m) for d in DECODERS)] for ensemble, phi in kinds]
+    sizes = sorted({int(size.removeprefix("m = ")) for *_, size in parts})
+    of_m = [[d, *(cell("pool", "fixed", d, f"m = {size}") for size in sizes)] for d in ("none", "lista")]
+    full = f"Full attention: {percent(runs['full'])}.\n\n" if "full" in runs else ""
+    return (
+        _protocol(result)
+        + full
+        + table([f"ensemble, Phi; {m}", *(f"decoder `{d}`" for d in DECODERS)], rows)
+        + "\n\n"
+        + table(["pool, fixed; decoder", *(f"m = {size}" for size in sizes)], of_m)
+        + "\n\nHere parameters are not made equal: learned Phi and decoders add theirs."
+        + _runs_left_out(result)
+        + results.source(result["machine"], name)
+    )

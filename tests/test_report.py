@@ -1,0 +1,117 @@
+"""docs/results.md and `csat report`: pages of the result files and of nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from csat_ext import cli
+from csat_ext.bench import pictures, report, tables
+from csat_ext.bench.tables import Results
+
+HERE = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+MACHINE = {"device": "a GPU", "cpu": "a CPU", "cores": 2, "date": "2026-01-02T00:00:00", "command": "python x.py"}
+
+
+def table5(full_ms: float = 10.0) -> dict[str, Any]:
+    lengths = (512, 1024)
+    rows = [
+        {"mechanism": name, "mlp": 0, "n": n, "median_ms": ms * n / 512, "memory_MiB": 4.0 * ms}
+        for name, ms in (("full", full_ms), ("csat + LISTA", 4.0))
+        for n in lengths
+    ]
+    over = [{"mechanism": "csat + LISTA", "mlp": 0, "n": n, "time": full_ms / 4, "memory": 2.7} for n in lengths]
+    settings = {"layers": 12, "width": 512, "heads": 8, "m": 128, "batch": 4, "dtype": "bfloat16", "quick": False}
+    return {
+        "machine": MACHINE,
+        "settings": settings | {"mlp": [0]},
+        "paper, full over csat": {"time": 2.5, "memory": 2.7},
+        "full over each": over,
+        "growth": [{"mechanism": "full", "mlp": 0, "over n": [512, 1024], "time": 1.0, "memory": 0.0}],
+        "left_out": [{"mechanism": "full", "mlp": 0, "n": 2048, "reason": "memory: torch.OutOfMemoryError"}],
+        "rows": rows,
+    }
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Results:
+    folder = tmp_path / "measured"
+    folder.mkdir()
+    (folder / "table5_cuda.json").write_text(json.dumps(table5()))
+    shutil.copy(HERE / "scaling.json", folder)
+    return Results(folder, "measured")
+
+
+def test_the_page_says_what_the_files_say(results: Results) -> None:
+    text = report.page(results, lambda name, drawer: f"{name}.png")
+    assert "| csat + LISTA | 2.50 / 2.70 | 2.50 / 2.70 | - |" in text
+    assert "| full | 10 ms, 40 MiB | 20 ms, 40 MiB | 1.00 / 0.00 |" in text
+    assert "Left out for memory: full at n = 2048." in text
+    assert "<sub>a GPU, 2026-01-02, `python x.py`, [table5_cuda.json](measured/table5_cuda.json)</sub>" in text
+    assert re.findall(r"^## (.*)", text, re.M) == [report.SECTIONS[0].title, report.SECTIONS[1].title]
+    assert "Pretraining" not in text  # no such file
+
+
+def test_a_changed_file_disagrees_with_the_page_and_its_picture(results: Results, tmp_path: Path) -> None:
+    page, folder = tmp_path / "results.md", tmp_path / "pictures"
+    assert "results.md is not" in report.disagreements(results, page, folder)[-1]
+    report.write_page(results, page, folder)
+    assert report.disagreements(results, page, folder) == []
+    drawn = {png.name: png.stat().st_mtime_ns for png in folder.iterdir()}
+    assert set(drawn) == {"table5_cuda.png", "scaling.png"}
+    (results.folder / "table5_cuda.json").write_text(json.dumps(table5(full_ms=8.0)))
+    assert report.disagreements(results, page, folder) == [
+        "table5_cuda.png was drawn from another table5_cuda.json",
+        "results.md is not what the result files say",
+    ]
+    report.write_page(results, page, folder)
+    assert report.disagreements(results, page, folder) == []
+    assert (folder / "scaling.png").stat().st_mtime_ns == drawn["scaling.png"]  # what did not change is not drawn anew
+    (folder / "stray.png").write_bytes(b"")
+    assert report.disagreements(results, page, folder) == ["stray.png is on no page"]
+
+
+def test_the_html_page_needs_no_other_file(
+    results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "report.html"
+    monkeypatch.setattr(sys, "argv", ["csat", "report", "--results", str(results.folder), "--output", str(output)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert not stopped.value.code
+    text = output.read_text()
+    sources = re.findall(r'<img src="([^"]{0,30})', text)
+    assert len(sources) == 2 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert text.count("<table>") == 2 and "<td>2.50 / 2.70</td>" in text
+    assert 'href="measured/table5_cuda.json"' in text and str(tmp_path) not in text
+
+
+def test_every_result_file_makes_its_section() -> None:
+    published = Results(HERE, "x")
+    for section, names in report.found(published):
+        for name in names:
+            text = section.make(published, name)
+            assert f"[{name}.json](x/{name}.json)" in text and "|" in text
+            if section.drawer is not None:
+                assert pictures.draw(published, name, section.drawer).startswith(b"\x89PNG")
+        assert all((HERE / f"{kept}.png").is_file() for kept in section.kept)
+
+
+def test_folders_and_files_that_are_no_results(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no known result file"):
+        report.page(Results(tmp_path, "x"), lambda name, drawer: "")
+    (tmp_path / "scaling.json").write_text("{")
+    with pytest.raises(ValueError, match=r"scaling\.json is no JSON"):
+        report.page(Results(tmp_path, "x"), lambda name, drawer: "")
+    with pytest.raises(ValueError, match="no such file"):
+        tables.pretrain(Results(tmp_path, "x"))
+
+
+def test_spread_is_the_standard_deviation_of_a_sample() -> None:
+    assert tables.spread([1.0, 2.0, 3.0]) == pytest.approx(1.0) and tables.spread([5.0]) == 0.0
