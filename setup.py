@@ -141,6 +141,7 @@ def sources(*patterns: str) -> list[str]:
 
 
 def extensions(environment: Mapping[str, str]) -> list:
+    import pybind11
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, CppExtension, CUDAExtension
 
@@ -152,7 +153,8 @@ def extensions(environment: Mapping[str, str]) -> list:
         CppExtension(
             "csat_ext._C",
             sources("csrc/torch/library.cpp", "csrc/torch/cpu/*.cpp", "csrc/kernels/limits.cpp"),
-            include_dirs=include,
+            # before torch's own copy of pybind11, which refuses the stable ABI in torch 2.11
+            include_dirs=[pybind11.get_include(), *include],
             define_macros=facts,
             extra_compile_args={"cxx": CXX_FLAGS},
             extra_link_args=["-s"],

@@ -47,17 +47,24 @@ struct Deal {
   }
 };
 
+// One launch, or one after the other for stretches of the rows of a left operand that all its products share.
 int multiply_together(const BatchedProduct& p, const Deal& deal, void* blas) {
-  for (int64_t i = 0; i < deal.calls; ++i) {
-    const auto operand = [&](const Stack& s) -> GemmOperand {
-      const int64_t start = deal.over_heads ? i * s.batch : i / s.group * s.head;
+  const bool shared = deal.count > 1 && (deal.over_heads ? p.a.head : p.a.batch) == 0;
+  const int64_t stretch = shared ? limits::product_rows(p.m, p.k) : p.m;
+  const auto multiply = [&](int64_t i, int64_t row, int64_t rows) -> int {
+    const auto operand = [&](const Stack& s, int64_t first) -> GemmOperand {
+      const int64_t start = first + (deal.over_heads ? i * s.batch : i / s.group * s.head);
       return {offset(s.data, start, p.input), s.pitch, deal.over_heads ? s.head : s.batch, s.transposed};
     };
-    void* c = const_cast<void*>(offset(p.c, deal.over_heads ? i * p.c_batch : i * p.c_head, p.output));
-    CSAT_TRY(gemm({operand(p.a), operand(p.b), p.input, c, p.output, p.c_pitch, deal.over_heads ? p.c_head : p.c_batch,
-                   p.m, p.n, p.k, deal.count},
-                  blas));
-  }
+    const int64_t to = row * p.c_pitch + (deal.over_heads ? i * p.c_batch : i * p.c_head);
+    void* c = const_cast<void*>(offset(p.c, to, p.output));
+    return gemm({operand(p.a, row * (p.a.transposed ? 1 : p.a.pitch)), operand(p.b, 0), p.input, c, p.output, p.c_pitch,
+                 deal.over_heads ? p.c_head : p.c_batch, rows, p.n, p.k, deal.count},
+                blas);
+  };
+  for (int64_t i = 0; i < deal.calls; ++i)
+    for (int64_t row = 0; row < p.m; row += stretch)
+      CSAT_TRY(multiply(i, row, p.m - row < stretch ? p.m - row : stretch));
   return 0;
 }
 

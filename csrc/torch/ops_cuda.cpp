@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <optional>
 #include <string>
@@ -25,12 +26,12 @@ using MaybeTensor = std::optional<Tensor>;
 class Device {
  public:
   Device(const char* op, const Tensor& t) : op_(op), index_(t.get_device_index()), guard_(index_) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
   }
   void* stream() const { return stream_; }
   void* blas() const {
     void* handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
+    TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
     return handle;
   }
   void supported(const char* reason) const {
