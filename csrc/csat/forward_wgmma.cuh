@@ -1,72 +1,91 @@
 // attend, alone and with the decoder fused, on Hopper's warpgroup products (wgmma, sm_90a), for bf16 and fp16 and head
 // dimensions of 64 and 128: the formulas of forward_mma.cuh, twice its rate of products.
 //
-// Two warpgroups take turns (FlashAttention-3, section 3.1): while one has its products running, the other computes its
-// softmax; two named barriers pass the turn. Within a unit the scores of a chunk and z of the chunk before run
-// together.
+// A block is three or four warpgroups (limits::wgmma_groups), each with units of 64 queries of its own; nothing but the
+// hardware's scheduling makes one's products run beside another's softmax. Within a unit z of a chunk of measurements
+// runs beside the softmax of the next. The softmax costs 4.5 instructions an element: one multiply-add (bias and
+// padding: one more), maximum, exp2, sum, half a conversion; z is rescaled only where the maximum has grown by more
+// than a factor of 2^8 since its scale was chosen, which float32 sums and 16-bit probabilities hold.
 //
-// Data flow: kc, vc, S, B, psi -> shared under the 128-byte swizzle (cp.async), resident for all units of a pair; a
-// warp's 16 rows of q -> its own shared tile, one unit ahead (cp.async) -> left operand in registers. Scores, z, the
-// iterates and B z are accumulators; every left operand is in registers, so that only the resident matrices are read by
-// the asynchronous proxy.
+// Data flow: kc, vc -> shared by tensor copies under the 128-byte swizzle, S, B, psi the same by cp.async, resident for
+// all units of a pair; a warp's 16 rows of q -> its own shared tile by a tensor copy, a unit ahead -> left operand in
+// registers. Scores, z, the iterates and B z are accumulators; every left operand is in registers, so that only the
+// resident matrices are read by the asynchronous proxy. z and c -> the warp's other tile -> global in 16-byte pieces.
 //
-// Budget of a row: as forward_mma.cuh, but B z once where B is tied. Registers: 64 rows x (128 scores + 2 D) over 128
-// threads, under 255; shared memory: limits::plan_wgmma. Limits: what is resident must fit: M <= 512 at D = 64.
+// Budget of a row: as forward_mma.cuh, but B z once where B is tied. Registers: 64 rows x (64 scores + D + half as many
+// for probabilities and q) over 128 threads, under 128 with four warpgroups, 168 with three; shared memory:
+// limits::plan_wgmma. Limits: what is resident must fit: M <= 512 at D = 64.
 #pragma once
 #include "csat/forward_mma.cuh"
 #include "csat/warpgroup.cuh"
 
 namespace csat {
 
+struct ForwardWgmmaArgs {
+  ForwardMmaArgs shapes;
+  RowBoxes q, keys, values;
+  int plain_chunks;  // the first ones, whose scores a positive scale alone makes exponents of: no bias, no padding
+};
+
 // What stands in shared memory for all units of a pair: measurements padded to whole chunks, weights padded to kD
-// features and kP coefficients (0: no decoder), all matrices under the swizzle; then theta, step and bias in float32.
-// Where each lies is computed, not kept in registers.
+// features and kP coefficients (0: no decoder), all matrices under the swizzle; each warp's tiles; then theta, step and
+// bias in float32 and the mbarriers. Where each lies is computed, not kept in registers.
 template <typename T, int kD, int kP>
 struct Resident {
+  static constexpr int kGroups = limits::wgmma_groups(kD, kP), kWarps = 4 * kGroups, kThreads = 128 * kGroups;
+  static constexpr int kChunk = limits::kWgmmaChunk;
   T* base;
-  const ForwardMmaArgs& p;
+  const ForwardWgmmaArgs& args;
 
-  CSAT_DEVICE SwizzledTile<T, kD> keys() const { return {base, padded()}; }
-  CSAT_DEVICE SwizzledTile<T, kD> values() const { return {base + padded() * kD, padded()}; }
+  CSAT_DEVICE const ForwardMmaArgs& shapes() const { return args.shapes; }
+  CSAT_DEVICE SwizzledTile<T, kD> keys(int chunk) const { return {base + chunk * 2 * kChunk * kD, kChunk}; }
+  CSAT_DEVICE SwizzledTile<T, kD> values(int chunk) const { return {keys(chunk).data + kChunk * kD, kChunk}; }
   CSAT_DEVICE auto S(int t) const {
-    return SwizzledTile<T, kAtoms>{weights() + (p.decoder.s_layers == 1 ? 0 : t) * (kP * kP), kP};
+    return SwizzledTile<T, kAtoms>{weights() + (decoder().s_layers == 1 ? 0 : t) * (kP * kP), kP};
   }
   CSAT_DEVICE SwizzledTile<T, kD> B(int t) const {
-    return {weights() + p.decoder.s_layers * (kP * kP) + (p.decoder.b_layers == 1 ? 0 : t) * (kP * kD), kP};
+    return {weights() + decoder().s_layers * (kP * kP) + (decoder().b_layers == 1 ? 0 : t) * (kP * kD), kP};
   }
   CSAT_DEVICE auto psi() const {
-    return SwizzledTile<T, kAtoms>{weights() + p.decoder.s_layers * (kP * kP) + p.decoder.b_layers * (kP * kD), kD};
+    return SwizzledTile<T, kAtoms>{weights() + decoder().s_layers * (kP * kP) + decoder().b_layers * (kP * kD), kD};
   }
-  CSAT_DEVICE float* theta() const { return reinterpret_cast<float*>(kP ? psi().data + kD * kP : weights()); }
-  CSAT_DEVICE float* step() const { return theta() + (kP ? p.decoder.layers * kP : 0); }
-  CSAT_DEVICE float* bias() const { return step() + (kP ? (p.decoder.layers + 3) / 4 * 4 : 0); }
-  // The tile of a warp's rows of q, of z, of c.
-  CSAT_DEVICE Tile<T, kD> rows(int warp, int stage) const {
-    return {reinterpret_cast<T*>(bias() + padded()) + (warp * 2 + stage) * tile_elements(16, kD)};
+  // A warp's rows of q; of z, then of c.
+  CSAT_DEVICE SwizzledTile<T, kD> queries(int warp) const { return {tiles() + warp * 2 * 16 * kD, 16}; }
+  CSAT_DEVICE SwizzledTile<T, kD> results(int warp) const { return {queries(warp).data + 16 * kD, 16}; }
+  CSAT_DEVICE uint64_t* queries_arrived(int warp) const {
+    return reinterpret_cast<uint64_t*>(queries(kWarps).data) + warp;
   }
+  CSAT_DEVICE uint64_t* measurements_arrived() const { return queries_arrived(kWarps); }
+  CSAT_DEVICE float* bias() const { return reinterpret_cast<float*>(queries_arrived(kWarps + 1)); }
+  CSAT_DEVICE float* theta() const { return bias() + args.shapes.chunks * kChunk; }
+  CSAT_DEVICE float* step() const { return theta() + decoder().layers * kP; }
 
  private:
   static constexpr int kAtoms = kP ? kP : 64;
-  CSAT_DEVICE int padded() const { return p.chunks * limits::kWgmmaChunk; }
-  CSAT_DEVICE T* weights() const { return base + 2 * padded() * kD; }
+  CSAT_DEVICE const DecoderWeights& decoder() const { return args.shapes.decoder; }
+  CSAT_DEVICE T* weights() const { return keys(args.shapes.chunks).data; }
+  CSAT_DEVICE T* tiles() const { return kP ? psi().data + kD * kP : weights(); }
 };
 
+// Keys and values by one thread, the bias by all; `measurements_arrived` and a barrier tell that they are there.
 template <typename T, int kD, int kP>
-CSAT_DEVICE void load_measurements(const Resident<T, kD, kP>& to, int pair) {
-  const ForwardMmaArgs& p = to.p;
-  const int batch = pair / p.heads, head = pair % p.heads, key_head = head / p.group, rows = to.keys().rows;
-  const auto source = [&](const View& v, int columns) {
-    return GlobalRows<const T>{at<const T>(v, batch, key_head, 0), v.stride[2], p.measurements, columns};
-  };
-  load_rows_async(to.keys(), source(p.kc, p.head_dim), rows, threadIdx.x, limits::kMmaThreads);
-  load_rows_async(to.values(), source(p.vc, p.features), rows, threadIdx.x, limits::kMmaThreads);
-  for (int m = threadIdx.x; m < rows; m += limits::kMmaThreads) to.bias()[m] = bias_of(p, batch, head, m);
+CSAT_DEVICE void load_measurements(const Resident<T, kD, kP>& to, int batch, int head) {
+  const ForwardMmaArgs& p = to.shapes();
+  const int rows = p.chunks * to.kChunk;
+  for (int m = threadIdx.x; m < rows; m += to.kThreads) to.bias()[m] = bias_of(p, batch, head, m);
+  if (threadIdx.x != 0) return;
+  mbarrier_arrive_expect_bytes(to.measurements_arrived(), rows * kD * 2 * sizeof(T));
+#pragma unroll 1
+  for (int c = 0; c < p.chunks; ++c) {
+    to.args.keys.copy(to.keys(c), batch, head / p.group, c * to.kChunk, to.measurements_arrived());
+    to.args.values.copy(to.values(c), batch, head / p.group, c * to.kChunk, to.measurements_arrived());
+  }
 }
 
 template <typename T, int kD, int kP>
 CSAT_DEVICE void load_decoder(const Resident<T, kD, kP>& to, int64_t head) {
-  const DecoderWeights& w = to.p.decoder;
-  const int thread = threadIdx.x, threads = limits::kMmaThreads;
+  const DecoderWeights& w = to.shapes().decoder;
+  const int thread = threadIdx.x, threads = to.kThreads;
   for (int t = 0; t < w.s_layers; ++t)
     load_rows_async(to.S(t), weight_rows<T>(w, w.S, head, t, w.coefficients, w.coefficients), kP, thread, threads);
   for (int t = 0; t < w.b_layers; ++t)
@@ -75,49 +94,86 @@ CSAT_DEVICE void load_decoder(const Resident<T, kD, kP>& to, int64_t head) {
   load_thresholds<kP>(to.theta(), to.step(), w, head, thread, threads);
 }
 
-// Who may start products. Each warpgroup waits at its own barrier until the other has passed the turn on.
-struct Turn {
-  int group;
-  CSAT_DEVICE void wait() const { named_barrier_sync(1 + group, limits::kMmaThreads); }
-  CSAT_DEVICE void pass() const { named_barrier_arrive(2 - group, limits::kMmaThreads); }
-};
+// How far, in powers of two, probabilities may grow before z is rescaled.
+constexpr float kSoftmaxSlack = 8.f;
 
-// What a unit carries from chunk to chunk.
+// The maximum of one of this lane's two rows.
+template <int kChunk>
+CSAT_DEVICE float largest_of(const Sums<16, kChunk>& s, int h) {
+  float largest = fmaxf(s.at[0][0][2 * h], s.at[0][0][2 * h + 1]);
+#pragma unroll
+  for (int j = 1; j < kChunk / 8; ++j) largest = fmaxf(largest, fmaxf(s.at[0][j][2 * h], s.at[0][j][2 * h + 1]));
+  return quad_max(largest);
+}
+
+// s -> exp2(factor s - peak), where the peak is that of the chunks so far or up to kSoftmaxSlack less; the mass
+// follows. Returns whether z has to follow too, by `decay`.
+template <bool kFirst, int kChunk>
+CSAT_DEVICE bool chunk_softmax(Softmax<16>& state, float (&decay)[2], Sums<16, kChunk>& s, float factor) {
+  float (&peak)[2] = state.peak.at[0], (&mass)[2] = state.mass.at[0];
+  const float largest[2] = {largest_of(s, 0) * factor, largest_of(s, 1) * factor};
+  const bool grown = !kFirst && (largest[0] > peak[0] + kSoftmaxSlack || largest[1] > peak[1] + kSoftmaxSlack);
+  if (kFirst || grown) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float before = peak[h];
+      peak[h] = kFirst ? largest[h] : fmaxf(before, largest[h]);
+      if (kFirst) continue;
+      decay[h] = before == peak[h] ? 1.f : exp2_approx(before - peak[h]);
+      mass[h] *= decay[h];
+    }
+  }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const float centre = peak[h] == -INFINITY ? 0.f : peak[h];  // a row of -inf: all probabilities 0
+#pragma unroll
+    for (int j = 0; j < kChunk / 8; ++j)
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        float& x = s.at[0][j][2 * h + c];
+        x = exp2_approx(x * factor - centre);
+        mass[h] = kFirst && j == 0 && c == 0 ? x : mass[h] + x;
+      }
+  }
+  return grown;
+}
+
+template <int kD>
+CSAT_DEVICE void scale_rows(Sums<16, kD>& z, const float (&by)[2]) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h)
+#pragma unroll
+    for (int j = 0; j < kD / 8; ++j) z.at[0][j][2 * h] *= by[h], z.at[0][j][2 * h + 1] *= by[h];
+}
+
+// z / mass. Returns the log-sum-exp of one of the lane's two rows, the second where the lane is odd.
+template <int kD>
+CSAT_DEVICE float finish_softmax(const Softmax<16>& state, Sums<16, kD>& z) {
+  const bool odd = lane_id() % 2 != 0;
+  const float (&part)[2] = state.mass.at[0];
+  float mass = (odd ? part[1] : part[0]) + shfl_xor(odd ? part[0] : part[1], 1);
+  mass += shfl_xor(mass, 2);
+  const float inverse = mass == 0.f ? 0.f : 1.f / mass, other = shfl_xor(inverse, 1);
+  const float by[2] = {odd ? other : inverse, odd ? inverse : other};
+  scale_rows(z, by);
+  if (by[0] == 0.f || by[1] == 0.f) {  // nothing to look at, whatever vc holds
+#pragma unroll
+    for (int j = 0; j < kD / 8; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) z.at[0][j][e] = by[e / 2] == 0.f ? 0.f : z.at[0][j][e];
+  }
+  return mass == 0.f ? -INFINITY : (odd ? state.peak.at[0][1] : state.peak.at[0][0]) * kLn2 + log_f32(mass);
+}
+
+// What a unit carries from chunk to chunk. q where registers hold it beside the rest, else it is read anew.
 template <typename T, int kD>
 struct UnitState {
-  Operand<T, 16, kD> q;
+  static constexpr bool kHoldsQueries = limits::wgmma_holds_queries(kD);
+  Operand<T, 16, kHoldsQueries ? kD : 16> q;
   Sums<16, kD> z;
   Softmax<16> softmax;
   Operand<T, 16, limits::kWgmmaChunk> probabilities;
 };
-
-// The scores of chunk c, z of the chunk before, then the softmax of chunk c.
-template <bool kFirst, typename T, int kD, int kP>
-CSAT_DEVICE void attend_chunk(const Resident<T, kD, kP>& resident, const Turn& turn, int c, UnitState<T, kD>& unit) {
-  constexpr int kChunk = limits::kWgmmaChunk;
-  Sums<16, kChunk> s;
-  turn.wait();
-  wgmma_fence(s.at[0], unit.z.at[0], unit.q.at[0], unit.probabilities.at[0]);
-  start_product_transposed(s, unit.q, resident.keys(), c * kChunk, false);
-  if constexpr (!kFirst) start_product(unit.z, unit.probabilities, resident.values(), (c - 1) * kChunk, true);
-  wgmma_commit();
-  turn.pass();
-  wgmma_wait<0>(s.at[0], unit.z.at[0]);
-  online_softmax(unit.softmax, unit.z, s, resident.bias() + c * kChunk, resident.p.scale * kLog2e);
-  unit.probabilities = to_operand<T>(s);
-}
-
-// z and the softmax of one unit over all chunks.
-template <typename T, int kD, int kP>
-CSAT_DEVICE void attend_unit(const Resident<T, kD, kP>& resident, const Turn& turn, UnitState<T, kD>& unit) {
-  const int last = resident.p.chunks - 1;
-  attend_chunk<true>(resident, turn, 0, unit);
-  for (int c = 1; c <= last; ++c) attend_chunk<false>(resident, turn, c, unit);
-  wgmma_fence(unit.z.at[0], unit.probabilities.at[0]);
-  start_product(unit.z, unit.probabilities, resident.values(), last * limits::kWgmmaChunk, true);
-  wgmma_commit();
-  wgmma_wait<0>(unit.z.at[0]);
-}
 
 // sums (+)= a w^T, waited for.
 template <typename T, int kColumns, int kDepth>
@@ -129,101 +185,207 @@ CSAT_DEVICE void product_transposed(Sums<16, kColumns>& sums, Operand<T, 16, kDe
   wgmma_wait<0>(sums.at[0]);
 }
 
-// psi a_T from z: the layers of lista.cuh, each one product of all coefficients. B z of a tied B is kept where
-// registers hold it beside u.
+// z of chunk c, started.
 template <typename T, int kD, int kP>
-CSAT_DEVICE Sums<16, kD> decode_rows(Operand<T, 16, kD> z, const Resident<T, kD, kP>& resident) {
-  constexpr bool kKeep = kP <= 64 && kD <= 64;
-  const DecoderWeights& w = resident.p.decoder;
+CSAT_DEVICE void start_values(const Resident<T, kD, kP>& resident, int c, UnitState<T, kD>& unit) {
+  start_product(unit.z, unit.probabilities, resident.values(c), 0, c > 0);
+  wgmma_commit();
+}
+template <typename T, int kD, int kP>
+CSAT_DEVICE void add_values(const Resident<T, kD, kP>& resident, int c, UnitState<T, kD>& unit) {
+  wgmma_fence(unit.z.at[0], unit.probabilities.at[0]);
+  start_values(resident, c, unit);
+  wgmma_wait<0>(unit.z.at[0], unit.probabilities.at[0]);
+}
+
+// The scores of chunk c; z of the chunk before is left running behind them, or done where q is read anew.
+template <bool kFirst, typename T, int kD, int kP>
+CSAT_DEVICE void score_chunk(const Resident<T, kD, kP>& resident, int c, UnitState<T, kD>& unit,
+                             Sums<16, limits::kWgmmaChunk>& s) {
+  if constexpr (unit.kHoldsQueries) {
+    wgmma_fence(s.at[0], unit.z.at[0], unit.q.at[0], unit.probabilities.at[0]);
+    start_product_transposed(s, unit.q, resident.keys(c), 0, false);
+    wgmma_commit();
+    if constexpr (!kFirst) start_values(resident, c - 1, unit);
+    wgmma_wait<!kFirst>(s.at[0]);
+  } else {
+    if constexpr (!kFirst) add_values(resident, c - 1, unit);
+    Operand<T, 16, kD> q = load_operand(resident.queries(warp_id()));
+    product_transposed(s, q, resident.keys(c), false);
+  }
+}
+
+// The probabilities of chunk c, and z of the chunks before.
+template <bool kFirst, typename T, int kD, int kP>
+CSAT_DEVICE void attend_chunk(const Resident<T, kD, kP>& resident, int c, UnitState<T, kD>& unit) {
+  Sums<16, limits::kWgmmaChunk> s = {};
+  score_chunk<kFirst>(resident, c, unit, s);
+  float factor = resident.shapes().scale * kLog2e, decay[2];
+  if (c >= resident.args.plain_chunks) {
+    const float* bias = resident.bias() + c * limits::kWgmmaChunk;
+    for_each(s, [&](float& x, int, int column) { x = factor * x + bias[column]; });
+    factor = 1.f;
+  }
+  const bool grown = chunk_softmax<kFirst>(unit.softmax, decay, s, factor);
+  if constexpr (!kFirst) {
+    if (grown) {
+      wgmma_wait<0>(unit.z.at[0], unit.probabilities.at[0]);
+      scale_rows(unit.z, decay);
+    }
+    wgmma_wait<0>(unit.z.at[0], unit.probabilities.at[0]);  // behind a branch: or the compiler moves it up
+  }
+  unit.probabilities = to_operand<T>(s);
+}
+
+// The next iterate from u = S a + B z, and a product of all coefficients at a time.
+template <typename T, int kD, int kP>
+CSAT_DEVICE void shrink_layer(const Resident<T, kD, kP>& resident, int t, Sums<16, kP>& u, Operand<T, 16, kP>& a) {
+  shrink(u, a, 0, resident.theta() + t * kP, resident.step()[t]);
+  a = to_operand<T>(u);
+}
+
+// psi a_T of the rows of z in the warp's tile: the layers of lista.cuh. B z of a tied B is kept where registers hold it
+// beside u; else z is read again.
+template <typename T, int kD, int kP>
+CSAT_DEVICE Sums<16, kD> decode_rows(const Resident<T, kD, kP>& resident, SwizzledTile<T, kD> tile) {
+  constexpr bool kKeep = kP <= 64;
+  const DecoderWeights& w = resident.shapes().decoder;
+  const auto measured = [&](Sums<16, kP>& bz, int t) {
+    Operand<T, 16, kD> z = load_operand(tile);
+    product_transposed(bz, z, resident.B(t), false);
+  };
   Operand<T, 16, kP> a = {};
   Sums<16, kKeep ? kP : 16> bz = {};
+  if (w.layers > 0) {
+    Sums<16, kP> u = {};
+    measured(u, 0);
+    if constexpr (kKeep) bz = u;
+    shrink_layer(resident, 0, u, a);
+  }
 #pragma unroll 1
-  for (int t = 0; t < w.layers; ++t) {
-    Sums<16, kP> u;
+  for (int t = 1; t < w.layers; ++t) {
+    Sums<16, kP> u = {};
     if constexpr (kKeep) {
-      if (t < w.b_layers) product_transposed(bz, z, resident.B(t), false);
+      if (t < w.b_layers) measured(bz, t);
       u = bz;
     } else {
-      product_transposed(u, z, resident.B(t), false);
+      measured(u, t);
     }
-    if (t > 0) product_transposed(u, a, resident.S(t), true);
-    shrink(u, a, 0, resident.theta() + t * kP, resident.step()[t]);
-    a = to_operand<T>(u);
+    product_transposed(u, a, resident.S(t), true);
+    shrink_layer(resident, t, u, a);
   }
-  Sums<16, kD> c;
+  Sums<16, kD> c = {};
   product_transposed(c, a, resident.psi(), false);
   return c;
 }
 
-// One unit of this warpgroup, whose queries stand in `tile`. One that does not exist is computed from zeros and writes
-// nothing: products under a condition that threads decide would be serialised by the compiler, and turns must be taken.
+// This warp's rows of the units of a run.
 template <typename T, int kD, int kP>
-CSAT_DEVICE void run_unit(const Resident<T, kD, kP>& resident, const Turn& turn, int pair, int64_t row,
-                          Tile<T, kD> tile) {
-  const ForwardMmaArgs& p = resident.p;
-  UnitState<T, kD> unit = {};
-  unit.q = load_operand<16>(tile);
-  for_each_row(unit.softmax.peak, [](float& peak, int) { peak = -INFINITY; });
-  attend_unit(resident, turn, unit);
-  sync_warp();  // every lane has read its queries
-  write_softmax(p, pair, row, unit.softmax, unit.z, tile);
+struct WarpRows {
+  const Resident<T, kD, kP>& resident;
+  int batch, head, first;  // unit of the pair
+
+  CSAT_DEVICE WarpRows(const Resident<T, kD, kP>& resident, const UnitRun& run)
+      : resident(resident), batch(run.pair / p().heads), head(run.pair % p().heads), first(run.first) {}
+  CSAT_DEVICE const ForwardMmaArgs& p() const { return resident.shapes(); }
+  CSAT_DEVICE int row(int unit) const { return (first + unit) * limits::kWgmmaRows + warp_id() % 4 * 16; }
+  CSAT_DEVICE SwizzledTile<T, kD> tile() const { return resident.results(warp_id()); }
+
+  CSAT_DEVICE void fetch_queries(int unit) const {
+    if (lane_id() != 0) return;
+    uint64_t* arrived = resident.queries_arrived(warp_id());
+    mbarrier_arrive_expect_bytes(arrived, 16 * kD * sizeof(T));
+    resident.args.q.copy(resident.queries(warp_id()), batch, head, row(unit), arrived);
+  }
+  // Each row's from two lanes of the four that know it, as finish_softmax leaves it.
+  CSAT_DEVICE void store_lse(int unit, float lse) const {
+    const int lane = lane_id(), r = row(unit) + lane / 4 + lane % 2 * 8;
+    if (lane % 4 < 2 && r < static_cast<int>(p().queries)) *at<float>(p().lse, batch, head, r) = lse;
+  }
+  CSAT_DEVICE void fill_tile(const Sums<16, kD>& x) const {
+    store_tile(tile(), to_operand<T>(x));
+    sync_warp();
+  }
+  CSAT_DEVICE void store_rows_of_tile(int unit, const View& v, int columns, bool vectors) const {
+    const int left = static_cast<int>(p().queries) - row(unit);
+    store_rows(GlobalRows<T>{at<T>(v, batch, head, row(unit)), v.stride[2], left, columns}, tile(), vectors);
+  }
+};
+
+// One unit of this warpgroup, whose queries arrive with the phase of this parity. Those of unit `next` follow them.
+template <typename T, int kD, int kP>
+CSAT_DEVICE void run_unit(const WarpRows<T, kD, kP>& rows, int unit, int next, int units, uint32_t parity) {
+  const Resident<T, kD, kP>& resident = rows.resident;
+  const ForwardMmaArgs& p = rows.p();
+  const auto fetch_next = [&] {
+    sync_warp();  // every lane has read its queries
+    if (next < units) rows.fetch_queries(next);
+  };
+  UnitState<T, kD> state = {};
+  mbarrier_wait(resident.queries_arrived(warp_id()), parity);
+  if constexpr (state.kHoldsQueries) state.q = load_operand(resident.queries(warp_id()));
+  attend_chunk<true>(resident, 0, state);
+  if constexpr (state.kHoldsQueries) fetch_next();
+#pragma unroll 1
+  for (int c = 1; c < p.chunks; ++c) attend_chunk<false>(resident, c, state);
+  if constexpr (!state.kHoldsQueries) fetch_next();
+  add_values(resident, p.chunks - 1, state);
+  rows.store_lse(unit, finish_softmax(state.softmax, state.z));
+  rows.fill_tile(state.z);
+  if (p.z.data) rows.store_rows_of_tile(unit, p.z, p.features, p.z_vectors);
   if constexpr (kP > 0) {
-    const Sums<16, kD> c = decode_rows(to_operand<T>(unit.z), resident);
-    sync_warp();  // z has been stored
-    store_tile(tile, 0, c);
-    sync_warp();
-    store_rows(rows_of<T>(p.out, p, pair, p.decoder.outputs), row, 16, tile, p.out_vectors);
+    const Sums<16, kD> c = decode_rows(resident, rows.tile());
+    sync_warp();  // z has been read
+    rows.fill_tile(c);
+    rows.store_rows_of_tile(unit, p.out, p.decoder.outputs, p.out_vectors);
   }
+  sync_warp();  // before the tile is filled again
 }
 
 template <typename T, int kD, int kP>
-CSAT_DEVICE void attend_run(const Resident<T, kD, kP>& resident, const Turn& turn, const UnitRun& run) {
-  const ForwardMmaArgs& p = resident.p;
-  // This warp's 16 of a unit's 64 rows; past the last query where there is no such unit.
-  const auto first_row = [&](int unit) {
-    return unit < run.count ? int64_t(run.first + unit) * limits::kWgmmaRows + warp_id() % 4 * 16 : p.queries;
-  };
-  const auto fetch = [&](int stage, int unit) {
-    load_rows_async(resident.rows(warp_id(), stage), rows_of<const T>(p.q, p, run.pair, p.head_dim), first_row(unit),
-                    16, lane_id(), 32);
-    cp_async_commit();
-  };
-  fetch(0, turn.group);
-  for (int first = 0, stage = 0; first < run.count; first += 2, stage ^= 1) {
-    const int unit = first + turn.group;
-    fetch(stage ^ 1, unit + 2);
-    cp_async_wait<1>();
-    sync_warp();
-    run_unit(resident, turn, run.pair, first_row(unit), resident.rows(warp_id(), stage));
-    sync_warp();  // before the tile is filled again
-  }
-  cp_async_wait<0>();
-}
-
-template <typename T, int kD, int kP>
-__global__ void __launch_bounds__(limits::kMmaThreads, 1) forward_wgmma_kernel(ForwardMmaArgs p) {
+__global__ void __launch_bounds__(128 * limits::wgmma_groups(kD, kP), 1)
+    forward_wgmma_kernel(const __grid_constant__ ForwardWgmmaArgs args) {
   CSAT_DYN_SMEM(T, shared);
-  const Resident<T, kD, kP> resident{shared, p};
-  const Turn turn{static_cast<int>(threadIdx.x) / 128};
-  if (turn.group == 1) turn.pass();  // the first turn is the first warpgroup's
+  const Resident<T, kD, kP> resident{shared, args};
+  const ForwardMmaArgs& p = args.shapes;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i <= resident.kWarps; ++i) mbarrier_init(resident.queries_arrived(i), 1);
+    fence_mbarrier_init();
+  }
+  uint32_t queries_parity = 0, measurements_parity = 0;
   for_each_run(p, [&](const UnitRun& run) {
-    __syncthreads();  // nobody reads the run before
-    load_measurements(resident, run.pair);
-    if constexpr (kP > 0) load_decoder(resident, run.pair % p.heads);
+    __syncthreads();  // the mbarriers are made; nobody reads the run before
+    const int group = warpgroup_id();
+    const WarpRows<T, kD, kP> rows(resident, run);
+    load_measurements(resident, rows.batch, rows.head);
+    if (group < run.count) rows.fetch_queries(group);
+    if constexpr (kP > 0) load_decoder(resident, rows.head);
     cp_async_commit();
     cp_async_wait<0>();
     fence_proxy_async();
     __syncthreads();
-    attend_run(resident, turn, run);
+    mbarrier_wait(resident.measurements_arrived(), measurements_parity);
+    measurements_parity ^= 1;
+    for (int unit = group; unit < run.count; unit += resident.kGroups, queries_parity ^= 1)
+      run_unit(rows, unit, unit + resident.kGroups, run.count, queries_parity);
   });
-  if (turn.group == 0) turn.wait();  // takes the last turn that was passed
 }
 
 template <typename T, int kD, int kP>
 int launch_forward_wgmma(const ForwardMmaArgs& p, int64_t blocks, int64_t shared_bytes, void* stream) {
+  ForwardWgmmaArgs args;
+  args.shapes = p;
+  args.plain_chunks = p.bias.data || !(p.scale > 0.f) ? 0 : static_cast<int>(p.measurements / limits::kWgmmaChunk);
+  const int64_t batch = p.pairs / p.heads, key_heads = p.heads / p.group;
+  int error = make_row_boxes<T>(&args.q, p.q, batch, p.heads, p.queries, p.head_dim, 16);
+  if (!error)
+    error = make_row_boxes<T>(&args.keys, p.kc, batch, key_heads, p.measurements, p.head_dim, limits::kWgmmaChunk);
+  if (!error)
+    error = make_row_boxes<T>(&args.values, p.vc, batch, key_heads, p.measurements, p.features, limits::kWgmmaChunk);
+  if (error) return error;
   auto kernel = forward_wgmma_kernel<T, kD, kP>;
-  CSAT_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(limits::kMmaThreads), static_cast<size_t>(shared_bytes),
-              stream, p);
+  CSAT_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(128 * limits::wgmma_groups(kD, kP)),
+              static_cast<size_t>(shared_bytes), stream, args);
   return last_error();
 }
 

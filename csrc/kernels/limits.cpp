@@ -101,11 +101,11 @@ const char* plan_wgmma(ForwardMmaPlan& plan, const AttendParams& attend, const D
           plan_sizes(plan, &attend, decode, wgmma_feature, "D, R and Dv neither up to 64 nor 97 to 128"))
     return reason;
   if (decode && plan.atoms > wgmma_atoms_limit(plan.feature)) return "coefficient count P above 64 with D = 128";
+  if (attend.queries > kMaxBlocks) return "more than 2^31 queries";
   plan.wgmma = true;
   plan.chunks = plan.slots = static_cast<int>(ceil_div(attend.measurements, kWgmmaChunk));
-  plan.stages = 2;
   const int64_t rows = int64_t(plan.chunks) * kWgmmaChunk;
-  plan.shared_bytes = rows * (4 * plan.feature + 4) + kMmaWarps * 2 * mma_tile_bytes(16, plan.feature);
+  plan.shared_bytes = rows * (4 * plan.feature + 4) + wgmma_rows_bytes(plan.feature, plan.atoms);
   if (decode) plan.shared_bytes += wgmma_decoder_bytes(decode->decoder, plan.feature, plan.atoms);
   return plan.shared_bytes <= device.shared_bytes ? nullptr
                                                   : "measurements and decoder exceed the shared memory of a block";
