@@ -33,7 +33,7 @@
 namespace csat {
 
 struct DecodeBackwardWgmmaArgs {
-  TensorMap z_map, dout_map;  // (B, H, Nq, R), (B, H, Nq, Dv); boxes of 64 rows x 64 columns
+  RowBoxes z, dout;  // of 64 rows
   DecoderWeights decoder;
   int heads;
   int64_t queries;
@@ -128,48 +128,52 @@ CSAT_DEVICE void store_words(SwizzledTile<T, kColumns> tile, int warp, int colum
 #pragma unroll
   for (int k = 0; k < kOwn / 16; ++k) words[32 * k] = {x.at[0][k][0], x.at[0][k][1], x.at[0][k][2], x.at[0][k][3]};
 }
-template <typename T, int kColumns>
-CSAT_DEVICE Operand<T, 16, kOwn> load_words(SwizzledTile<T, kColumns> tile, int warp, int column) {
-  const uint4* words = lane_words(tile, warp, column);
-  Operand<T, 16, kOwn> x;
-#pragma unroll
-  for (int k = 0; k < kOwn / 16; ++k) {
-    const uint4 word = words[32 * k];
-    x.at[0][k][0] = word.x, x.at[0][k][1] = word.y, x.at[0][k][2] = word.z, x.at[0][k][3] = word.w;
-  }
-  return x;
-}
-
 // ---- products, their left operands 64 rows in shared memory. All are started, not done.
 
-// sums (+)= a w^T for the kColumns rows of w from `row` on.
+// Descriptors of blocks of 16 of the depth: along the rows of a tile from `row` on, or down its rows, for the columns
+// from `column` on.
+template <typename T, int kColumns>
+struct AlongRows {
+  uint64_t first;
+  int panel;
+  CSAT_DEVICE AlongRows(SwizzledTile<T, kColumns> tile, int row)
+      : first(wgmma_descriptor(tile.columns_from(row, 0), 16, 1024)), panel(tile.rows * 128) {}
+  CSAT_DEVICE uint64_t at(int k) const { return moved(first, k / 4 * panel + k % 4 * 32); }
+};
+template <typename T, int kColumns>
+struct DownRows {
+  uint64_t first;
+  CSAT_DEVICE DownRows(SwizzledTile<T, kColumns> tile, int column)
+      : first(wgmma_descriptor(tile.columns_from(0, column / 16), tile.rows * 128, 1024)) {}
+  CSAT_DEVICE uint64_t at(int k) const { return moved(first, 2048 * k); }
+};
+
+// sums (+)= a w^T for the rows of w from `row` on.
 template <typename T, int kColumns, int kDepth>
 CSAT_DEVICE void start_rows(Sums<16, kColumns>& sums, SwizzledTile<T, kDepth> a, SwizzledTile<T, kDepth> w, int row,
                             bool accumulate) {
+  const AlongRows left(a, 0), right(w, row);
 #pragma unroll
   for (int k = 0; k < kDepth / 16; ++k)
-    wgmma_k16_shared<T, false, false>(sums.at[0], wgmma_descriptor(a.columns_from(0, k), 16, 1024),
-                                      wgmma_descriptor(w.columns_from(row, k), 16, 1024), accumulate || k > 0);
+    wgmma_k16_shared<T, false, false>(sums.at[0], left.at(k), right.at(k), accumulate || k > 0);
 }
-// sums (+)= a w for the 64 columns of w from `column` on.
-template <typename T, int kDepth, int kWidth>
-CSAT_DEVICE void start_columns(Sums<16, 64>& sums, SwizzledTile<T, kDepth> a, SwizzledTile<T, kWidth> w, int column,
-                               bool accumulate) {
+// sums (+)= a w for the columns of w from `column` on.
+template <typename T, int kColumns, int kDepth, int kWidth>
+CSAT_DEVICE void start_columns(Sums<16, kColumns>& sums, SwizzledTile<T, kDepth> a, SwizzledTile<T, kWidth> w,
+                               int column, bool accumulate) {
+  const AlongRows left(a, 0);
+  const DownRows right(w, column);
 #pragma unroll
   for (int k = 0; k < kDepth / 16; ++k)
-    wgmma_k16_shared<T, false, true>(sums.at[0], wgmma_descriptor(a.columns_from(0, k), 16, 1024),
-                                     wgmma_descriptor(w.columns_from(16 * k, column / 16), w.rows * 128, 1024),
-                                     accumulate || k > 0);
+    wgmma_k16_shared<T, false, true>(sums.at[0], left.at(k), right.at(k), accumulate || k > 0);
 }
-// sums += x^T y for 64 columns of x from `x_column` and kColumns of y from `y_column` on, over the rows of the tiles.
+// sums += x^T y for 64 columns of x from `x_column` on and those of y from `y_column` on, over the rows of the tiles.
 template <typename T, int kColumns, int kX, int kY>
 CSAT_DEVICE void start_outer(Sums<16, kColumns>& sums, SwizzledTile<T, kX> x, int x_column, SwizzledTile<T, kY> y,
                              int y_column) {
+  const DownRows left(x, x_column), right(y, y_column);
 #pragma unroll
-  for (int k = 0; k < kRows / 16; ++k)
-    wgmma_k16_shared<T, true, true>(sums.at[0],
-                                    wgmma_descriptor(x.columns_from(16 * k, x_column / 16), x.rows * 128, 1024),
-                                    wgmma_descriptor(y.columns_from(16 * k, y_column / 16), y.rows * 128, 1024));
+  for (int k = 0; k < kRows / 16; ++k) wgmma_k16_shared<T, true, true>(sums.at[0], left.at(k), right.at(k));
 }
 
 // ---- element by element
@@ -196,49 +200,46 @@ CSAT_DEVICE Operand<T, 16, kOwn> shrink_keeping(Operand<T, 16, kOwn>& a, const S
   return v;
 }
 
-// What a layer of the backward pass leaves: es_t; g becomes e_t - es_t.
-template <typename T>
-struct LayerErrors {
-  Operand<T, 16, kOwn> scaled;
-  float step;      // this lane's share of dstep_t
-  float theta[2];  // of dtheta_t over the warp's rows: column `column()`, and 32 columns on
+// This lane's share of dstep_t, and of dtheta_t over the warp's rows: of column `column()`, and 32 columns on.
+struct LayerSums {
+  float step = 0.f, theta[2];
   static CSAT_DEVICE int column() {
     const int c = lane_id() / 4;
     return c / 2 * 8 + lane_id() % 4 * 2 + c % 2;
   }
 };
 
-// From g_{t+1} in `g`, with a_{t+1} in `after`.
+// es_t in place of a_{t+1}, and e_t - es_t in place of g_{t+1}; v_t as store_words left it.
 template <typename T>
-CSAT_DEVICE LayerErrors<T> layer_errors(Sums<16, kOwn>& g, const Operand<T, 16, kOwn>& after,
-                                        const Operand<T, 16, kOwn>& v, float step) {
-  LayerErrors<T> result;
-  result.step = 0.f;
+CSAT_DEVICE LayerSums layer_errors(Sums<16, kOwn>& g, Operand<T, 16, kOwn>& x, const uint4* v, float step) {
+  LayerSums sums;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float theta[8] = {};
 #pragma unroll
-    for (int j = 4 * half; j < 4 * half + 4; ++j)
+    for (int k = 2 * half; k < 2 * half + 2; ++k) {
+      const uint4 word = v[32 * k];
+      const uint32_t changes[] = {word.x, word.y, word.z, word.w};
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float2 a = unpack2<T>(after.at[0][j / 2][j % 2 * 2 + h]),
-                     change = unpack2<T>(v.at[0][j / 2][j % 2 * 2 + h]);
+      for (int r = 0; r < 4; ++r) {
+        const float2 a = unpack2<T>(x.at[0][k][r]), change = unpack2<T>(changes[r]);
         float scaled[2];
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           const float value = c ? a.y : a.x;
-          float& x = g.at[0][j][2 * h + c];
-          const float e = value != 0.f ? x : 0.f;
-          theta[2 * (j % 4) + c] -= value > 0.f ? e : -e;
-          result.step += e * (c ? change.y : change.x);
+          float& error = g.at[0][2 * k + r / 2][r % 2 * 2 + c];
+          const float e = value != 0.f ? error : 0.f;
+          theta[4 * (k % 2) + r / 2 * 2 + c] -= value > 0.f ? e : -e;
+          sums.step += e * (c ? change.y : change.x);
           scaled[c] = step * e;
-          x = e - scaled[c];
+          error = e - scaled[c];
         }
-        result.scaled.at[0][j / 2][j % 2 * 2 + h] = pack2<T>(scaled[0], scaled[1]);
+        x.at[0][k][r] = pack2<T>(scaled[0], scaled[1]);
       }
-    result.theta[half] = column_sum(theta);
+    }
+    sums.theta[half] = column_sum(theta);
   }
-  return result;
+  return sums;
 }
 
 // The sums over all tiles of a team that stay in registers: this warpgroup's rows of dS and dB, columns of dpsi.
@@ -301,9 +302,9 @@ struct TileOfRows {
     return a;
   }
 
-  // es_t of every layer -> shared, and their sums; from a_T.
+  // es_t of every layer -> shared, and their sums; from x = a_T.
   template <bool kPsi>
-  CSAT_DEVICE void propagate(Operand<T, 16, kOwn> after, WeightSums<kP, kF, kPsi>& sums) const {
+  CSAT_DEVICE void propagate(Operand<T, 16, kOwn> x, WeightSums<kP, kF, kPsi>& sums) const {
     const int warp = warp_id();
     Sums<16, kOwn> g;
     wgmma_fence(g.at[0], sums.S.at[0], sums.B.at[0]);
@@ -312,10 +313,9 @@ struct TileOfRows {
     wgmma_wait<0>(g.at[0]);
 #pragma unroll 1
     for (int t = s.layers() - 1; t >= 0; --t) {
-      const Operand<T, 16, kOwn> v = load_words(error(t), at.warp, column());
-      LayerErrors<T> errors = layer_errors(g, after, v, s.step()[t]);
+      const LayerSums layer = layer_errors(g, x, lane_words(error(t), at.warp, column()), s.step()[t]);
       sync_warp();  // the warp has read v_t
-      store_own(error(t), at.warp, column(), errors.scaled);
+      store_own(error(t), at.warp, column(), x);
       fence_proxy_async();
       at.team_barrier();
       wgmma_fence(g.at[0]);
@@ -324,12 +324,12 @@ struct TileOfRows {
       if (t > 0) start_outer(sums.S, error(t), column(), iterate(t - 1), 0);
       start_outer(sums.B, error(t), column(), z(), 0);
       wgmma_commit();
-      float* theta = s.theta_sums(warp) + t * kOwn + LayerErrors<T>::column();
-      theta[0] += errors.theta[0];
-      theta[32] += errors.theta[1];
-      const float step = warp_sum(errors.step);
+      float* theta = s.theta_sums(warp) + t * kOwn + LayerSums::column();
+      theta[0] += layer.theta[0];
+      theta[32] += layer.theta[1];
+      const float step = warp_sum(layer.step);
       if (lane_id() == 0) s.step_sums(warp)[t] += step;
-      if (t > 0) after = load_own(iterate(t - 1), at.warp, column());
+      if (t > 0) x = load_own(iterate(t - 1), at.warp, column());
       wgmma_wait<1>(g.at[0]);
     }
     wgmma_wait<0>(sums.S.at[0], sums.B.at[0]);
@@ -370,12 +370,8 @@ CSAT_DEVICE void fetch(const Layout<T, kP, kF>& s, int team, int stage, const Ro
   mbarrier_arrive_expect_bytes(arrived, 2 * kRows * kF * 2);
   const int row = static_cast<int>(rows.first), head = static_cast<int>(rows.head),
             batch = static_cast<int>(rows.batch);
-#pragma unroll
-  for (int panel = 0; panel < kF / 64; ++panel) {
-    const int elements = panel * 64 * kRows;
-    tensor_copy_4d(s.z(team, stage).data + elements, s.p.z_map, 64 * panel, row, head, batch, arrived);
-    tensor_copy_4d(s.dout(team, stage).data + elements, s.p.dout_map, 64 * panel, row, head, batch, arrived);
-  }
+  s.p.z.copy(s.z(team, stage), batch, head, row, arrived);
+  s.p.dout.copy(s.dout(team, stage), batch, head, row, arrived);
 }
 
 // The warp's 16 rows of dz in 64 columns from `column` on, through its own rows of a tile.
@@ -469,11 +465,11 @@ __global__ void __launch_bounds__(limits::kMmaThreads, 1)
   };
   request(slot, 0);
   WeightSums<kP, kF, Shared::kSumsPsi> sums;
-  int stage = 0, parity = 0;
 #pragma unroll 1
-  for (int index = slot; index < p.group_tiles; index += p.slots) {
+  for (int turn = 0; slot + turn * p.slots < p.group_tiles; ++turn) {
+    const int index = slot + turn * p.slots, stage = turn & (p.stages - 1);
     if (p.stages == 2) request(index + p.slots, stage ^ 1);
-    mbarrier_wait(s.arrived(at.team, stage), parity);
+    mbarrier_wait(s.arrived(at.team, stage), turn >> (p.stages - 1) & 1);
     const TileOfRows<T, kP, kF> tile{s, at, stage};
     const Operand<T, 16, kOwn> last = tile.recompute();
     if constexpr (!Shared::kSumsPsi)
@@ -483,8 +479,6 @@ __global__ void __launch_bounds__(limits::kMmaThreads, 1)
     at.team_barrier();  // every product of this tile has read what it reads
     store_features(p, rows_of(p, group, index), tile.error(0), at.warp, tile.column(), dz);
     if (p.stages == 1) request(index + p.slots, 0);
-    if (p.stages == 2) stage ^= 1;
-    parity ^= p.stages == 1 || stage == 0;
   }
   store_parts(s, at, int64_t(group) * p.slots + slot, sums);
 }

@@ -61,38 +61,18 @@ inline bool has_vector_rows(const View& v) {
   return reinterpret_cast<uintptr_t>(v.data) % 16 == 0 && v.stride[3] == 1 && v.stride[0] % 8 == 0 &&
          v.stride[1] % 8 == 0 && v.stride[2] % 8 == 0;
 }
-// A copy of `v` (n0, n1, rows, columns) in the 16-bit `dtype`, its rows padded to a multiple of eight elements.
-inline int copy_vector_rows(View& v, Carver& carver, DType dtype, int64_t n0, int64_t n1, int64_t rows, int64_t columns,
+// `v` (n0, n1, rows, columns) in the 16-bit `dtype` with vector rows: `v` as it lies or a copy of it, whose rows are
+// padded to a multiple of eight elements (vector copies fill up with zeros: the padding is never read). The source is
+// float32 or of `dtype`.
+inline int take_vector_rows(View& v, Carver& carver, DType dtype, int64_t n0, int64_t n1, int64_t rows, int64_t columns,
                             void* stream) {
+  if (v.dtype == dtype && has_vector_rows(v)) return 0;
   const int64_t pitch = limits::round_up(columns, 8);
   View target{
       carver.take<char>(n0 * n1 * rows * pitch * size_of(dtype)), dtype, {n1 * rows * pitch, rows * pitch, pitch, 1}};
   const View source = v;
   v = target;
   return carver.sizing() ? 0 : copy_tokens({source, target, nullptr, n0, n1, rows, columns}, stream);
-}
-// `v` in the 16-bit `dtype` with vector rows: as it lies or a copy of it (vector copies fill up with zeros: the padding
-// is never read). The source is float32 or of `dtype`.
-inline int take_vector_rows(View& v, Carver& carver, DType dtype, int64_t n0, int64_t n1, int64_t rows, int64_t columns,
-                            void* stream) {
-  if (v.dtype == dtype && has_vector_rows(v)) return 0;
-  return copy_vector_rows(v, carver, dtype, n0, n1, rows, columns, stream);
-}
-// The same for tensor copies, which take no stride of 0 (a broadcast axis).
-inline int take_tensor_rows(View& v, Carver& carver, DType dtype, int64_t n0, int64_t n1, int64_t rows, int64_t columns,
-                            void* stream) {
-  const bool strided = (n0 == 1 || v.stride[0] > 0) && (n1 == 1 || v.stride[1] > 0) && (rows == 1 || v.stride[2] > 0);
-  if (v.dtype == dtype && has_vector_rows(v) && strided) return 0;
-  return copy_vector_rows(v, carver, dtype, n0, n1, rows, columns, stream);
-}
-// Boxes of 64 columns and `box_rows` rows of such a view.
-template <typename T>
-int tensor_map(TensorMap& map, const View& v, int64_t n0, int64_t n1, int64_t rows, int64_t columns, int box_rows) {
-  const int64_t pitch = limits::round_up(columns, 8), sizes[] = {columns, rows, n1, n0};
-  // The stride of an axis of one is never used, and any number.
-  const int64_t strides[] = {1, rows > 1 ? v.stride[2] : pitch, n1 > 1 ? v.stride[1] : pitch,
-                             n0 > 1 ? v.stride[0] : pitch};
-  return make_tensor_map(&map, static_cast<const T*>(v.data), 4, sizes, strides, box_rows);
 }
 
 // Evaluates to the first non-zero error code of a sequence of launches.

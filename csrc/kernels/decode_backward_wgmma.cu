@@ -34,8 +34,8 @@ struct Plan {
     args.stages = limits::decode_backward_wgmma_stages(size, d.layers, shared_memory_limit());
     args.dz = params.dz;
     args.dz_vectors = has_vector_rows(params.dz) && d.features % 8 == 0;
-    CSAT_TRY(take_rows(args.z_map, params.forward.z, d.features, carver, stream));
-    CSAT_TRY(take_rows(args.dout_map, params.dout, d.outputs, carver, stream));
+    CSAT_TRY(take_rows(args.z, params.forward.z, d.features, carver, stream));
+    CSAT_TRY(take_rows(args.dout, params.dout, d.outputs, carver, stream));
     CSAT_TRY(take_weights(carver, stream));
     tiles = params.forward.batch * (d.heads == 1 ? params.forward.heads : 1) * args.query_tiles;
     const int64_t row_bytes = sums_psi ? 0 : 2 * 2 * size;
@@ -63,13 +63,12 @@ struct Plan {
   }
 
  private:
-  int take_rows(TensorMap& map, View rows, int64_t columns, Carver& carver, void* stream) {
+  int take_rows(RowBoxes& boxes, View rows, int64_t columns, Carver& carver, void* stream) {
     const DecodeParams& f = params.forward;
-    CSAT_TRY(take_tensor_rows(rows, carver, f.z.dtype, f.batch, f.heads, f.queries, columns, stream));
+    CSAT_TRY(take_vector_rows(rows, carver, f.z.dtype, f.batch, f.heads, f.queries, columns, stream));
     if (carver.sizing()) return 0;
-    return rows.dtype == DType::bf16
-               ? tensor_map<bf16>(map, rows, f.batch, f.heads, f.queries, columns, limits::kWgmmaRows)
-               : tensor_map<f16>(map, rows, f.batch, f.heads, f.queries, columns, limits::kWgmmaRows);
+    const auto make = rows.dtype == DType::bf16 ? make_row_boxes<bf16> : make_row_boxes<f16>;
+    return make(&boxes, rows, f.batch, f.heads, f.queries, columns, limits::kWgmmaRows);
   }
 
   int take_weights(Carver& carver, void* stream) {
