@@ -203,6 +203,29 @@ def test_attend_on_tensor_cores(
     assert _on_tensor_cores(ops)
 
 
+@pytest.mark.parametrize("scale", [0.2, 0.0, -0.2])
+@pytest.mark.parametrize("measurements", [192, 150])
+def test_attend_on_hopper_follows_peaks_that_grow(
+    library: Any, generator: torch.Generator, measurements: int, scale: float
+) -> None:
+    """By more and by less than the slack within which z keeps its scale, from chunk to chunk; scales of every sign."""
+    q, kc, vc, *_ = _attend_inputs(generator, torch.bfloat16, (1, 1, 1, 70, measurements, 64, 64), "none")
+    kc[:, :, 64:128] *= 2
+    kc[:, :, 128:] *= torch.linspace(0, 8, measurements - 128)[:, None].to(kc.dtype)
+    check(EmulatedOps(library, compute_capability=90), "attend", q, kc, vc, None, scale)
+
+
+def test_attend_on_hopper_takes_expanded_tensors(library: Any, generator: torch.Generator) -> None:
+    """Axes of stride 0, which tensor copies do not know: heads, batch elements, rows."""
+    ops = EmulatedOps(library, compute_capability=90)
+    q = _tokens(generator, torch.bfloat16, 1, 2, 70, 64).expand(2, 2, 70, 64)
+    kc = _tokens(generator, torch.bfloat16, 2, 1, 90, 64).expand(2, 2, 90, 64)
+    vc = _tokens(generator, torch.bfloat16, 2, 2, 1, 64).expand(2, 2, 90, 64)
+    got = check(ops, "attend", q, kc, vc, None, 0.125)
+    expected = ops.attend(q.contiguous(), kc.contiguous(), vc.contiguous(), None, 0.125)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 def test_sizes_beyond_the_tensor_cores_run_on_the_others(library: Any, generator: torch.Generator) -> None:
     ops = EmulatedOps(library)
     z, _ = check(ops, "attend", *_attend_inputs(generator, torch.bfloat16, (1, 2, 1, 9, 13, 132, 24), "finite"))

@@ -72,14 +72,16 @@ template <typename T, int kD, int kP>
 CSAT_DEVICE void load_measurements(const Resident<T, kD, kP>& to, int batch, int head) {
   const ForwardMmaArgs& p = to.shapes();
   const int rows = p.chunks * to.kChunk;
-  for (int m = threadIdx.x; m < rows; m += to.kThreads) to.bias()[m] = bias_of(p, batch, head, m);
-  if (threadIdx.x != 0) return;
-  mbarrier_arrive_expect_bytes(to.measurements_arrived(), rows * kD * 2 * sizeof(T));
+  if (threadIdx.x == 0) {
+    uint64_t* arrived = to.measurements_arrived();
+    mbarrier_arrive_expect_bytes(arrived, rows * kD * 2 * sizeof(T));
 #pragma unroll 1
-  for (int c = 0; c < p.chunks; ++c) {
-    to.args.keys.copy(to.keys(c), batch, head / p.group, c * to.kChunk, to.measurements_arrived());
-    to.args.values.copy(to.values(c), batch, head / p.group, c * to.kChunk, to.measurements_arrived());
+    for (int c = 0; c < p.chunks; ++c) {
+      to.args.keys.copy(to.keys(c), batch, head / p.group, c * to.kChunk, arrived);
+      to.args.values.copy(to.values(c), batch, head / p.group, c * to.kChunk, arrived);
+    }
   }
+  for (int m = threadIdx.x; m < rows; m += to.kThreads) to.bias()[m] = bias_of(p, batch, head, m);
 }
 
 template <typename T, int kD, int kP>
@@ -97,29 +99,31 @@ CSAT_DEVICE void load_decoder(const Resident<T, kD, kP>& to, int64_t head) {
 // How far, in powers of two, probabilities may grow before z is rescaled.
 constexpr float kSoftmaxSlack = 8.f;
 
-// The maximum of one of this lane's two rows.
+// The maximum of what this lane has of one of its two rows.
 template <int kChunk>
 CSAT_DEVICE float largest_of(const Sums<16, kChunk>& s, int h) {
   float largest = fmaxf(s.at[0][0][2 * h], s.at[0][0][2 * h + 1]);
 #pragma unroll
   for (int j = 1; j < kChunk / 8; ++j) largest = fmaxf(largest, fmaxf(s.at[0][j][2 * h], s.at[0][j][2 * h + 1]));
-  return quad_max(largest);
+  return largest;
 }
 
 // s -> exp2(factor s - peak), where the peak is that of the chunks so far or up to kSoftmaxSlack less; the mass
-// follows. Returns whether z has to follow too, by `decay`.
+// follows. Returns whether z has to follow too, by `decay`: the same to all lanes, though most rows stay as they are.
 template <bool kFirst, int kChunk>
 CSAT_DEVICE bool chunk_softmax(Softmax<16>& state, float (&decay)[2], Sums<16, kChunk>& s, float factor) {
   float (&peak)[2] = state.peak.at[0], (&mass)[2] = state.mass.at[0];
-  const float largest[2] = {largest_of(s, 0) * factor, largest_of(s, 1) * factor};
-  const bool grown = !kFirst && (largest[0] > peak[0] + kSoftmaxSlack || largest[1] > peak[1] + kSoftmaxSlack);
+  const float own[2] = {largest_of(s, 0) * factor, largest_of(s, 1) * factor};
+  bool grown = false;
+  if constexpr (!kFirst) grown = warp_any(own[0] > peak[0] + kSoftmaxSlack || own[1] > peak[1] + kSoftmaxSlack);
   if (kFirst || grown) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float before = peak[h];
-      peak[h] = kFirst ? largest[h] : fmaxf(before, largest[h]);
+      const float largest = quad_max(own[h]), before = peak[h];
+      const bool moves = kFirst || largest > before + kSoftmaxSlack;
+      if (moves) peak[h] = largest;
       if (kFirst) continue;
-      decay[h] = before == peak[h] ? 1.f : exp2_approx(before - peak[h]);
+      decay[h] = moves ? exp2_approx(before - largest) : 1.f;
       mass[h] *= decay[h];
     }
   }
@@ -185,20 +189,14 @@ CSAT_DEVICE void product_transposed(Sums<16, kColumns>& sums, Operand<T, 16, kDe
   wgmma_wait<0>(sums.at[0]);
 }
 
-// z of chunk c, started.
+// z of chunk c, behind a fence.
 template <typename T, int kD, int kP>
 CSAT_DEVICE void start_values(const Resident<T, kD, kP>& resident, int c, UnitState<T, kD>& unit) {
   start_product(unit.z, unit.probabilities, resident.values(c), 0, c > 0);
   wgmma_commit();
 }
-template <typename T, int kD, int kP>
-CSAT_DEVICE void add_values(const Resident<T, kD, kP>& resident, int c, UnitState<T, kD>& unit) {
-  wgmma_fence(unit.z.at[0], unit.probabilities.at[0]);
-  start_values(resident, c, unit);
-  wgmma_wait<0>(unit.z.at[0], unit.probabilities.at[0]);
-}
 
-// The scores of chunk c; z of the chunk before is left running behind them, or done where q is read anew.
+// The scores of chunk c; z of the chunk before is left running behind them, or runs while q is read anew.
 template <bool kFirst, typename T, int kD, int kP>
 CSAT_DEVICE void score_chunk(const Resident<T, kD, kP>& resident, int c, UnitState<T, kD>& unit,
                              Sums<16, limits::kWgmmaChunk>& s) {
@@ -209,8 +207,10 @@ CSAT_DEVICE void score_chunk(const Resident<T, kD, kP>& resident, int c, UnitSta
     if constexpr (!kFirst) start_values(resident, c - 1, unit);
     wgmma_wait<!kFirst>(s.at[0]);
   } else {
-    if constexpr (!kFirst) add_values(resident, c - 1, unit);
+    wgmma_fence(unit.z.at[0], unit.probabilities.at[0]);
+    if constexpr (!kFirst) start_values(resident, c - 1, unit);
     Operand<T, 16, kD> q = load_operand(resident.queries(warp_id()));
+    wgmma_wait<0>(unit.z.at[0], unit.probabilities.at[0]);
     product_transposed(s, q, resident.keys(c), false);
   }
 }
@@ -237,13 +237,6 @@ CSAT_DEVICE void attend_chunk(const Resident<T, kD, kP>& resident, int c, UnitSt
   unit.probabilities = to_operand<T>(s);
 }
 
-// The next iterate from u = S a + B z, and a product of all coefficients at a time.
-template <typename T, int kD, int kP>
-CSAT_DEVICE void shrink_layer(const Resident<T, kD, kP>& resident, int t, Sums<16, kP>& u, Operand<T, 16, kP>& a) {
-  shrink(u, a, 0, resident.theta() + t * kP, resident.step()[t]);
-  a = to_operand<T>(u);
-}
-
 // psi a_T of the rows of z in the warp's tile: the layers of lista.cuh. B z of a tied B is kept where registers hold it
 // beside u; else z is read again.
 template <typename T, int kD, int kP>
@@ -260,7 +253,8 @@ CSAT_DEVICE Sums<16, kD> decode_rows(const Resident<T, kD, kP>& resident, Swizzl
     Sums<16, kP> u = {};
     measured(u, 0);
     if constexpr (kKeep) bz = u;
-    shrink_layer(resident, 0, u, a);
+    shrink(u, resident.theta(), resident.step()[0]);
+    a = to_operand<T>(u);
   }
 #pragma unroll 1
   for (int t = 1; t < w.layers; ++t) {
@@ -272,7 +266,8 @@ CSAT_DEVICE Sums<16, kD> decode_rows(const Resident<T, kD, kP>& resident, Swizzl
       measured(u, t);
     }
     product_transposed(u, a, resident.S(t), true);
-    shrink_layer(resident, t, u, a);
+    shrink(u, a, 0, resident.theta() + t * kP, resident.step()[t]);
+    a = to_operand<T>(u);
   }
   Sums<16, kD> c = {};
   product_transposed(c, a, resident.psi(), false);
@@ -284,9 +279,16 @@ template <typename T, int kD, int kP>
 struct WarpRows {
   const Resident<T, kD, kP>& resident;
   int batch, head, first;  // unit of the pair
+  float* lse;              // of the pair
+  T* last;                 // of the pair: c, or z where there is no decoder
 
   CSAT_DEVICE WarpRows(const Resident<T, kD, kP>& resident, const UnitRun& run)
-      : resident(resident), batch(run.pair / p().heads), head(run.pair % p().heads), first(run.first) {}
+      : resident(resident),
+        batch(run.pair / p().heads),
+        head(run.pair % p().heads),
+        first(run.first),
+        lse(at<float>(p().lse, batch, head, 0)),
+        last(at<T>(kP ? p().out : p().z, batch, head, 0)) {}
   CSAT_DEVICE const ForwardMmaArgs& p() const { return resident.shapes(); }
   CSAT_DEVICE int row(int unit) const { return (first + unit) * limits::kWgmmaRows + warp_id() % 4 * 16; }
   CSAT_DEVICE SwizzledTile<T, kD> tile() const { return resident.results(warp_id()); }
@@ -298,17 +300,17 @@ struct WarpRows {
     resident.args.q.copy(resident.queries(warp_id()), batch, head, row(unit), arrived);
   }
   // Each row's from two lanes of the four that know it, as finish_softmax leaves it.
-  CSAT_DEVICE void store_lse(int unit, float lse) const {
+  CSAT_DEVICE void store_lse(int unit, float value) const {
     const int lane = lane_id(), r = row(unit) + lane / 4 + lane % 2 * 8;
-    if (lane % 4 < 2 && r < static_cast<int>(p().queries)) *at<float>(p().lse, batch, head, r) = lse;
+    if (lane % 4 < 2 && r < static_cast<int>(p().queries)) lse[r * p().lse.stride[2]] = value;
   }
   CSAT_DEVICE void fill_tile(const Sums<16, kD>& x) const {
     store_tile(tile(), to_operand<T>(x));
     sync_warp();
   }
-  CSAT_DEVICE void store_rows_of_tile(int unit, const View& v, int columns, bool vectors) const {
-    const int left = static_cast<int>(p().queries) - row(unit);
-    store_rows(GlobalRows<T>{at<T>(v, batch, head, row(unit)), v.stride[2], left, columns}, tile(), vectors);
+  CSAT_DEVICE void store_tile_rows(int unit, T* to, int64_t stride, int columns, bool vectors) const {
+    const GlobalRows<T> all{to, stride, static_cast<int>(p().queries), columns};
+    store_rows(all.from_row(row(unit)), tile(), vectors);
   }
 };
 
@@ -329,15 +331,20 @@ CSAT_DEVICE void run_unit(const WarpRows<T, kD, kP>& rows, int unit, int next, i
 #pragma unroll 1
   for (int c = 1; c < p.chunks; ++c) attend_chunk<false>(resident, c, state);
   if constexpr (!state.kHoldsQueries) fetch_next();
-  add_values(resident, p.chunks - 1, state);
+  wgmma_fence(state.z.at[0], state.probabilities.at[0]);
+  start_values(resident, p.chunks - 1, state);
+  wgmma_wait<0>(state.z.at[0]);
   rows.store_lse(unit, finish_softmax(state.softmax, state.z));
   rows.fill_tile(state.z);
-  if (p.z.data) rows.store_rows_of_tile(unit, p.z, p.features, p.z_vectors);
+  if (p.z.data) {
+    T* z = kP ? at<T>(p.z, rows.batch, rows.head, 0) : rows.last;
+    rows.store_tile_rows(unit, z, p.z.stride[2], p.features, p.z_vectors);
+  }
   if constexpr (kP > 0) {
     const Sums<16, kD> c = decode_rows(resident, rows.tile());
     sync_warp();  // z has been read
     rows.fill_tile(c);
-    rows.store_rows_of_tile(unit, p.out, p.decoder.outputs, p.out_vectors);
+    rows.store_tile_rows(unit, rows.last, p.out.stride[2], p.decoder.outputs, p.out_vectors);
   }
   sync_warp();  // before the tile is filled again
 }

@@ -67,6 +67,18 @@ CSAT_DEVICE void shrink(Sums<kRows, kColumns>& u, const Operand<T, kRows, kDepth
   }
 }
 
+// u = soft(step u, theta): the same where a = 0.
+template <int kRows, int kColumns>
+CSAT_DEVICE void shrink(Sums<kRows, kColumns>& u, const float* theta, float step) {
+  const int t = pinned(lane_id()) % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < kRows / 16; ++i)
+#pragma unroll
+    for (int j = 0; j < kColumns / 8; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) u.at[i][j][e] = soft_threshold(step * u.at[i][j][e], theta[8 * j + t + e % 2]);
+}
+
 // a_{t+1} from a_t; the first layer starts from a = 0.
 template <bool kFirst, typename T, int kRows, int kD, int kP, typename Measured>
 CSAT_DEVICE void lista_layer(Operand<T, kRows, kP>& a, const Measured& z, const DecoderTiles<T, kD, kP>& w, int t) {

@@ -4,9 +4,10 @@
 //
 // Words: __global__, __launch_bounds__, threadIdx.x, blockIdx.x, __syncthreads(), dim3, float4 as in CUDA; CSAT_DEVICE,
 // CSAT_DYN_SMEM, CSAT_LAUNCH; bf16, f16, to_float, from_float, pack2, unpack2; lane_id, warp_id, warpgroup_id,
-// sync_warp, shfl_xor, warp_sum, warp_max, quad_sum, quad_max, load4, exp_f32, exp2_approx, log_f32, soft_threshold;
-// cp_async16, ldmatrix_x4, mma_m16n8k16, named_barrier_sync and their kin; of Hopper mbarrier_*, bulk_*, tensor_copy_*,
-// wgmma_*, registers_*; on the host make_tensor_map, last_error, max_shared_bytes, compute_capability, multiprocessors.
+// sync_warp, shfl_xor, warp_any, warp_sum, warp_max, quad_sum, quad_max, load4, exp_f32, exp2_approx, log_f32,
+// positive_part, soft_threshold; cp_async16, ldmatrix_x4, mma_m16n8k16, named_barrier_sync and their kin; of Hopper
+// mbarrier_*, bulk_*, tensor_copy_*, wgmma_*, registers_*; on the host make_tensor_map, last_error, max_shared_bytes,
+// compute_capability, multiprocessors.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -409,6 +410,12 @@ CSAT_DEVICE float exp2_approx(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// max(x, 0), where a NaN stays a NaN.
+CSAT_DEVICE float positive_part(float x) {
+  float y;
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 #endif
 
@@ -437,6 +444,7 @@ CSAT_DEVICE int warp_id() { return threadIdx.x / 32; }
 // Which warpgroup this is; the compiler knows that all lanes of a warp agree, so products may depend on it.
 CSAT_DEVICE int warpgroup_id() { return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0); }
 CSAT_DEVICE float shfl_xor(float x, int lane_mask) { return __shfl_xor_sync(0xffffffffu, x, lane_mask); }
+CSAT_DEVICE bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
 // Orders the shared-memory accesses of a warp's lanes.
 CSAT_DEVICE void sync_warp() { __syncwarp(); }
 
@@ -470,11 +478,8 @@ constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 CSAT_DEVICE float exp_f32(float x) { return expf(x); }
 CSAT_DEVICE float log_f32(float x) { return logf(x); }
 
-// soft(u, theta) = sign(u) max(|u| - theta, 0); a NaN in either stays a NaN.
-CSAT_DEVICE float soft_threshold(float u, float theta) {
-  const float magnitude = fabsf(u) - theta;
-  return magnitude <= 0.f ? 0.f : copysignf(magnitude, u);
-}
+// soft(u, theta) = sign(u) max(|u| - theta, 0); a NaN in either stays a NaN. Zero has the sign of u.
+CSAT_DEVICE float soft_threshold(float u, float theta) { return copysignf(positive_part(fabsf(u) - theta), u); }
 
 // 0, or the cudaError_t of the launch before.
 inline int last_error() { return static_cast<int>(cudaGetLastError()); }

@@ -56,10 +56,10 @@ inline PackArgs bias_operand(const AttendParams& p) {
   return bias;
 }
 
-// Do rows start at multiples of 16 bytes, elements side by side, so that vector copies can read them?
+// Do rows start at multiples of 16 bytes, apart, elements side by side, so that vector and tensor copies read them?
 inline bool has_vector_rows(const View& v) {
   return reinterpret_cast<uintptr_t>(v.data) % 16 == 0 && v.stride[3] == 1 && v.stride[0] % 8 == 0 &&
-         v.stride[1] % 8 == 0 && v.stride[2] % 8 == 0;
+         v.stride[1] % 8 == 0 && v.stride[2] % 8 == 0 && v.stride[2] > 0;
 }
 // `v` (n0, n1, rows, columns) in the 16-bit `dtype` with vector rows: `v` as it lies or a copy of it, whose rows are
 // padded to a multiple of eight elements (vector copies fill up with zeros: the padding is never read). The source is

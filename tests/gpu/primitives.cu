@@ -32,8 +32,9 @@ __global__ void elementwise(const float* x, float* y) {
                            exp2_approx(v),
                            log_f32(fabsf(v)),
                            soft_threshold(v, 0.5f),
+                           positive_part(v),
                            __uint_as_float(to_tf32(v))};
-  for (int i = 0; i < 12; ++i) y[i * n + t] = results[i];
+  for (int i = 0; i < 13; ++i) y[i * n + t] = results[i];
 }
 
 // ---- one warp
@@ -44,10 +45,12 @@ __global__ void warps(const float* x, float* y) {
   const float4 four = load4(x + t / 4 * 4);
   slots[t] = x[t];
   sync_warp();
-  const float results[] = {shfl_xor(x[t], 5), warp_sum(x[t]),           warp_max(x[t]),
-                           quad_sum(x[t]),    quad_max(x[t]),           four.x + 2 * four.y + 3 * four.z + 4 * four.w,
-                           slots[t ^ 3],      float(pinned(lane_id())), float(warp_id())};
-  for (int i = 0; i < 9; ++i) y[i * 64 + t] = results[i];
+  const float results[] = {shfl_xor(x[t], 5), warp_sum(x[t]),
+                           warp_max(x[t]),    quad_sum(x[t]),
+                           quad_max(x[t]),    four.x + 2 * four.y + 3 * four.z + 4 * four.w,
+                           slots[t ^ 3],      float(pinned(lane_id())),
+                           float(warp_id()),  float(warp_any(x[t] > 2))};
+  for (int i = 0; i < 10; ++i) y[i * 64 + t] = results[i];
 }
 
 // Two groups of copies; of the second, lane l copies l % 5 floats.
@@ -353,8 +356,8 @@ constexpr Case product(const char* name) {
 }
 
 const Case cases[] = {
-    {"elementwise", false, 256, 12 * 256, launch<elementwise, 256, 0>},
-    {"warps", false, 64, 9 * 64, launch<warps, 64, 0>},
+    {"elementwise", false, 256, 13 * 256, launch<elementwise, 256, 0>},
+    {"warps", false, 64, 10 * 64, launch<warps, 64, 0>},
     {"async_copies", false, 256, 256, launch<async_copies, 32, 1024>},
     {"load_matrices", false, 256, 1024, launch<load_matrices, 32, 768>},
     {"warp_product bf16", false, 24 * 16, 128, launch<warp_product<bf16>, 32, 0>},

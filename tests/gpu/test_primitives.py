@@ -62,7 +62,7 @@ def elementwise(x: Tensor) -> Tensor:
     bits = x.view(torch.int32)
     tf32 = torch.where(x.isfinite(), (bits + 0x1000) & ~0x1FFF, bits).view(torch.float32)
     plain = [rounded(x, torch.bfloat16), rounded(x, torch.float16), x]
-    return torch.cat([*plain, *pairs, x.exp(), x.exp2(), x.abs().log(), soft, tf32])
+    return torch.cat([*plain, *pairs, x.exp(), x.exp2(), x.abs().log(), soft, x.clamp(min=0), tf32])
 
 
 def warps(x: Tensor) -> Tensor:
@@ -74,6 +74,7 @@ def warps(x: Tensor) -> Tensor:
         *(warp.sum(1).expand(2, 32), warp.amax(1).expand(2, 32)),
         *(quad.sum(1).expand(16, 4), quad.amax(1).expand(16, 4)),
         *(four.expand(16, 4), x[t ^ 3], (t % 32).float(), (t // 32).float()),
+        (x > 2).view(2, 32).any(1, keepdim=True).expand(2, 32),
     ]
     return torch.cat([row.reshape(64) for row in rows])
 

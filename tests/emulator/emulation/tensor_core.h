@@ -103,6 +103,7 @@ inline float2 unpack2(uint32_t pair) {
 }
 
 inline float exp2_approx(float x) { return std::exp2(x); }
+inline float positive_part(float x) { return x <= 0.0f ? 0.0f : x; }
 
 inline void named_barrier_sync(int id, int threads, int line = __builtin_LINE()) {
   emulator::named_barrier(id, threads, true, line);
