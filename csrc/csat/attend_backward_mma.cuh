@@ -41,9 +41,11 @@ struct AttendBackwardMmaArgs {
   bool vector_dq;  // rows of dq may be written 16 bytes at a time
   Panel bias;      // (B H)(1, M), -inf in the padding
   float scale;
-  int64_t slabs, chunks, chunk_queries;         // a chunk is a multiple of 32 queries
+  int64_t slabs, chunks, chunk_queries;         // a chunk is a multiple of a tile's queries
   float *key_parts, *value_parts, *bias_parts;  // (B H chunks)(M, kD), (M, kD), (M), M padded to slabs
-  float *query_parts, *centre, *shift;          // several slabs: (B H slabs)(Nq, kD), (B H)(Nq) each
+  // Several slabs: (B H)(Nq) each, wgmma knows the mean gradient of the probabilities as shift alone; dq of the slabs
+  // (B H slabs)(Nq, kD) or, with wgmma, of those that have been walked (B H chunks)(chunk_queries, kD).
+  float *centre, *shift, *query_parts;
 };
 
 namespace slab_backward {

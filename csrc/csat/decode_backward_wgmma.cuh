@@ -91,11 +91,12 @@ struct Layout {
   CSAT_DEVICE T* wide(int team, int i) const { return narrow(team, 2 * p.stages) + i * kWide; }
 };
 
-// The warpgroup that runs: which team it belongs to, which 64 coefficients are its own.
+// The warpgroup that runs, of two: which team it belongs to, which 64 coefficients are its own.
 template <int kP>
 struct Place {
+  static constexpr bool kAlone = kP == kOwn;
   int team, own, warp;  // the warp's number in its warpgroup
-  CSAT_DEVICE Place() : team(warpgroup_id() / (kP / kOwn)), own(warpgroup_id() % (kP / kOwn)), warp(warp_id() % 4) {}
+  CSAT_DEVICE Place() : team(kAlone ? warpgroup_id() : 0), own(kAlone ? 0 : warpgroup_id()), warp(warp_id() % 4) {}
   CSAT_DEVICE void team_barrier() const { named_barrier_sync(1 + team, 2 * kP); }
   CSAT_DEVICE bool leads() const { return threadIdx.x % (2 * kP) == 0; }
 };
@@ -103,7 +104,8 @@ struct Place {
 // This lane's place for stmatrix and ldmatrix in block k of 16 columns of the warp's 16 rows.
 template <typename T, int kColumns>
 CSAT_DEVICE T* lane_piece(SwizzledTile<T, kColumns> tile, int warp, int column) {
-  return tile.piece(16 * warp + lane_id() % 16, column + lane_id() / 16 * 8);
+  const int lane = pinned(lane_id());
+  return tile.piece(16 * warp + lane % 16, column + lane / 16 * 8);
 }
 template <typename T, int kColumns>
 CSAT_DEVICE void store_own(SwizzledTile<T, kColumns> tile, int warp, int column, const Operand<T, 16, kOwn>& x) {
@@ -130,50 +132,34 @@ CSAT_DEVICE void store_words(SwizzledTile<T, kColumns> tile, int warp, int colum
 }
 // ---- products, their left operands 64 rows in shared memory. All are started, not done.
 
-// Descriptors of blocks of 16 of the depth: along the rows of a tile from `row` on, or down its rows, for the columns
-// from `column` on.
-template <typename T, int kColumns>
-struct AlongRows {
-  uint64_t first;
-  int panel;
-  CSAT_DEVICE AlongRows(SwizzledTile<T, kColumns> tile, int row)
-      : first(wgmma_descriptor(tile.columns_from(row, 0), 16, 1024)), panel(tile.rows * 128) {}
-  CSAT_DEVICE uint64_t at(int k) const { return moved(first, k / 4 * panel + k % 4 * 32); }
-};
-template <typename T, int kColumns>
-struct DownRows {
-  uint64_t first;
-  CSAT_DEVICE DownRows(SwizzledTile<T, kColumns> tile, int column)
-      : first(wgmma_descriptor(tile.columns_from(0, column / 16), tile.rows * 128, 1024)) {}
-  CSAT_DEVICE uint64_t at(int k) const { return moved(first, 2048 * k); }
-};
-
 // sums (+)= a w^T for the rows of w from `row` on.
 template <typename T, int kColumns, int kDepth>
 CSAT_DEVICE void start_rows(Sums<16, kColumns>& sums, SwizzledTile<T, kDepth> a, SwizzledTile<T, kDepth> w, int row,
                             bool accumulate) {
-  const AlongRows left(a, 0), right(w, row);
+  const uint64_t left = a.rows_of_product(0), right = w.rows_of_product(row);
 #pragma unroll
   for (int k = 0; k < kDepth / 16; ++k)
-    wgmma_k16_shared<T, false, false>(sums.at[0], left.at(k), right.at(k), accumulate || k > 0);
+    wgmma_k16_shared<T, false, false>(sums.at[0], wgmma_advance(left, a.depth_offset(k)),
+                                      wgmma_advance(right, w.depth_offset(k)), accumulate || k > 0);
 }
 // sums (+)= a w for the columns of w from `column` on.
 template <typename T, int kColumns, int kDepth, int kWidth>
 CSAT_DEVICE void start_columns(Sums<16, kColumns>& sums, SwizzledTile<T, kDepth> a, SwizzledTile<T, kWidth> w,
                                int column, bool accumulate) {
-  const AlongRows left(a, 0);
-  const DownRows right(w, column);
+  const uint64_t left = a.rows_of_product(0), right = w.depth_of_product(0, column);
 #pragma unroll
   for (int k = 0; k < kDepth / 16; ++k)
-    wgmma_k16_shared<T, false, true>(sums.at[0], left.at(k), right.at(k), accumulate || k > 0);
+    wgmma_k16_shared<T, false, true>(sums.at[0], wgmma_advance(left, a.depth_offset(k)), wgmma_advance(right, 2048 * k),
+                                     accumulate || k > 0);
 }
 // sums += x^T y for 64 columns of x from `x_column` on and those of y from `y_column` on, over the rows of the tiles.
 template <typename T, int kColumns, int kX, int kY>
 CSAT_DEVICE void start_outer(Sums<16, kColumns>& sums, SwizzledTile<T, kX> x, int x_column, SwizzledTile<T, kY> y,
                              int y_column) {
-  const DownRows left(x, x_column), right(y, y_column);
+  const uint64_t left = x.depth_of_product(0, x_column), right = y.depth_of_product(0, y_column);
 #pragma unroll
-  for (int k = 0; k < kRows / 16; ++k) wgmma_k16_shared<T, true, true>(sums.at[0], left.at(k), right.at(k));
+  for (int k = 0; k < kRows / 16; ++k)
+    wgmma_k16_shared<T, true, true>(sums.at[0], wgmma_advance(left, 2048 * k), wgmma_advance(right, 2048 * k));
 }
 
 // ---- element by element

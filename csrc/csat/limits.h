@@ -203,13 +203,36 @@ constexpr int64_t attend_backward_mma_bytes(int64_t warps, int feature) {
       2 * mma_tile_bytes(rows, feature) + mma_tile_bytes(rows, kBackwardQueries) + (rows + 3 * kBackwardQueries) * 4;
   return of_queries + warps * of_warp;
 }
-// On wgmma a warpgroup has `row_blocks` times 64 measurements: the fewer queries a tile.
-constexpr int wgmma_backward_queries(int row_blocks) { return 64 / row_blocks; }
+// On wgmma a warpgroup has `row_blocks` times 64 measurements: dkc and dvc of 64 x 64 leave registers for 64 queries.
+constexpr int kWgmmaBackwardStages = 3;  // tiles of queries in shared memory
+constexpr int wgmma_backward_queries(int feature, int row_blocks) { return feature == 64 && row_blocks == 1 ? 64 : 32; }
+// Floats from one query's sums by warps to the next's: four or eight of them, and no bank conflict.
+constexpr int wgmma_backward_pitch(int64_t warps) { return warps > 4 ? 12 : 4; }
+constexpr int kWgmmaBackwardBarrierBytes = 64;
 constexpr int64_t attend_backward_wgmma_bytes(int64_t warps, int feature, int row_blocks) {
-  const int64_t measurements = warps * 16 * row_blocks, queries = wgmma_backward_queries(row_blocks);
-  const int64_t matrices = 2 * measurements * feature + queries * measurements + 5 * queries * feature;
-  return 2 * matrices + mma_tile_bytes(queries, feature) + 4 * (measurements + (3 * warps + 6) * queries) +
-         kBackwardBlockBytes;
+  const int64_t measurements = warps * 16 * row_blocks, queries = wgmma_backward_queries(feature, row_blocks);
+  const int64_t matrices =
+      2 * measurements * feature + queries * measurements + 2 * kWgmmaBackwardStages * queries * feature;
+  const int64_t floats = measurements + (3 + 2 * wgmma_backward_pitch(warps) + warps) * queries;
+  return 2 * matrices + mma_tile_bytes(queries, feature) + kBackwardBlockBytes + kWgmmaBackwardBarrierBytes +
+         4 * floats;
+}
+// The mean gradient of the probabilities, which slabs need before: 128 queries a block, 64 measurements at a time.
+constexpr int kWgmmaMeanDepth = 64, kWgmmaMeanStages = 2;
+constexpr int64_t backward_mean_wgmma_bytes(int feature) {
+  return 2 * (4 * kWgmmaRows + 2 * kWgmmaMeanStages * kWgmmaMeanDepth) * feature +
+         4 * kWgmmaMeanStages * kWgmmaMeanDepth + kWgmmaBackwardBarrierBytes;
+}
+// Ranges of queries of a pair of batch element and head, where a device runs `slots` blocks at once: what finishes
+// first, a block costing as much as kBackwardChunk queries beside its own.
+constexpr int64_t wgmma_backward_chunks(int64_t pairs, int64_t queries, int64_t slots) {
+  const int64_t most = ceil_div(queries, kBackwardChunk);
+  int64_t best = 1, least = INT64_MAX;
+  for (int64_t chunks = 1; chunks <= most && (chunks == 1 || pairs * chunks <= 8 * slots); ++chunks) {
+    const int64_t cost = ceil_div(pairs * chunks, slots) * (ceil_div(queries, chunks) + kBackwardChunk);
+    if (cost < least) least = cost, best = chunks;
+  }
+  return best;
 }
 // How attend's backward uses the tensor cores: sizes, and how the measurements are dealt to blocks.
 struct AttendBackwardPlan {

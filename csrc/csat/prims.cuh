@@ -4,9 +4,10 @@
 //
 // Words: __global__, __launch_bounds__, threadIdx.x, blockIdx.x, __syncthreads(), dim3, float4 as in CUDA; CSAT_DEVICE,
 // CSAT_DYN_SMEM, CSAT_LAUNCH; bf16, f16, to_float, from_float, pack2, unpack2; lane_id, warp_id, warpgroup_id,
-// sync_warp, shfl_xor, warp_any, warp_sum, warp_max, quad_sum, quad_max, load4, exp_f32, exp2_approx, log_f32,
-// positive_part, soft_threshold; cp_async16, ldmatrix_x4, mma_m16n8k16, named_barrier_sync and their kin; of Hopper
-// mbarrier_*, bulk_*, tensor_copy_*, wgmma_*, registers_*; on the host make_tensor_map, last_error, max_shared_bytes,
+// sync_warp, shfl_xor, warp_any, warp_sum, warp_max, quad_sum, quad_max, load4, exp_f32, exp2_approx, divide_approx,
+// log_f32, positive_part, soft_threshold; cp_async16, ldmatrix_x4, mma_m16n8k16, named_barrier_sync and their kin; of
+// Hopper mbarrier_*, bulk_*, tensor_copy_*, wgmma_*, registers_*; on the host make_tensor_map, last_error,
+// max_shared_bytes,
 // compute_capability, multiprocessors.
 #pragma once
 #include <cmath>
@@ -65,6 +66,12 @@ CSAT_DEVICE int pinned(int x) {
 CSAT_DEVICE SharedAddress pinned_address(const void* p) {
   return static_cast<SharedAddress>(pinned(static_cast<int>(shared_address(p))));
 }
+// The same address, which the compiler then knows to be that of all lanes: descriptors of products that are made from
+// it are computed once a warp.
+template <typename T>
+CSAT_DEVICE T* uniform_address(T* p) {
+  return static_cast<T*>(__cvta_shared_to_generic(__shfl_sync(0xffffffffu, shared_address(p), 0)));
+}
 
 // cp.async.cg: 16 bytes past L1 into shared memory, both addresses 16-byte aligned.
 CSAT_DEVICE void cp_async16(void* shared, const void* global) {
@@ -101,13 +108,17 @@ CSAT_DEVICE void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row) {
 }
 
 // stmatrix (sm_90): the same the other way.
-CSAT_DEVICE void stmatrix_x4(void* row, const uint32_t (&r)[4]) {
-  CSAT_SM90("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(r[0]),
-            "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+CSAT_DEVICE void stmatrix_x4(SharedAddress row, const uint32_t (&r)[4]) {
+  CSAT_SM90("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(r[0]), "r"(r[1]),
+            "r"(r[2]), "r"(r[3]) : "memory");
 }
+CSAT_DEVICE void stmatrix_x4_transposed(SharedAddress row, const uint32_t (&r)[4]) {
+  CSAT_SM90("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(r[0]), "r"(r[1]),
+            "r"(r[2]), "r"(r[3]) : "memory");
+}
+CSAT_DEVICE void stmatrix_x4(void* row, const uint32_t (&r)[4]) { stmatrix_x4(shared_address(row), r); }
 CSAT_DEVICE void stmatrix_x4_transposed(void* row, const uint32_t (&r)[4]) {
-  CSAT_SM90("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
-            "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+  stmatrix_x4_transposed(shared_address(row), r);
 }
 
 // c (16, 8) += a (16, 16) b (16, 8), accumulated in float32 (PTX ISA, "Matrix Fragments for mma.m16n8k16").
@@ -305,8 +316,8 @@ CSAT_DEVICE void registers_decrease() {
 // from 64 columns to the next 64; the next 16 of k start 2048 bytes on.
 CSAT_DEVICE uint64_t wgmma_descriptor(const void* start, uint32_t leading, uint32_t stride) {
   constexpr uint64_t swizzle128 = uint64_t(1) << 62;
-  return uint64_t((shared_address(start) & 0x3ffff) >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 |
-         swizzle128;
+  const uint32_t low = (shared_address(start) & 0x3ffff) >> 4 | leading >> 4 << 16;
+  return static_cast<uint32_t>(pinned(static_cast<int>(low))) | uint64_t(stride >> 4) << 32 | swizzle128;
 }
 
 // Keeps the compiler from moving accesses to these registers across this place: it does not know that products are
@@ -404,6 +415,8 @@ CSAT_DEVICE void wgmma_k16_shared(float (&c)[kFragments][4], uint64_t a, uint64_
   CSAT_EACH_WGMMA(CSAT_WGMMA_SHARED)
 }
 
+// a / b within 2 units in the last place, for b from 2^-126 to 2^126.
+CSAT_DEVICE float divide_approx(float a, float b) { return __fdividef(a, b); }
 // 2^x, relative error below 2^-22 (PTX ISA, ex2.approx); 2^-inf = 0.
 CSAT_DEVICE float exp2_approx(float x) {
   float y;
@@ -470,6 +483,11 @@ CSAT_DEVICE float warp_max(float x) {
 
 // Four consecutive floats from a 16-byte aligned address.
 CSAT_DEVICE float4 load4(const float* p) { return *reinterpret_cast<const float4*>(p); }
+
+// The descriptor of a matrix that starts `bytes` (a multiple of 16) further on: one addition to its low half.
+CSAT_DEVICE uint64_t wgmma_advance(uint64_t descriptor, int bytes) {
+  return (descriptor >> 32 << 32) | (static_cast<uint32_t>(descriptor) + static_cast<uint32_t>(bytes / 16));
+}
 
 // Natural logarithms outside kernels, powers of two inside, where exp2_approx is one instruction.
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;

@@ -22,12 +22,14 @@ struct SwizzledTile {
   CSAT_DEVICE T* piece(int r, int c) const { return data + (c / 64 * rows + r) * 64 + ((c % 64 / 8) ^ (r % 8)) * 8; }
   // Where block k of 16 columns starts for the rows from `row` (a multiple of 8) on.
   CSAT_DEVICE const T* columns_from(int row, int k) const { return data + (k / 4 * rows + row) * 64 + k % 4 * 16; }
+  // The rows from `row` on and their columns as the depth of a product; block k of it lies depth_offset(k) bytes on.
+  CSAT_DEVICE uint64_t rows_of_product(int row) const { return wgmma_descriptor(columns_from(row, 0), 16, 1024); }
+  CSAT_DEVICE int depth_offset(int k) const { return k / 4 * rows * 128 + k % 4 * 32; }
+  // The rows from `row` on as the depth of a product, 16 to a block of 2048 bytes, and their columns from `column` on.
+  CSAT_DEVICE uint64_t depth_of_product(int row, int column) const {
+    return wgmma_descriptor(columns_from(row, column / 16), rows * 128, 1024);
+  }
 };
-
-// The descriptor of what lies `bytes` (a multiple of 16) further on. Addresses fill the low half: no carry leaves it.
-CSAT_DEVICE uint64_t moved(uint64_t descriptor, int bytes) {
-  return (descriptor >> 32 << 32) | (static_cast<uint32_t>(descriptor) + static_cast<uint32_t>(bytes / 16));
-}
 
 // load_rows_async of fragments.cuh for rows 0 .. count - 1; fence_proxy_async and a barrier before the first product.
 template <typename T, int kColumns>
@@ -126,32 +128,33 @@ inline int make_row_boxes(RowBoxes* boxes, const View& v, int64_t n0, int64_t n1
 template <typename T, int kColumns, int kDepth>
 CSAT_DEVICE void start_product_transposed(Sums<16, kColumns>& sums, const Operand<T, 16, kDepth>& a,
                                           SwizzledTile<T, kDepth> b, int row, bool accumulate) {
-  const uint64_t from = wgmma_descriptor(b.columns_from(row, 0), 16, 1024);
+  const uint64_t right = b.rows_of_product(row);
 #pragma unroll
   for (int k = 0; k < kDepth / 16; ++k)
-    wgmma_k16<T, false>(sums.at[0], a.at[0][k], moved(from, k / 4 * b.rows * 128 + k % 4 * 32), accumulate || k > 0);
+    wgmma_k16<T, false>(sums.at[0], a.at[0][k], wgmma_advance(right, b.depth_offset(k)), accumulate || k > 0);
 }
 // sums = a b^T, where a is the rows of its tile from `row` on, and b all of its tile.
 template <int kRows, int kColumns, typename T, int kDepth>
 CSAT_DEVICE void start_product_transposed(Sums<kRows, kColumns>& sums, SwizzledTile<T, kDepth> a, int row,
                                           SwizzledTile<T, kDepth> b) {
+  const uint64_t left = a.rows_of_product(row), right = b.rows_of_product(0);
 #pragma unroll
   for (int i = 0; i < kRows / 16; ++i)
 #pragma unroll
     for (int k = 0; k < kDepth / 16; ++k)
-      wgmma_k16_shared<T, false, false>(sums.at[i], wgmma_descriptor(a.columns_from(row + 64 * i, k), 16, 1024),
-                                        wgmma_descriptor(b.columns_from(0, k), 16, 1024), k > 0);
+      wgmma_k16_shared<T, false, false>(sums.at[i], wgmma_advance(left, 64 * 128 * i + a.depth_offset(k)),
+                                        wgmma_advance(right, b.depth_offset(k)), k > 0);
 }
 // sums (+)= a b, where b is the kDepth rows of the tile from `row` on.
 template <typename T, int kRows, int kColumns, int kDepth>
 CSAT_DEVICE void start_product(Sums<kRows, kColumns>& sums, const Operand<T, kRows, kDepth>& a,
                                SwizzledTile<T, kColumns> b, int row, bool accumulate) {
-  const uint64_t from = wgmma_descriptor(b.columns_from(row, 0), b.rows * 128, 1024);
+  const uint64_t right = b.depth_of_product(row, 0);
 #pragma unroll
   for (int i = 0; i < kRows / 16; ++i)
 #pragma unroll
     for (int k = 0; k < kDepth / 16; ++k)
-      wgmma_k16<T, true>(sums.at[i], a.at[i][k], moved(from, 2048 * k), accumulate || k > 0);
+      wgmma_k16<T, true>(sums.at[i], a.at[i][k], wgmma_advance(right, 2048 * k), accumulate || k > 0);
 }
 
 // x^T -> shared memory, where place(column, row) holds eight rows of a column of x side by side: its 16 bytes.

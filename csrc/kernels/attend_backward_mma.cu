@@ -19,6 +19,7 @@ struct Plan {
 
   explicit Plan(const limits::AttendBackwardPlan& plan) : sizes(plan) {}
 
+  bool wgmma() const { return sizes.row_blocks > 0; }
   int take(const AttendBackwardParams& p, Carver& carver, void* stream) {
     const AttendParams& f = p.forward;
     args.warps = static_cast<int>(sizes.warps);
@@ -34,7 +35,7 @@ struct Plan {
     args.dq = p.dq;
     args.vector_dq = has_vector_rows(p.dq) && f.head_dim % 8 == 0;
     CSAT_TRY(take_rows(args.q, f.q, f, f.heads, f.queries, f.head_dim, carver, stream));
-    CSAT_TRY(take_rows(args.z, f.z, f, f.heads, f.queries, f.features, carver, stream));
+    if (!wgmma()) CSAT_TRY(take_rows(args.z, f.z, f, f.heads, f.queries, f.features, carver, stream));
     CSAT_TRY(take_rows(args.dz, p.dz, f, f.heads, f.queries, f.features, carver, stream));
     CSAT_TRY(take_rows(args.kc, f.kc, f, f.key_heads, f.measurements, f.head_dim, carver, stream));
     CSAT_TRY(take_rows(args.vc, f.vc, f, f.key_heads, f.measurements, f.features, carver, stream));
@@ -50,21 +51,33 @@ struct Plan {
     target = source;
     return take_vector_rows(target, carver, f.q.dtype, f.batch, heads, rows, columns, stream);
   }
+  int64_t mma_chunks(int64_t pairs, int64_t queries) const {
+    const int64_t blocks = pairs * args.slabs, most = ceil_div(queries, limits::kBackwardChunk);
+    const int64_t chunks = blocks ? ceil_div(limits::kTargetBlocks, blocks) : 1;
+    return chunks < most ? chunks : most;
+  }
+  // Blocks of one warpgroup share a multiprocessor in pairs.
+  int64_t wgmma_chunks(int64_t pairs, int64_t queries) const {
+    const int64_t slots = multiprocessors() * (limits::kMmaWarps / sizes.warps);
+    return queries ? limits::wgmma_backward_chunks(pairs, queries, slots) : 0;
+  }
   void take_parts(const AttendBackwardParams& p, Carver& carver) {
     const AttendParams& f = p.forward;
-    const int64_t pairs = f.batch * f.heads, blocks = pairs * args.slabs;
-    const int64_t tiles = ceil_div(f.queries, sizes.queries), most = ceil_div(f.queries, limits::kBackwardChunk);
-    int64_t chunks = blocks ? ceil_div(limits::kTargetBlocks, blocks) : 1;
-    if (chunks > most) chunks = most;
+    const int64_t pairs = f.batch * f.heads, tiles = ceil_div(f.queries, sizes.queries);
+    const int64_t chunks = wgmma() ? wgmma_chunks(pairs, f.queries) : mma_chunks(pairs, f.queries);
     args.chunk_queries = chunks ? ceil_div(tiles, chunks) * sizes.queries : 0;
     args.chunks = chunks ? ceil_div(f.queries, args.chunk_queries) : 0;
     args.key_parts = carver.take(pairs * args.chunks * rows * feature);
     args.value_parts = carver.take(pairs * args.chunks * rows * feature);
     args.bias_parts = p.dbias.data ? carver.take(pairs * args.chunks * rows) : nullptr;
     if (args.slabs == 1) return;
-    args.centre = carver.take(pairs * f.queries);
     args.shift = carver.take(pairs * f.queries);
-    args.query_parts = carver.take(pairs * args.slabs * f.queries * feature);
+    if (wgmma()) {
+      args.query_parts = carver.take(pairs * args.chunks * args.chunk_queries * feature);
+    } else {
+      args.centre = carver.take(pairs * f.queries);
+      args.query_parts = carver.take(pairs * args.slabs * f.queries * feature);
+    }
   }
 };
 
@@ -77,17 +90,8 @@ template <typename T, int kD>
 Launches instance() {
   return {launch_backward_shift_mma<T, kD>, launch_attend_backward_mma<T, kD>};
 }
-template <typename T, int kD>
-Launches wgmma_instance(const limits::AttendBackwardPlan& sizes) {
-  Launch gradients = launch_attend_backward_wgmma<T, kD, 1, 2>;
-  if (sizes.warps == 4) gradients = launch_attend_backward_wgmma<T, kD, 1, 1>;
-  if constexpr (kD == 64)
-    if (sizes.row_blocks == 2) gradients = launch_attend_backward_wgmma<T, kD, 2, 2>;
-  return {launch_backward_shift_mma<T, kD>, gradients};
-}
 template <typename T>
 Launches instance(const limits::AttendBackwardPlan& sizes) {
-  if (sizes.row_blocks > 0) return sizes.feature == 64 ? wgmma_instance<T, 64>(sizes) : wgmma_instance<T, 128>(sizes);
   switch (sizes.feature) {
     case 32:
       return instance<T, 32>();
@@ -100,6 +104,69 @@ Launches instance(const limits::AttendBackwardPlan& sizes) {
     default:
       return instance<T, 128>();
   }
+}
+
+using WgmmaLaunch = int (*)(const AttendBackwardMmaArgs&, const AttendBackwardMaps&, int64_t, void*);
+struct WgmmaLaunches {
+  WgmmaLaunch mean, gradients;
+};
+
+template <typename T>
+WgmmaLaunches wgmma_instance(const limits::AttendBackwardPlan& sizes) {
+  const bool one_slab = sizes.slabs == 1, two_groups = sizes.warps == limits::kMmaWarps;
+  if (sizes.feature == 128) {
+    const WgmmaLaunch mean = launch_backward_mean_wgmma<T, 128>;
+    if (!two_groups) return {mean, launch_attend_backward_wgmma<T, 128, 1, 1, true>};
+    return {mean, one_slab ? launch_attend_backward_wgmma<T, 128, 1, 2, true>
+                           : launch_attend_backward_wgmma<T, 128, 1, 2, false>};
+  }
+  const WgmmaLaunch mean = launch_backward_mean_wgmma<T, 64>;
+  if (sizes.row_blocks == 1) return {mean, launch_attend_backward_wgmma<T, 64, 1, 1, true>};
+  if (two_groups)
+    return {mean, one_slab ? launch_attend_backward_wgmma<T, 64, 2, 2, true>
+                           : launch_attend_backward_wgmma<T, 64, 2, 2, false>};
+  return {mean, one_slab ? launch_attend_backward_wgmma<T, 64, 2, 1, true>
+                         : launch_attend_backward_wgmma<T, 64, 2, 1, false>};
+}
+
+template <typename T>
+int map_tensors(AttendBackwardMaps& maps, const AttendBackwardMmaArgs& args, const AttendParams& f, int query_rows,
+                int measurement_rows) {
+  CSAT_TRY(make_row_boxes<T>(&maps.q, args.q, f.batch, f.heads, f.queries, f.head_dim, query_rows));
+  CSAT_TRY(make_row_boxes<T>(&maps.dz, args.dz, f.batch, f.heads, f.queries, f.features, query_rows));
+  CSAT_TRY(make_row_boxes<T>(&maps.kc, args.kc, f.batch, f.key_heads, f.measurements, f.head_dim, measurement_rows));
+  return make_row_boxes<T>(&maps.vc, args.vc, f.batch, f.key_heads, f.measurements, f.features, measurement_rows);
+}
+
+template <typename T>
+int launch_wgmma(const limits::AttendBackwardPlan& sizes, const AttendBackwardMmaArgs& args, const AttendParams& f,
+                 void* stream) {
+  const WgmmaLaunches launches = wgmma_instance<T>(sizes);
+  const int64_t pairs = f.batch * f.heads;
+  AttendBackwardMaps maps;
+  if (sizes.slabs > 1) {
+    CSAT_TRY(map_tensors<T>(maps, args, f, limits::kWgmmaRows, limits::kWgmmaMeanDepth));
+    CSAT_TRY(launches.mean(args, maps, pairs * ceil_div(f.queries, 2 * limits::kWgmmaRows), stream));
+  }
+  CSAT_TRY(map_tensors<T>(maps, args, f, sizes.queries, static_cast<int>(sizes.slab_rows)));
+  return launches.gradients(args, maps, pairs * args.chunks, stream);
+}
+template <typename T>
+int launch_mma(const limits::AttendBackwardPlan& sizes, const AttendBackwardMmaArgs& args, const AttendParams& f,
+               const View& dq, void* stream) {
+  const Launches launches = instance<T>(sizes);
+  const int64_t pairs = f.batch * f.heads, pitch = sizes.feature;
+  if (args.slabs == 1) return launches.gradients(args, pairs * args.chunks, stream);
+  CSAT_TRY(launches.shift(args, pairs * ceil_div(f.queries, 16 * limits::kMmaWarps), stream));
+  CSAT_TRY(launches.gradients(args, pairs * args.slabs * args.chunks, stream));
+  return reduce({args.query_parts, args.slabs, args.slabs * f.queries * pitch, f.queries * pitch, pitch, f.batch,
+                 f.heads, f.queries, f.head_dim, dq, f.scale, false},
+                stream);
+}
+template <typename T>
+int launch(const Plan& plan, const AttendBackwardParams& p, void* stream) {
+  return plan.wgmma() ? launch_wgmma<T>(plan.sizes, plan.args, p.forward, stream)
+                      : launch_mma<T>(plan.sizes, plan.args, p.forward, p.dq, stream);
 }
 
 }  // namespace
@@ -117,16 +184,9 @@ int attend_backward_mma(const limits::AttendBackwardPlan& sizes, const AttendBac
   Plan plan(sizes);
   CSAT_TRY(plan.take(p, carver, stream));
   const AttendBackwardMmaArgs& args = plan.args;
-  const int64_t pairs = f.batch * f.heads, pitch = plan.feature, rows = plan.rows;
-  const int64_t shift_blocks = args.slabs > 1 ? pairs * ceil_div(f.queries, 16 * limits::kMmaWarps) : 0;
-  const int64_t blocks = pairs * args.slabs * args.chunks;
-  const Launches launches = f.q.dtype == DType::bf16 ? instance<bf16>(sizes) : instance<f16>(sizes);
-  if (shift_blocks > 0) CSAT_TRY(launches.shift(args, shift_blocks, stream));
-  if (blocks > 0) CSAT_TRY(launches.gradients(args, blocks, stream));
-  if (args.slabs > 1)
-    CSAT_TRY(reduce({args.query_parts, args.slabs, args.slabs * f.queries * pitch, f.queries * pitch, pitch, f.batch,
-                     f.heads, f.queries, f.head_dim, p.dq, f.scale, false},
-                    stream));
+  const int64_t pitch = plan.feature, rows = plan.rows;
+  if (f.batch * f.heads > 0 && f.queries > 0)
+    CSAT_TRY(f.q.dtype == DType::bf16 ? launch<bf16>(plan, p, stream) : launch<f16>(plan, p, stream));
   const int64_t splits = args.group * args.chunks;
   CSAT_TRY(reduce({args.key_parts, splits, splits * rows * pitch, rows * pitch, pitch, f.batch, f.key_heads,
                    f.measurements, f.head_dim, p.dkc, f.scale, false},

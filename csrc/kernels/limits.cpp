@@ -168,8 +168,9 @@ const char* plan_backward_sizes(AttendBackwardPlan& plan, const AttendBackwardPa
 const char* check_plan(const AttendBackwardPlan& plan, const AttendBackwardParams& p, int64_t shared_limit) {
   const AttendParams& f = p.forward;
   const bool shift = plan.slabs > 1;
-  if (plan.warps == 0 || plan.shared_bytes > shared_limit ||
-      (shift && backward_shift_mma_bytes(plan.feature) > shared_limit))
+  const int64_t shift_bytes =
+      plan.row_blocks > 0 ? backward_mean_wgmma_bytes(plan.feature) : backward_shift_mma_bytes(plan.feature);
+  if (plan.warps == 0 || plan.shared_bytes > shared_limit || (shift && shift_bytes > shared_limit))
     return "the tiles of this size exceed the shared memory of a block";
   const int64_t pairs = f.batch * f.heads, rows = pairs * f.queries;
   if (pairs * ceil_div(f.queries, plan.queries) * plan.slabs > kMaxBlocks || f.queries > kMaxBlocks ||
@@ -198,13 +199,14 @@ const char* plan_wgmma(AttendBackwardPlan& plan, const AttendBackwardParams& p, 
   if (device.capability != kWgmmaCapability) return "wgmma belongs to compute capability 9.0";
   if (const char* reason = plan_backward_sizes(plan, p, wgmma_feature, "D and R neither up to 64 nor 97 to 128"))
     return reason;
-  // Slabs of 256 measurements where those of 128 would not be padded less.
+  // Of 64 features slabs of 256 measurements where those of 128 would not be padded less.
   const int64_t M = p.forward.measurements;
-  plan.row_blocks = plan.feature == 64 && round_up(M, 256) == round_up(M, 128) ? 2 : 1;
-  plan.warps = M <= kWgmmaRows ? kMmaWarps / 2 : kMmaWarps;
+  const bool wide = plan.feature == 64, full = round_up(M, 256) == round_up(M, 128);
+  plan.row_blocks = wide && M > kWgmmaRows ? 2 : 1;
+  plan.warps = M <= kWgmmaRows || (wide && !full) ? kMmaWarps / 2 : kMmaWarps;
   plan.slab_rows = plan.warps * 16 * plan.row_blocks;
   plan.slabs = ceil_div(M, plan.slab_rows);
-  plan.queries = wgmma_backward_queries(plan.row_blocks);
+  plan.queries = wgmma_backward_queries(plan.feature, plan.row_blocks);
   plan.shared_bytes = attend_backward_wgmma_bytes(plan.warps, plan.feature, plan.row_blocks);
   return check_plan(plan, p, device.shared_bytes);
 }

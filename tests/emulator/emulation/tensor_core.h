@@ -47,6 +47,10 @@ inline void cp_async_wait() {
 using SharedAddress = const char*;
 inline int pinned(int x) { return x; }
 inline SharedAddress pinned_address(const void* p) { return static_cast<SharedAddress>(p); }
+template <typename T>
+inline T* uniform_address(T* p) {
+  return p;
+}
 
 // ldmatrix, stmatrix: lane l gives the address of row l % 8 of matrix l / 8 (8 x 8 elements of 16 bits).
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
@@ -64,6 +68,12 @@ inline void stmatrix_x4(void* row, const uint32_t (&r)[4]) {
 inline void stmatrix_x4_transposed(void* row, const uint32_t (&r)[4]) {
   emulator::MatrixOperand operand{const_cast<uint32_t*>(r), row};
   emulator::warp_collective("stmatrix.trans", emulator::stmatrix_transposed, emulator::kFullMask, &operand);
+}
+inline void stmatrix_x4(SharedAddress row, const uint32_t (&r)[4]) {
+  stmatrix_x4(static_cast<void*>(const_cast<char*>(row)), r);
+}
+inline void stmatrix_x4_transposed(SharedAddress row, const uint32_t (&r)[4]) {
+  stmatrix_x4_transposed(static_cast<void*>(const_cast<char*>(row)), r);
 }
 
 // c (16, 8) += a (16, 16) b (16, 8), accumulated in float32.
@@ -104,6 +114,7 @@ inline float2 unpack2(uint32_t pair) {
 
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float positive_part(float x) { return x <= 0.0f ? 0.0f : x; }
+inline float divide_approx(float a, float b) { return a / b; }
 
 inline void named_barrier_sync(int id, int threads, int line = __builtin_LINE()) {
   emulator::named_barrier(id, threads, true, line);
