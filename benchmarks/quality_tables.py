@@ -57,13 +57,13 @@ def csat_form(shape: LayerShape, m: int, learned: bool, **changes: Any) -> nn.Mo
     return csat_layer(replace(shape, m=m), **fixed, **changes)
 
 
-def ablation_forms(m: int) -> dict[str, Layer]:
+def ablation_forms(m: int, ensembles: Sequence[str] = ("pool", "bucket", "gaussian")) -> dict[str, Layer]:
     """Ensemble x fixed or learned x decoder at m, then m for the default; full attention beside them.
 
     The signed ensemble is the paper's, Gaussian.
     """
     forms: dict[str, Layer] = named_forms(("full",))
-    for ensemble in ("pool", "bucket", "gaussian"):
+    for ensemble in ensembles:
         for learned in (False, True):
             for decoder in ("none", "linear", "lista"):
                 name = f"{ensemble}, {'learned' if learned else 'fixed'}, {decoder}, m = {m}"
@@ -77,12 +77,12 @@ def ablation_forms(m: int) -> dict[str, Layer]:
 
 # ---- sizes -----------------------------------------------------------------------------------------------------------
 
-SHORT = listops.Sizes(depth=4, arguments=5, shortest=16, longest=96)
-SMALL = Size(layers=2, width=64, heads=4, hidden=128, m=16)
+SHORT = listops.Sizes(depth=4, arguments=5, shortest=8, longest=64)
+SMALL = Size(layers=2, width=64, heads=4, hidden=128, m=8)
 
 
 def quick_listops() -> Task:
-    return listops.listops(SHORT, (8000, 1000, 2000))
+    return listops.listops(SHORT, (8000, 500, 1000))
 
 
 def tables(quick: bool, folder: Path) -> dict[str, Table]:
@@ -91,8 +91,8 @@ def tables(quick: bool, folder: Path) -> dict[str, Table]:
     some = Protocol(
         Size(layers=4, width=128, heads=4, hidden=256, m=64), Schedule(steps=3000, batch=32), rates=(5e-4, 2e-3)
     )
-    parts = replace(few, equal_parameters=False, schedule=Schedule(steps=150, batch=32))
-    ablation = Table(quick_listops, parts, ablation_forms(SMALL.m))
+    parts = replace(few, equal_parameters=False)
+    quick_ablation = replace(parts, schedule=Schedule(steps=200, batch=32))
     if quick:
         pixels = replace(few, schedule=Schedule(steps=100, batch=16))
         return {
@@ -101,7 +101,7 @@ def tables(quick: bool, folder: Path) -> dict[str, Table]:
                 lambda: pathfinder.pathfinder(pathfinder.Sizes(), (2000, 500, 500)), pixels, named_forms()
             ),
             "fashion-mnist": Table(lambda: fashion_mnist((4000, 1000, 1000), folder=folder), pixels, named_forms()),
-            "ablation": ablation,
+            "ablation": Table(quick_listops, quick_ablation, ablation_forms(SMALL.m, ("pool", "gaussian"))),
         }
     return {
         "listops": Table(lambda: listops.listops(listops.Sizes(), (20_000, 2000, 2000)), some, named_forms()),
@@ -109,8 +109,10 @@ def tables(quick: bool, folder: Path) -> dict[str, Table]:
             lambda: pathfinder.pathfinder(pathfinder.Sizes(), (40_000, 2000, 4000)), some, named_forms()
         ),
         "fashion-mnist": Table(lambda: fashion_mnist((50_000, 10_000, 10_000), folder=folder), some, named_forms()),
-        "ablation": replace(
-            ablation, protocol=replace(ablation.protocol, schedule=Schedule(steps=3000, batch=32), quick=False)
+        "ablation": Table(
+            quick_listops,
+            replace(parts, schedule=Schedule(steps=3000, batch=32), quick=False),
+            ablation_forms(SMALL.m),
         ),
     }
 
