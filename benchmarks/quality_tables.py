@@ -96,7 +96,13 @@ def quick_listops() -> Task:
     return listops.listops(SHORT, (8000, 500, 1000))
 
 
-def tables(quick: bool, folder: Path) -> dict[str, Table]:
+def whole_listops(lra: Path | None) -> Task:
+    """LRA's settings; its own files where they are given."""
+    counts = 20_000, 2000, 2000
+    return listops.listops(listops.Sizes(), counts) if lra is None else listops.lra_listops(lra, counts)
+
+
+def tables(quick: bool, folder: Path, lra: Path | None = None) -> dict[str, Table]:
     """The tables by name. The quick ones say in their own words that they are easier, not only shorter."""
     few = Protocol(SMALL, Schedule(steps=300, batch=32), rates=(2e-3,), quick=True)
     some = Protocol(
@@ -115,7 +121,7 @@ def tables(quick: bool, folder: Path) -> dict[str, Table]:
             "ablation": Table(quick_listops, quick_ablation, ablation_forms(SMALL.m, ("pool", "gaussian"))),
         }
     return {
-        "listops": Table(lambda: listops.listops(listops.Sizes(), (20_000, 2000, 2000)), some, named_forms()),
+        "listops": Table(lambda: whole_listops(lra), some, named_forms()),
         "pathfinder": Table(
             lambda: pathfinder.pathfinder(pathfinder.Sizes(), (40_000, 2000, 4000)), some, named_forms()
         ),
@@ -140,6 +146,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="of training; default: that of the table")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--forms", nargs="+", help="some of the table's forms of attention")
+    parser.add_argument("--lra-listops", type=Path, help="folder of LRA's basic_train.tsv and so on, for listops")
     parser.add_argument("--fashion-mnist", type=Path, default=DEBIAN, help="folder of the four files")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/quality_<table>[_quick].json")
     return parser.parse_args(arguments)
@@ -151,7 +158,7 @@ def chosen(given: argparse.Namespace) -> Table:
     Raises:
         ValueError: a form that the table does not have, or no seed.
     """
-    table = tables(given.quick, given.fashion_mnist)[given.table]
+    table = tables(given.quick, given.fashion_mnist, given.lra_listops)[given.table]
     for name in given.forms or ():
         if name not in table.forms:
             raise ValueError(f"--forms: {name!r} came; accepted: {', '.join(table.forms)}")
