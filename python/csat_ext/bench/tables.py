@@ -295,16 +295,19 @@ def _protocol(result: dict[str, Any]) -> str:
 
 
 def quality(results: Results, name: str) -> str:
-    """What each mechanism learns with equal parameters, examples, steps and seeds."""
+    """What each mechanism learns with equal parameters, examples, steps and seeds. No times: runs do not take turns."""
     result = results.load(name)
     forms = result["settings"]["forms"]
-    rows = []
-    for form, runs in counted_runs(result).items():
-        times = [run["ms_a_step"] for run in runs if "ms_a_step" in run]
-        took = milliseconds(statistics.median(times)) if times else "-"
-        rows.append([f"`{form}`", percent(runs), f"{runs[0]['rate']:g}", f"{forms[form]['parameters']}", took])
-    head = ["attention", "accuracy", "rate", "parameters", "ms a step"]
-    return _protocol(result) + table(head, rows) + _runs_left_out(result) + results.source(result["machine"], name)
+    rows = [
+        [f"`{form}`", percent(runs), f"{runs[0]['rate']:g}", f"{forms[form]['parameters']}"]
+        for form, runs in counted_runs(result).items()
+    ]
+    return (
+        _protocol(result)
+        + table(["attention", "accuracy", "rate", "parameters"], rows)
+        + _runs_left_out(result)
+        + results.source(result["machine"], name)
+    )
 
 
 def _runs_left_out(result: dict[str, Any]) -> str:
