@@ -52,6 +52,7 @@ def test_the_page_says_what_the_files_say(results: Results) -> None:
     text = report.page(results, lambda name, drawer: f"{name}.png")
     assert "| csat + LISTA | 2.50 / 2.70 | 2.50 / 2.70 | - |" in text
     assert "| full | 10 ms, 40 MiB | 20 ms, 40 MiB | 1.00 / 0.00 |" in text
+    assert "\nBlocks of attention alone:\n" in text
     assert "Left out for memory: full at n = 2048." in text
     assert "<sub>a GPU, 2026-01-02, `python x.py`, [table5_cuda.json](measured/table5_cuda.json)</sub>" in text
     assert re.findall(r"^## (.*)", text, re.M) == [report.SECTIONS[0].title, report.SECTIONS[1].title]

@@ -141,12 +141,12 @@ def milliseconds(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-KINDS = {0: "blocks of attention alone"}
+KINDS = {0: "Blocks of attention alone"}
 
 
 def kind(mlp: int) -> str:
     """What a model of `benchmarks/table5.py` consists of."""
-    return KINDS.get(mlp, f"whole transformer blocks, MLP of {mlp} x the width")
+    return KINDS.get(mlp, f"Whole transformer blocks, MLP of {mlp} x the width")
 
 
 def table5(results: Results, name: str) -> str:
@@ -162,7 +162,7 @@ def table5(results: Results, name: str) -> str:
     for mlp in s["mlp"]:
         rows = [row for row in result["rows"] if row["mlp"] == mlp]
         if rows:
-            parts += [f"\n{kind(mlp).capitalize()}:\n\n", _table5_ratios(result, mlp), "\n"]
+            parts += [f"\n{kind(mlp)}:\n\n", _table5_ratios(result, mlp), "\n"]
     paper = result["paper, full over csat"]
     parts.append(
         f"\nThe paper states {paper['time']} / {paper['memory']} for its CSAT, which decodes by LISTA, and finds it "
