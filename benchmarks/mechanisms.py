@@ -13,6 +13,7 @@ from typing import Any
 import machine  # noqa: F401  (csat_ext of a checkout that was never installed)
 from baselines import BASELINES, Budget
 from baselines.composed import ComposedStock
+from baselines.longformer import SlidingWindow
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
@@ -99,13 +100,14 @@ MECHANISMS: dict[str, Callable[[Budget], nn.Module]] = {
     "linformer": BASELINES["linformer"],
     "performer": BASELINES["performer"],
     "longformer": BASELINES["longformer"],
+    "longformer, banded": lambda budget: SlidingWindow(budget, "banded"),
     "nystromformer": BASELINES["nystromformer"],
     "stock": _composed(0, False),
     "stock + LISTA": _composed(3, False),
     "stock + LISTA, compiled": _composed(3, True),
 }
 """The baselines by the names of the tables; "full, scores kept" has all n^2 of them in memory, "stock" is SDPA on K and
-V projected by CSAT's own measurements."""
+V projected by CSAT's own measurements, "longformer, banded" does without a compiler on CUDA too."""
 
 NAMES = (*MECHANISMS, *CSAT)
 

@@ -3,11 +3,12 @@
     python benchmarks/table5.py                     # the device that is there: cuda in bfloat16, else cpu in float32
     python benchmarks/table5.py --quick             # two short lengths, one turn
     python benchmarks/table5.py --seconds 90        # what no time is left for is listed under "left_out"
+    python benchmarks/table5.py --mlp 0 --compile   # attention alone; torch.compile'd LISTA too, which takes a while
 
 What is in the model: 12 pre-norm residual blocks x + attention(LayerNorm(x)) with q, k, v and output projections and
-biases, and nothing else ("attention"); with `--mlp 4` each block also has x + W2 gelu(W1 LayerNorm(x)) of 4 x 512
-("transformer"). No embedding, head, dropout, mask or optimizer: they cost the same under every mechanism. One call is
-the forward pass and the gradients of the input and of all parameters, for a fixed gradient of the output.
+biases, and nothing else (`--mlp 0`); then the same where each block also has x + W2 gelu(W1 LayerNorm(x)) of 4 x 512
+(`--mlp 4`). No embedding, head, dropout, mask or optimizer: they cost the same under every mechanism. One call is the
+forward pass and the gradients of the input and of all parameters, for a fixed gradient of the output.
 
 Memory is that of the weights and buffers plus the most that one call holds at once. The mechanisms of one length take
 turns; on CUDA a call is replayed as a graph where the graphs of all of them fit into memory, else launched, between

@@ -103,3 +103,12 @@ def assert_accurate(name: str, got: Tensor, exact: Tensor, plain: Tensor | None 
             f"{name}: error {error:.3e}, plain torch {of_plain:.3e}"
         )
     assert error <= limit * max(size, 1e-12) + 1e-30, f"{name}: RMS ratio {error / max(size, 1e-30):.3e} over {limit}"
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For models so small that a second thread only waits for the first, and on a busy machine for long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -277,6 +277,16 @@ def test_the_composition_is_csat(layers: int, masked: bool) -> None:
     torch.testing.assert_close(composed(q, k, v, keep), expected, **ALMOST)
 
 
+@pytest.mark.parametrize("name", ["performer", "nystromformer", "linformer", "stock composition"])
+def test_autocast_changes_nothing_for_bfloat16_tokens(name: str) -> None:
+    """What is to be in float32 stays in it."""
+    made = eager(name).float()
+    q, k, v = (x.bfloat16() for x in tokens(torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = made(q, k, v, key_mask())
+    assert got.dtype == torch.bfloat16 and torch.equal(got, made(q, k, v, key_mask()))
+
+
 def test_its_decoder_compiles_in_one_graph() -> None:
     composed = ComposedStock(BUDGET, compiled=False)
     z = tokens(torch.float32)[0]

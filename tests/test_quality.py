@@ -7,7 +7,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,7 @@ from quality import fashion_mnist, listops, pathfinder, protocol, training
 from quality.classifier import Classifier, Size, count
 from quality.task import Split, Task, splits_of
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The models are tiny: a second thread only waits for the first, on a busy machine for long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # ---- ListOps ---------------------------------------------------------------------------------------------------------
 
@@ -91,6 +83,24 @@ def test_the_settings_are_those_of_lra() -> None:
     assert task.tokens == 2000 and task.vocabulary == 16 and task.classes == 10
     assert evaluate(written(task.train.tokens[0])) == int(task.train.labels[0])
     assert "the settings of LRA" in task.about
+
+
+def test_the_files_of_lra_are_read(tmp_path: Path) -> None:
+    texts = ["( ( ( [MAX 2 ) ( ( [MIN 4 ) ] ) ) ] )", "( ( ( [SM 9 ) 3 ) ] )", "( ( ( [MED 1 ) 2 ) ] )"]
+    for name in listops.FILES:
+        lines = [f"{text}\t{evaluate(re.sub('[()] ?', '', text).strip())}" for text in texts]
+        (tmp_path / name).write_text("\n".join(["Source\tTarget", *lines]) + "\n")
+    task = listops.lra_listops(tmp_path, (3, 2, 1))
+    assert [len(part) for part in (task.train, task.validation, task.test)] == [3, 2, 1] and task.tokens == 2000
+    assert [written(row) for row in task.train.tokens] == ["[MAX 2 [MIN 4 ] ]", "[SM 9 3 ]", "[MED 1 2 ]"]
+    assert task.train.labels.tolist() == [4, 2, 1]
+    with pytest.raises(ValueError, match=r"\(4, 0, 0\) came, 3 examples"):
+        listops.lra_listops(tmp_path, (4, 2, 1))
+    (tmp_path / listops.FILES[0]).write_text("Source\tTarget\n[AVG 1 2 ]\t1\n")
+    with pytest.raises(ValueError, match=r"basic_train\.tsv: '\[AVG' came"):
+        listops.lra_listops(tmp_path, (1, 1, 1))
+    with pytest.raises(ValueError, match=r"basic_train\.tsv: not in"):
+        listops.lra_listops(tmp_path / "nowhere", (1, 1, 1))
 
 
 # ---- Pathfinder ------------------------------------------------------------------------------------------------------

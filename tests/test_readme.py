@@ -46,7 +46,7 @@ def test_every_key_of_the_section_is_explained() -> None:
 
 
 def test_every_file_that_the_docs_name_is_there() -> None:
-    for name in ("docs/deepspeed.md", "examples/README.md", "docs/architecture.md", "README.md"):
+    for name in ("docs/deepspeed.md", "examples/README.md", "docs/architecture.md", "docs/results.md", "README.md"):
         text = (ROOT / name).read_text()
         for path in re.findall(r"(?:examples|tests|docs|benchmarks)/[\w/]+\.(?:json|yaml|py|md|slurm|png)", text):
             assert (ROOT / path).is_file(), f"{name} names {path}"

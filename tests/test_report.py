@@ -52,6 +52,7 @@ def test_the_page_says_what_the_files_say(results: Results) -> None:
     text = report.page(results, lambda name, drawer: f"{name}.png")
     assert "| csat + LISTA | 2.50 / 2.70 | 2.50 / 2.70 | - |" in text
     assert "| full | 10 ms, 40 MiB | 20 ms, 40 MiB | 1.00 / 0.00 |" in text
+    assert "\nBlocks of attention alone:\n" in text
     assert "Left out for memory: full at n = 2048." in text
     assert "<sub>a GPU, 2026-01-02, `python x.py`, [table5_cuda.json](measured/table5_cuda.json)</sub>" in text
     assert re.findall(r"^## (.*)", text, re.M) == [report.SECTIONS[0].title, report.SECTIONS[1].title]
@@ -101,6 +102,80 @@ def test_every_result_file_makes_its_section() -> None:
             if section.drawer is not None:
                 assert pictures.draw(published, name, section.drawer).startswith(b"\x89PNG")
         assert all((HERE / f"{kept}.png").is_file() for kept in section.kept)
+
+
+def learnt(forms: list[str], rates: list[float], runs: list[dict[str, Any]]) -> dict[str, Any]:
+    settings = {
+        "task": "listops",
+        "about": "ListOps",
+        "chance": 0.1,
+        "majority": 0.2,
+        "quick": True,
+        "rates": rates,
+        "seeds": [0, 1],
+        "size": {"layers": 2, "width": 64, "heads": 4, "m": 8},
+        "schedule": {"steps": 3, "batch": 4},
+        "examples": [50, 10, 20],
+        "forms": {form: {"hidden": 8, "parameters": 1000} for form in forms},
+    }
+    return {"machine": MACHINE, "settings": settings, "left_out": [{"reason": "time"}], "runs": runs}
+
+
+def ran(form: str, rate: float, seed: int, validation: float, test: float) -> dict[str, Any]:
+    return {"form": form, "rate": rate, "seed": seed, "validation": validation, "test": test}
+
+
+def test_quality_is_that_of_the_rate_chosen_on_validation(results: Results) -> None:
+    runs = [
+        *(ran("csat", 1e-3, 0, 0.5, 0.9), ran("csat", 1e-2, 0, 0.6, 0.3), ran("csat", 1e-2, 1, 0.1, 0.5)),
+        ran("full", 1e-3, 0, 0.5, 0.4),
+    ]
+    (results.folder / "quality_x.json").write_text(json.dumps(learnt(["csat", "full", "none"], [1e-3, 1e-2], runs)))
+    text = tables.quality(results, "quality_x")
+    assert "| `csat` | 40.0 ± 14.1 (2) | 0.01 | 1000 |" in text  # not the 90 % that the test split would choose
+    assert "| `full` | 40.0 (1) | 0.001 | 1000 |" in text and "`none`" not in text
+    assert "A quick set" in text and "the most frequent label 20.0" in text and "Runs left out for time: 1." in text
+    assert pictures.draw(results, "quality_x", pictures.quality).startswith(b"\x89PNG")
+
+
+def test_the_ablation_puts_every_form_into_its_cell(results: Results) -> None:
+    scores = {
+        "full": 0.9,
+        "pool, fixed, none, m = 8": 0.1,
+        "pool, fixed, lista, m = 8": 0.2,
+        "pool, learned, linear, m = 8": 0.3,
+        "gaussian, fixed, none, m = 8": 0.4,
+        "pool, fixed, lista, m = 16": 0.5,
+    }
+    runs = [ran(form, 1e-3, 0, 0.5, test) for form, test in scores.items()]
+    (results.folder / "quality_ablation.json").write_text(json.dumps(learnt(list(scores), [1e-3], runs)))
+    text = tables.ablation(results, "quality_ablation")
+    for line in (
+        "Full attention: 90.0 (1).",
+        "| pool, fixed | 10.0 (1) | - | 20.0 (1) |",
+        "| pool, learned | - | 30.0 (1) | - |",
+        "| gaussian, fixed | 40.0 (1) | - | - |",
+        "| lista | 20.0 (1) | 50.0 (1) |",
+    ):
+        assert line in text
+    titles = [section.title for section, names in report.found(results) if "quality_ablation" in names]
+    assert titles == ["What each part of CSAT buys"]
+
+
+def test_figures_of_gpu_check(results: Results) -> None:
+    timed = {"ms": 2.0, "speed_over_sdpa": {"flash": 3.0, "cudnn": 2.5}}
+    alone = {"ms": 4.0, "speed_over_sdpa": {"flash": None, "cudnn": None}}
+    attention = [{"n": 4096, "m": 128, "d": 64, "forward": timed, "training": alone}]
+    ops = [{"op": "attend", "family": "wgmma", "share": share} for share in (0.5, 0.7, 0.9)]
+    stages = {"attention": {"rows": attention, "machine": MACHINE, "status": "passed"}}
+    stages |= {"ops": {"rows": ops, "machine": MACHINE, "status": "left out sizes"}, "tests": {"status": "failed"}}
+    (results.folder / "gpu_check_x.json").write_text(json.dumps({"device": "x", "stages": stages}))
+    text = tables.gpu_check(results, "gpu_check_x")
+    assert "| 4096 | 128 | 64 | 2.50 | 2 | - | 4 |" in text  # the faster backend is the rival
+    assert "| `attend` | wgmma | 50 | 70 | 90 | 3 |" in text
+    assert "attention: passed, ops: left out sizes, tests: failed." in text
+    (results.folder / "gpu_check_x.json").write_text(json.dumps({"device": "x", "stages": {"build": stages["tests"]}}))
+    assert tables.gpu_check(results, "gpu_check_x").endswith("gpu_check_x.json): build: failed.")
 
 
 def test_folders_and_files_that_are_no_results(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ class Nystromformer(nn.Module):
 
     The convolution is the paper's skip connection: over the tokens of v, one kernel for each head, `kernel` of them
     odd (35 in the authors' settings for the Long Range Arena), added to the output; None leaves it out. H x kernel
-    parameters. The pseudo-inverse is taken in float32 at least.
+    parameters. The pseudo-inverse is taken in float32 at least, under autocast too.
     """
 
     def __init__(self, budget: Budget, *, iterations: int = 6, kernel: int | None = 35) -> None:
@@ -65,7 +65,8 @@ class Nystromformer(nn.Module):
         if key_mask is not None:
             scores = scores.masked_fill(~key_mask[:, None, None, :], torch.finfo(scores.dtype).min)
         core = (q_marks @ k_marks.mT).to(torch.promote_types(q.dtype, torch.float32)).softmax(-1)
-        inverse = iterative_pinv(core, self.iterations).to(q.dtype)
+        with torch.autocast(q.device.type, enabled=False):
+            inverse = iterative_pinv(core, self.iterations).to(q.dtype)
         out = near_q @ (inverse @ (scores.softmax(-1) @ v))
         if self.skip is None:
             return out

@@ -40,7 +40,7 @@ class Performer(nn.Module):
     """D^-1 (phi(q) (phi(k)^T v)), D = diag(phi(q) phi(k)^T 1), positive orthogonal random features.
 
     Exponents are shifted by their maximum (of a row for q, of all tokens for k), which cancels; features are made in
-    float32 at least, products are in the dtype of q. Nothing is learned; the features are drawn once.
+    float32 at least, under autocast too, products are in the dtype of q. Nothing is learned; features are drawn once.
     """
 
     omega: Tensor
@@ -51,7 +51,8 @@ class Performer(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
         dtype = torch.promote_types(q.dtype, torch.float32)
-        of_q, of_k = (log_features(x.to(dtype), self.omega) for x in (q, k))
+        with torch.autocast(q.device.type, enabled=False):
+            of_q, of_k = (log_features(x.to(dtype), self.omega) for x in (q, k))
         if key_mask is not None:
             of_k = of_k.masked_fill(~key_mask[:, None, :, None], -torch.inf)
             v = v.masked_fill(~key_mask[:, None, :, None], 0)
@@ -60,5 +61,6 @@ class Performer(nn.Module):
         of_k = (of_k - top.clamp_min(torch.finfo(dtype).min)).exp() + EPSILON
         if key_mask is not None:
             of_k = of_k * key_mask[:, None, :, None]
-        mass = of_q @ of_k.sum(-2).unsqueeze(-1)
+        with torch.autocast(q.device.type, enabled=False):
+            mass = of_q @ of_k.sum(-2).unsqueeze(-1)
         return ((of_q.to(q.dtype) @ (of_k.to(q.dtype).mT @ v)).to(dtype) / mass.clamp_min(EPSILON**2)).to(q.dtype)

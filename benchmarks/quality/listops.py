@@ -9,9 +9,12 @@ expression is there twice.
 
 from __future__ import annotations
 
+import csv
 import random
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -22,6 +25,12 @@ PADDING, DIGIT, OPEN = 0, 1, 11
 """Tokens: 0 padding, 1 + digit, 11 + operator, 15 the closing bracket."""
 CLOSE = OPEN + len(OPERATORS)
 NESTED = 0.25
+SYMBOLS = {
+    **{str(digit): DIGIT + digit for digit in range(10)},
+    **{f"[{operator}": OPEN + i for i, operator in enumerate(OPERATORS)},
+    "]": CLOSE,
+}
+FILES = ("basic_train.tsv", "basic_val.tsv", "basic_test.tsv")
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,14 @@ def expression(rng: random.Random, sizes: Sizes, depth: int = 1) -> tuple[list[i
     return [*tokens, CLOSE], value_of(OPERATORS[operator], values)
 
 
+def padded(expressions: Sequence[Sequence[int]], longest: int) -> torch.Tensor:
+    """(count, longest) uint8."""
+    rows = torch.full((len(expressions), longest), PADDING, dtype=torch.uint8)
+    for row, tokens in zip(rows, expressions, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens, dtype=torch.uint8)
+    return rows
+
+
 def listops(sizes: Sizes, counts: tuple[int, int, int], seed: int = 0) -> Task:
     """Train, validation and test examples, all different."""
     rng = random.Random(seed)
@@ -66,12 +83,43 @@ def listops(sizes: Sizes, counts: tuple[int, int, int], seed: int = 0) -> Task:
         tokens, value = expression(rng, sizes)
         if sizes.shortest < len(tokens) < sizes.longest:
             drawn[tuple(tokens)] = value
-    rows = torch.full((len(drawn), sizes.longest), PADDING, dtype=torch.uint8)
-    for row, tokens_of_one in zip(rows, drawn, strict=True):
-        row[: len(tokens_of_one)] = torch.tensor(tokens_of_one, dtype=torch.uint8)
+    rows = padded(list(drawn), sizes.longest)
     about = (
         f"ListOps, depth {sizes.depth}, 2 to {sizes.arguments} arguments, {sizes.shortest} to {sizes.longest} tokens"
         f"{' (the settings of LRA)' if sizes == Sizes() else ' (easier than the settings of LRA)'}"
     )
     parts = splits_of(rows, rows != PADDING, torch.tensor(list(drawn.values())), counts)
     return Task("listops", about, 10, CLOSE + 1, *parts)
+
+
+def lra_listops(folder: Path, counts: tuple[int, int, int]) -> Task:
+    """The first examples of LRA's own files.
+
+    Raises:
+        ValueError: a file is not there, is another or has too few examples.
+    """
+    parts, longest = [], Sizes().longest
+    for name, count in zip(FILES, counts, strict=True):
+        sources, labels = _read(folder / name, count)
+        rows = padded(sources, longest)
+        parts += splits_of(rows, rows != PADDING, torch.tensor(labels), (count, 0, 0))[:1]
+    return Task("listops", "ListOps, the files of LRA", 10, CLOSE + 1, *parts)
+
+
+def _read(path: Path, count: int) -> tuple[list[list[int]], list[int]]:
+    """Tokens and values of the first lines after the head, the parentheses left out."""
+    sources, labels = [], []
+    try:
+        with path.open(newline="") as lines:
+            for row in csv.DictReader(lines, delimiter="\t"):
+                sources.append([SYMBOLS[word] for word in row["Source"].split() if word not in "()"])
+                labels.append(int(row["Target"]))
+                if len(labels) == count:
+                    break
+    except OSError as error:
+        raise ValueError(f"{path.name}: not in {path.parent} ({error.strerror})") from None
+    except KeyError as error:
+        raise ValueError(
+            f"{path.name}: {error} came; a head Source, Target and ListOps below it are accepted"
+        ) from None
+    return sources, labels

@@ -1,6 +1,7 @@
 """Pictures of result files. Every PNG carries the digest of the file that it was drawn from.
 
-Okabe and Ito's colours, told apart by colour-blind readers; each line has a marker of its own as well.
+Okabe and Ito's colours, told apart by colour-blind readers; each line has a marker of its own as well. There are more
+markers than colours, so that no two of forty lines look alike.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from csat_ext.bench.tables import Results, counted_runs, kind, mechanisms_of, where
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h", "<")
 Drawer = Callable[[Any, Any, dict[str, Any]], None]
 """pyplot, figure and result -> a figure with its axes."""
 
@@ -71,7 +72,7 @@ def table5(pyplot: Any, figure: Any, result: dict[str, Any]) -> None:
         axes.set(yscale="log", ylabel=label)
         _lengths(axes, sorted({row["n"] for row in rows}))
     panels[1].legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
-    figure.suptitle(f"{kind(mlp).capitalize()}: {where(result['machine'])}", fontsize=11)
+    figure.suptitle(f"{kind(mlp)}: {where(result['machine'])}", fontsize=11)
 
 
 def scaling(pyplot: Any, figure: Any, result: dict[str, Any]) -> None:

@@ -47,7 +47,7 @@ SECTIONS = (
         pictures.table5,
     ),
     Section("Time of the operator alone", "scaling", _alone(tables.scaling), drawer=pictures.scaling),
-    Section("The operator on a GPU", "gpu_check_*", tables.gpu_attention),
+    Section("The operators on a GPU", "gpu_check_*", tables.gpu_check),
     Section("Pretraining", "pretrain", _alone(tables.pretrain), kept=("pretrain", "pretrain_examples")),
     Section(
         "What is learnt with equal parameters, examples and steps",

@@ -141,12 +141,12 @@ def milliseconds(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-KINDS = {0: "blocks of attention alone"}
+KINDS = {0: "Blocks of attention alone"}
 
 
 def kind(mlp: int) -> str:
     """What a model of `benchmarks/table5.py` consists of."""
-    return KINDS.get(mlp, f"whole transformer blocks, MLP of {mlp} x the width")
+    return KINDS.get(mlp, f"Whole transformer blocks, MLP of {mlp} x the width")
 
 
 def table5(results: Results, name: str) -> str:
@@ -162,7 +162,7 @@ def table5(results: Results, name: str) -> str:
     for mlp in s["mlp"]:
         rows = [row for row in result["rows"] if row["mlp"] == mlp]
         if rows:
-            parts += [f"\n{kind(mlp).capitalize()}:\n\n", _table5_ratios(result, mlp), "\n"]
+            parts += [f"\n{kind(mlp)}:\n\n", _table5_ratios(result, mlp), "\n"]
     paper = result["paper, full over csat"]
     parts.append(
         f"\nThe paper states {paper['time']} / {paper['memory']} for its CSAT, which decodes by LISTA, and finds it "
@@ -199,16 +199,47 @@ def _left_out(result: dict[str, Any]) -> str:
     return "".join(f"Left out for {reason}: {', '.join(dict.fromkeys(names))}. " for reason, names in reasons.items())
 
 
-def gpu_attention(results: Results, name: str) -> str:
-    """The whole operator with LISTA beside fused full attention, of `benchmarks/gpu_check.py`."""
-    stage = results.load(name)["stages"]["attention"]
-    rows = [_gpu_row(row) for row in stage["rows"]]
+def gpu_check(results: Results, name: str) -> str:
+    """What `benchmarks/gpu_check.py` timed: the whole operator beside fused full attention, each operator's share
+    of what the device allows."""
+    stages = results.load(name)["stages"]
+    parts = [
+        make(stages[stage]) + results.source(stages[stage]["machine"], name)
+        for stage, make in (("attention", _gpu_attention), ("ops", _gpu_ops))
+        if stages.get(stage, {}).get("rows")
+    ]
+    ran = ", ".join(f"{stage}: {result['status']}" for stage, result in stages.items())
+    return "\n\n".join([*parts, f"Stages of [{name}.json]({results.link}/{name}.json): {ran}."])
+
+
+def _gpu_attention(stage: dict[str, Any]) -> str:
     text = (
         "Time of full attention (the faster of torch's flash and cuDNN backends) over that of CSAT with LISTA (T = 3), "
         "64 pairs of batch and head, bfloat16; above 1 CSAT is faster:\n\n"
     )
     head = ["n", "m", "D", "forward", "ms", "forward and backward", "ms"]
-    return text + table(head, rows) + results.source(stage["machine"], name)
+    return text + table(head, [_gpu_row(row) for row in stage["rows"]])
+
+
+def _gpu_ops(stage: dict[str, Any]) -> str:
+    """Smallest, median and largest share of the floor over the sizes."""
+    groups: dict[tuple[str, str], list[float]] = {}
+    for row in stage["rows"]:
+        groups.setdefault((row["op"], row["family"]), []).append(row["share"])
+    rows = [
+        [
+            f"`{op}`",
+            family,
+            *(f"{100 * share(shares):.0f}" for share in (min, statistics.median, max)),
+            str(len(shares)),
+        ]
+        for (op, family), shares in groups.items()
+    ]
+    text = (
+        "Each operator: the least time that a copy and a matrix product of the same run allow, over the time taken, in "
+        "percent, over all sizes:\n\n"
+    )
+    return text + table(["operator", "kernels", "least", "median", "most", "sizes"], rows)
 
 
 def _gpu_row(row: dict[str, Any]) -> list[str]:
@@ -264,21 +295,24 @@ def _protocol(result: dict[str, Any]) -> str:
 
 
 def quality(results: Results, name: str) -> str:
-    """What each mechanism learns with equal parameters, examples, steps and seeds."""
+    """What each mechanism learns with equal parameters, examples, steps and seeds. No times: runs do not take turns."""
     result = results.load(name)
     forms = result["settings"]["forms"]
-    rows = []
-    for form, runs in counted_runs(result).items():
-        times = [run["ms_a_step"] for run in runs if "ms_a_step" in run]
-        took = milliseconds(statistics.median(times)) if times else "-"
-        rows.append([f"`{form}`", percent(runs), f"{runs[0]['rate']:g}", f"{forms[form]['parameters']}", took])
-    head = ["attention", "accuracy", "rate", "parameters", "ms a step"]
-    return _protocol(result) + table(head, rows) + _runs_left_out(result) + results.source(result["machine"], name)
+    rows = [
+        [f"`{form}`", percent(runs), f"{runs[0]['rate']:g}", f"{forms[form]['parameters']}"]
+        for form, runs in counted_runs(result).items()
+    ]
+    return (
+        _protocol(result)
+        + table(["attention", "accuracy", "rate", "parameters"], rows)
+        + _runs_left_out(result)
+        + results.source(result["machine"], name)
+    )
 
 
 def _runs_left_out(result: dict[str, Any]) -> str:
     left = len(result["left_out"])
-    return f"\n\n{left} runs were left out for time." if left else ""
+    return f"\n\nRuns left out for time: {left}." if left else ""
 
 
 DECODERS = ("none", "linear", "lista")
