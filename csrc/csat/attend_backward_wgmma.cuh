@@ -24,8 +24,8 @@
 // ranges, and of the heads of a group, that reduce() adds in a fixed order.
 //
 // Budget: 2 M (3 D + 2 R) FLOP a query, 2 M (D + R) more with several slabs, and 8 D (slabs - 1) bytes a query for dq;
-// limits::attend_backward_wgmma_bytes of shared memory (D = 64: 79 KiB for 64 measurements, 75 KiB for 128, 123 KiB for
-// 256; D = 128: 101 KiB for 64, 141 KiB for 128); up to 255 registers, of which dkc and dvc take 64, or 128 where 128
+// limits::attend_backward_wgmma_bytes of shared memory (D = 64: 86 KiB for 64 measurements, 72 KiB for 128, 114 KiB for
+// 256; D = 128: 95 KiB for 64, 133 KiB for 128); up to 255 registers, of which dkc and dvc take 64, or 128 where 128
 // measurements or 128 features are a warpgroup's: one block of two warpgroups or two of one on an SM. What a product of
 // 32 queries reads of a left operand in shared memory (at 128 bytes a cycle) takes 24 cycles where the product
 // takes 16. Limits: limits::plan_wgmma. p and ds are rounded to T before the products with them; dbias and the mean
