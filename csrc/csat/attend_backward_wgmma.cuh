@@ -24,8 +24,8 @@
 // ranges, and of the heads of a group, that reduce() adds in a fixed order.
 //
 // Budget: 2 M (3 D + 2 R) FLOP a query, 2 M (D + R) more with several slabs, and 8 D (slabs - 1) bytes a query for dq;
-// limits::attend_backward_wgmma_bytes of shared memory (D = 64: 79 KiB for 64 measurements, 75 KiB for 128, 123 KiB for
-// 256; D = 128: 101 KiB for 64, 141 KiB for 128); up to 255 registers, of which dkc and dvc take 64, or 128 where 128
+// limits::attend_backward_wgmma_bytes of shared memory (D = 64: 86 KiB for 64 measurements, 72 KiB for 128, 114 KiB for
+// 256; D = 128: 95 KiB for 64, 133 KiB for 128); up to 255 registers, of which dkc and dvc take 64, or 128 where 128
 // measurements or 128 features are a warpgroup's: one block of two warpgroups or two of one on an SM. What a product of
 // 32 queries reads of a left operand in shared memory (at 128 bytes a cycle) takes 24 cycles where the product
 // takes 16. Limits: limits::plan_wgmma. p and ds are rounded to T before the products with them; dbias and the mean
@@ -88,7 +88,6 @@ struct SlabTiles {
   static constexpr int kQueries = limits::wgmma_backward_queries(kD, kRowBlocks);
   static constexpr int kGroupRows = 64 * kRowBlocks, kRows = kGroups * kGroupRows;  // measurements
   static constexpr int kWarps = 4 * kGroups, kThreads = 32 * kWarps;
-  static constexpr int kPitch = limits::wgmma_backward_pitch(kWarps);
   // Of dq^T a warpgroup computes a share.
   static constexpr int kShareFeatures = kGroups == 2 && kD == 128 ? 64 : kD;
   static constexpr int kShareQueries = kGroups == 2 && kD == 64 ? kQueries / 2 : kQueries;
@@ -110,11 +109,12 @@ struct SlabTiles {
     return reinterpret_cast<uint64_t*>(reinterpret_cast<char*>(block()) + limits::kBackwardBlockBytes) + stage;
   }
   CSAT_DEVICE uint64_t* measured() const { return filled(limits::kWgmmaBackwardStages); }
-  // Sums of p dP, then of p: kPitch floats a query, one a warp.
-  CSAT_DEVICE float* sums() const {
-    return reinterpret_cast<float*>(reinterpret_cast<char*>(filled(0)) + limits::kWgmmaBackwardBarrierBytes);
+  // Of a warp: sums of p dP, then of p, a query each.
+  CSAT_DEVICE float* sums(int warp) const {
+    return reinterpret_cast<float*>(reinterpret_cast<char*>(filled(0)) + limits::kWgmmaBackwardBarrierBytes) +
+           warp * 2 * kQueries;
   }
-  CSAT_DEVICE float* lse() const { return sums() + 2 * kPitch * kQueries; }  // in units of log 2
+  CSAT_DEVICE float* lse() const { return sums(kWarps); }  // in units of log 2
   CSAT_DEVICE float* mean(int buffer) const { return lse() + (1 + buffer) * kQueries; }
   CSAT_DEVICE float* own_mean(int warp) const { return mean(2) + warp * kQueries; }
   CSAT_DEVICE float* bias() const { return own_mean(kWarps); }  // in units of log 2
@@ -226,13 +226,10 @@ CSAT_DEVICE float2 weighted_sums(const Sums<kRows, kColumns>& dp, const Sums<kRo
 template <typename Tiles, int kRows, int kColumns>
 CSAT_DEVICE void store_weighted_sums(const Tiles& s, const Sums<kRows, kColumns>& dp, const Sums<kRows, kColumns>& p) {
   const int lane = lane_id();
-  float* to = s.sums() + (lane / 16 * kColumns + lane / 4 % 4 * 8 + lane % 4 * 2) * Tiles::kPitch + warp_id();
+  float* to = s.sums(warp_id()) + lane / 16 * kColumns + lane / 4 % 4 * 8 + lane % 4 * 2;
 #pragma unroll
-  for (int first = 0; first < kColumns; first += 32) {
-    const float2 pair = weighted_sums(dp, p, first);
-    to[first * Tiles::kPitch] = pair.x;
-    to[(first + 1) * Tiles::kPitch] = pair.y;
-  }
+  for (int first = 0; first < kColumns; first += 32)
+    *reinterpret_cast<float2*>(to + first) = weighted_sums(dp, p, first);
 }
 
 // The mean of a tile's queries from the sums of all warps, in their order.
@@ -241,16 +238,13 @@ CSAT_DEVICE Columns<Tiles::kQueries> mean_of_sums(const Tiles& s) {
   const auto of_warps = [&](int row) {
     float sum = 0.f;
 #pragma unroll
-    for (int w = 0; w < Tiles::kWarps; w += 4) {
-      const float4 x = load4(s.sums() + row * Tiles::kPitch + w);
-      sum += (x.x + x.y) + (x.z + x.w);
-    }
+    for (int w = 0; w < Tiles::kWarps; ++w) sum += s.sums(w)[row];
     return sum;
   };
   float* own = s.own_mean(warp_id());
 #pragma unroll
   for (int first = 0; first < Tiles::kQueries; first += 32) {
-    const int query = first + lane_id();
+    const int query = first + pinned(lane_id());
     const float sum = of_warps(query), mass = of_warps(Tiles::kQueries + query);
     own[query] = mass == 0.f ? 0.f : divide_approx(sum, mass);
   }
@@ -333,7 +327,7 @@ CSAT_DEVICE int row_of_group(int r) { return r / 16 * 64 + warp_id() % 4 * 16 + 
 template <typename Tiles, int kRows>
 CSAT_DEVICE void store_score_gradients(const Tiles& s, int group,
                                        const Operand<typename Tiles::Element, kRows, Tiles::kQueries>& ds) {
-  const int lane = lane_id(), measurement = group * Tiles::kGroupRows + row_of_group(0);
+  const int lane = pinned(lane_id()), measurement = group * Tiles::kGroupRows + row_of_group(0);
   const SharedAddress from = pinned_address(s.ds().piece(lane / 16 * 8 + lane % 8, measurement + lane / 8 % 2 * 8));
 #pragma unroll
   for (int i = 0; i < kRows / 16; ++i)  // panels of 64 measurements, in each of which the swizzle is the same

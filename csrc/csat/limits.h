@@ -206,14 +206,12 @@ constexpr int64_t attend_backward_mma_bytes(int64_t warps, int feature) {
 // On wgmma a warpgroup has `row_blocks` times 64 measurements: dkc and dvc of 64 x 64 leave registers for 64 queries.
 constexpr int kWgmmaBackwardStages = 3;  // tiles of queries in shared memory
 constexpr int wgmma_backward_queries(int feature, int row_blocks) { return feature == 64 && row_blocks == 1 ? 64 : 32; }
-// Floats from one query's sums by warps to the next's: four or eight of them, and no bank conflict.
-constexpr int wgmma_backward_pitch(int64_t warps) { return warps > 4 ? 12 : 4; }
 constexpr int kWgmmaBackwardBarrierBytes = 64;
 constexpr int64_t attend_backward_wgmma_bytes(int64_t warps, int feature, int row_blocks) {
   const int64_t measurements = warps * 16 * row_blocks, queries = wgmma_backward_queries(feature, row_blocks);
   const int64_t matrices =
       2 * measurements * feature + queries * measurements + 2 * kWgmmaBackwardStages * queries * feature;
-  const int64_t floats = measurements + (3 + 2 * wgmma_backward_pitch(warps) + warps) * queries;
+  const int64_t floats = measurements + (3 + 3 * warps) * queries;
   return 2 * matrices + mma_tile_bytes(queries, feature) + kBackwardBlockBytes + kWgmmaBackwardBarrierBytes +
          4 * floats;
 }
