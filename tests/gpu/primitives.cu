@@ -33,8 +33,9 @@ __global__ void elementwise(const float* x, float* y) {
                            log_f32(fabsf(v)),
                            soft_threshold(v, 0.5f),
                            positive_part(v),
+                           divide_approx(v, 3.f),
                            __uint_as_float(to_tf32(v))};
-  for (int i = 0; i < 13; ++i) y[i * n + t] = results[i];
+  for (int i = 0; i < 14; ++i) y[i * n + t] = results[i];
 }
 
 // ---- one warp
@@ -265,9 +266,9 @@ __global__ void __launch_bounds__(128) warpgroup_product(const float* x, float* 
     const float* pair = x + (row + 8 * (i % 2)) * kDepth + i / 4 * 16 + lane % 4 * 2 + 8 * (i % 4 / 2);
     a[i / 4][i % 4] = pack2<T>(pair[0], pair[1]);
   }
-  const auto at = [](const T* matrix, int rows, int k, bool by_k) {
-    return by_k ? wgmma_descriptor(matrix + k * 64, uint32_t(rows) * 128, 1024)
-                : wgmma_descriptor(matrix + k / 64 * rows * 64 + k % 64, 0, 1024);
+  const auto at = [](T* matrix, int rows, int k, bool by_k) {
+    const uint64_t first = wgmma_descriptor(uniform_address(matrix), by_k ? uint32_t(rows) * 128 : 0, 1024);
+    return wgmma_advance(first, by_k ? k * 128 : k / 64 * rows * 128 + k % 64 * 2);
   };
   wgmma_fence(c, a);
 #pragma unroll
@@ -356,7 +357,7 @@ constexpr Case product(const char* name) {
 }
 
 const Case cases[] = {
-    {"elementwise", false, 256, 13 * 256, launch<elementwise, 256, 0>},
+    {"elementwise", false, 256, 14 * 256, launch<elementwise, 256, 0>},
     {"warps", false, 64, 10 * 64, launch<warps, 64, 0>},
     {"async_copies", false, 256, 256, launch<async_copies, 32, 1024>},
     {"load_matrices", false, 256, 1024, launch<load_matrices, 32, 768>},

@@ -62,7 +62,7 @@ def elementwise(x: Tensor) -> Tensor:
     bits = x.view(torch.int32)
     tf32 = torch.where(x.isfinite(), (bits + 0x1000) & ~0x1FFF, bits).view(torch.float32)
     plain = [rounded(x, torch.bfloat16), rounded(x, torch.float16), x]
-    return torch.cat([*plain, *pairs, x.exp(), x.exp2(), x.abs().log(), soft, x.clamp(min=0), tf32])
+    return torch.cat([*plain, *pairs, x.exp(), x.exp2(), x.abs().log(), soft, x.clamp(min=0), x / 3, tf32])
 
 
 def warps(x: Tensor) -> Tensor:
