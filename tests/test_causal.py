@@ -110,7 +110,6 @@ def test_masked_pools_are_exact_over_what_is_left() -> None:
 @pytest.mark.parametrize("n", [1, 5, 37, 40])
 def test_agrees_with_the_reference(form: str, masked: bool, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs and all gradients, with tiles and chunks shorter than the sequence; what is masked is NaN."""
-    monkeypatch.setattr(causal, "TILE", 16)
     monkeypatch.setattr(causal, "CHUNK", 7)
     oracle, make_phi, options = FORMS[form]
     q, k, v = tokens(n)
@@ -168,7 +167,6 @@ def test_the_future_has_no_gradient_at_all(form: str, attention: str) -> None:
 @pytest.mark.parametrize("size", [1, 16, 37, 64])
 @pytest.mark.parametrize("form", FORMS)
 def test_the_tile_and_the_chunk_do_not_matter(form: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(causal, "TILE", size)
     monkeypatch.setattr(causal, "CHUNK", size)
     oracle, make_phi, options = FORMS[form]
     got = csat_attention(*tokens(), make_phi(), causal=name_of(form), **options)
