@@ -103,7 +103,8 @@ CSAT_DEVICE void attend_chunk(const Resident<T, kD, kP>& resident, const Turn& t
   wgmma_commit();
   turn.pass();
   wgmma_wait<0>(s.at[0], unit.z.at[0]);
-  online_softmax(unit.softmax, unit.z, s, resident.bias() + c * kChunk, resident.p.scale * kLog2e);
+  add_bias(s, resident.bias() + c * kChunk, resident.p.scale * kLog2e);
+  online_softmax(unit.softmax, unit.z, s);
   unit.probabilities = to_operand<T>(s);
 }
 
