@@ -172,6 +172,26 @@ def test_attend_one_measurement() -> None:
     assert dq.abs().max() < 1e-5 and dkc.abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attend_causal_of_the_last_queries(dtype: torch.dtype) -> None:
+    """A few queries have a kernel of their own, whose chunks end inside the measurements and the window."""
+    q, kc, vc = attend_inputs(b=2, h=4, hk=2, nq=700, m=300, d=17, r=19, dtype=dtype)
+    k, v = randn(2, 1, 700, 17, seed=4, dtype=dtype), randn(2, 1, 700, 19, seed=5, dtype=dtype)
+    bias, mask = randn(1, 4, 300, seed=7), randn(2, 700, seed=8) > -1
+    junk = v.masked_fill(~mask[:, None, :, None], float("nan"))
+    numbers = 0.3, 100, 3, 60  # 4 blocks have left the window, 60 measurements are of earlier tokens
+    for some, values in ((mask, junk), (None, v)):
+        z, lse = csat.attend_causal(q, kc, vc, k, values, bias.to(lse_dtype(dtype)), some, *numbers)
+        for count in (1, 5, 8):
+            last = csat.attend_causal(q[:, :, -count:], kc, vc, k, values, bias.to(lse_dtype(dtype)), some, *numbers)
+            torch.testing.assert_close(last[0], z[:, :, -count:])
+            torch.testing.assert_close(last[1], lse[:, :, -count:])
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def test_attend_log_sum_exp() -> None:
     q, kc, vc = attend_inputs()
     bias = randn(1, 4, 33, seed=7)

@@ -128,6 +128,97 @@ void forward(const CausalOperands<R>& operands, const Array& q, const Array& z, 
   });
 }
 
+constexpr int64_t kFewQueries = 8, kFewColumns = 256;
+
+// The same for a few queries, as in decoding: keys and values pass once, by chunks that stay in the cache, where
+// CausalOperands would lay all of them out for row tiles that never come.
+template <class R>
+class FewQueries {
+ public:
+  FewQueries(const CausalSizes& n, const MaybeTensor& score_bias, const MaybeTensor& key_mask, double scale)
+      : n_(n), scale_(static_cast<R>(scale)), bias_(score_bias), keep_(key_mask) {}
+
+  void forward(const Array& q, const Array& kc, const Array& vc, const Array& k, const Array& v, const Array& z,
+               R* lse) const {
+    const AttendSizes& n = n_.measured;
+    const CausalTile<R> tile(n_.window, 0, n.Nq);
+    const int64_t width = tile.far + tile.near, count = tile.measurements.end, near_count = tile.tokens.end - tile.low;
+    parallel(n.B * n.H, n.Nq * width * (n.D + n.R), [&](int64_t first, int64_t last) {
+      Stack<R> queries_t(1, n.D, n.Nq), scores(1, n.Nq, width), out(1, n.Nq, n.R);
+      Stack<R> chunk(1, kFewColumns, std::max(n.D, n.R)), products(1, kFewColumns, n.Nq), measured_bias(1, 1, n.M),
+          token_bias(1, 1, n_.tokens.M), bias(1, 1, width);
+      R sums[kFewQueries];
+      for (int64_t head = first; head < last; ++head) {
+        const int64_t b = head / n.H, h = head % n.H, of_measured = h / (n.H / n.Hk),
+                      of_token = h / (n.H / n_.tokens.Hk);
+        load(q.matrix(b, h).transposed(), n.D, n.Nq, queries_t[0]);
+        load_biases(b, h, measured_bias[0], token_bias[0]);
+        score(kc.matrix(b, of_measured), count, nullptr, queries_t[0], chunk[0], products[0], scores[0]);
+        score(k.matrix(b, of_token, tile.low), near_count, token_bias[0].data + tile.low, queries_t[0], chunk[0],
+              products[0], columns_from(scores[0], tile.far));
+        RowBias<R> row_bias(n_.window, tile, measured_bias[0].data, token_bias[0].data, bias[0].data);
+        for (int64_t i = 0; i < n.Nq; ++i) {
+          R max;
+          micro_kernels<R>().exponentiate_row(scores[0].row(i), row_bias.advance(i), scale_, width, &max, &sums[i]);
+          lse[head * n.Nq + i] = sums[i] == R(0) ? -std::numeric_limits<R>::infinity() : max + std::log(sums[i]);
+        }
+        clear(out[0], n.Nq, n.R);
+        add_values(vc.matrix(b, of_measured), count, nullptr, scores[0], chunk[0], out[0]);
+        add_values(v.matrix(b, of_token, tile.low), near_count, token_bias[0].data + tile.low,
+                   columns_from(scores[0], tile.far), chunk[0], out[0]);
+        divide_rows(n.Nq, n.R, sums, out[0]);
+        store(out[0], n.Nq, n.R, z.matrix(b, h));
+      }
+    });
+  }
+
+ private:
+  void load_biases(int64_t b, int64_t h, Block<R> measured, Block<R> tokens) const {
+    const AttendSizes& n = n_.measured;
+    if (bias_ && n.M > 0) load(Array(*bias_).row(n.Bb == 1 ? 0 : b, n.Hb == 1 ? 0 : h), 1, n.M, measured);
+    if (!keep_) return;
+    const bool* keep = static_cast<const bool*>(keep_->data_ptr()) + b * keep_->stride(0);
+    for (int64_t s = 0; s < n_.tokens.M; ++s)
+      tokens.data[s] = keep[s * keep_->stride(1)] ? R(0) : -std::numeric_limits<R>::infinity();
+  }
+  // Rows `first` .. of keys or values, zeros for what is masked.
+  static int64_t load_chunk(const View& from, int64_t first, int64_t rows, int64_t columns, const R* mask,
+                            Block<R> chunk) {
+    const int64_t count = std::min(kFewColumns, rows - first);
+    load({address(from.data, from.type, first * from.row), from.type, from.row, from.col}, count, columns, chunk);
+    for (int64_t i = 0; mask && i < count; ++i)
+      if (mask[first + i] != R(0)) std::fill_n(chunk.row(i), columns, R(0));
+    return count;
+  }
+  void score(const View& keys, int64_t rows, const R* mask, Block<R> queries_t, Block<R> chunk, Block<R> products,
+             Block<R> scores) const {
+    const AttendSizes& n = n_.measured;
+    for (int64_t first = 0; first < rows; first += kFewColumns) {
+      const int64_t count = load_chunk(keys, first, rows, n.D, mask, chunk);
+      multiply(count, n.Nq, n.D, as_is(chunk), queries_t, products);
+      for (int64_t i = 0; i < n.Nq; ++i)
+        for (int64_t j = 0; j < count; ++j) scores.row(i)[first + j] = products.row(j)[i];
+    }
+  }
+  void add_values(const View& values, int64_t rows, const R* mask, Block<R> probabilities, Block<R> chunk,
+                  Block<R> out) const {
+    const AttendSizes& n = n_.measured;
+    for (int64_t first = 0; first < rows; first += kFewColumns) {
+      const int64_t count = load_chunk(values, first, rows, n.R, mask, chunk);
+      clear_padding(chunk, count, n.R);
+      multiply_add(n.Nq, n.R, count, as_is(columns_from(probabilities, first)), chunk, out);
+    }
+  }
+  // Behind features that are fewer than those of the other operand.
+  static void clear_padding(Block<R> block, int64_t rows, int64_t columns) {
+    for (int64_t i = 0; i < rows; ++i) std::fill(block.row(i) + columns, block.row(i) + padded<R>(columns), R(0));
+  }
+
+  const CausalSizes& n_;
+  R scale_;
+  const MaybeTensor &bias_, &keep_;
+};
+
 template <class R>
 struct CausalTransposes {
   AttendTransposes<R> measured, tokens;
@@ -286,8 +377,12 @@ std::tuple<Tensor, Tensor> attend_causal(const Tensor& q, const Tensor& kc, cons
       torch::stable::new_empty(q, {n.measured.B, n.measured.H, n.measured.Nq}, accumulate_dtype(q.scalar_type()));
   with_accumulator(q, [&](auto zero) {
     using R = decltype(zero);
-    forward(CausalOperands<R>(n, kc, vc, k, v, score_bias, key_mask, scale), Array(q), Array(z),
-            static_cast<R*>(lse.mutable_data_ptr()));
+    R* rows = static_cast<R*>(lse.mutable_data_ptr());
+    if (n.measured.Nq <= kFewQueries)
+      FewQueries<R>(n, score_bias, key_mask, scale)
+          .forward(Array(q), Array(kc), Array(vc), Array(k), Array(v), Array(z), rows);
+    else
+      forward(CausalOperands<R>(n, kc, vc, k, v, score_bias, key_mask, scale), Array(q), Array(z), rows);
   });
   return {z, lse};
 }
