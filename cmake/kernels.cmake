@@ -21,6 +21,7 @@ include(CMakePackageConfigHelpers)
 set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/csat_ext)
 install(TARGETS csat_kernels EXPORT csat_ext)
 install(FILES ${CSAT_SOURCE_ROOT}/csat/launch.h ${CSAT_SOURCE_ROOT}/csat/limits.h ${CSAT_SOURCE_ROOT}/csat/ensembles.h
+              ${CSAT_SOURCE_ROOT}/csat/window.h
         DESTINATION include/csat)
 install(EXPORT csat_ext NAMESPACE csat_ext:: FILE csat_extTargets.cmake DESTINATION ${package_dir})
 configure_package_config_file(cmake/csat_extConfig.cmake.in csat_extConfig.cmake INSTALL_DESTINATION ${package_dir})

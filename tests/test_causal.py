@@ -110,7 +110,6 @@ def test_masked_pools_are_exact_over_what_is_left() -> None:
 @pytest.mark.parametrize("n", [1, 5, 37, 40])
 def test_agrees_with_the_reference(form: str, masked: bool, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs and all gradients, with tiles and chunks shorter than the sequence; what is masked is NaN."""
-    monkeypatch.setattr(causal, "TILE", 16)
     monkeypatch.setattr(causal, "CHUNK", 7)
     oracle, make_phi, options = FORMS[form]
     q, k, v = tokens(n)
@@ -165,10 +164,19 @@ def test_the_future_has_no_gradient_at_all(form: str, attention: str) -> None:
             assert bool((grad[:, :, t] != 0).any()) or (t == 0 and leaf is not v)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernels_of_the_block_form_see_no_future(kernels: Backend, dtype: torch.dtype) -> None:
+    n, phi = 75, block_phi(1)[0].float()
+    leaves = [kernels.to(x).requires_grad_() for x in tokens(n, dtype)]
+    out = csat_attention(*leaves, kernels.to(phi), causal="block", window_blocks=1)
+    for t in (0, BK - 1, 40, n - 2):
+        for grad in torch.autograd.grad(out[:, :, t].sum(), leaves, retain_graph=True):
+            assert bool((grad[:, :, t + 1 :] == 0).all()) and bool(grad.isfinite().all())
+
+
 @pytest.mark.parametrize("size", [1, 16, 37, 64])
 @pytest.mark.parametrize("form", FORMS)
 def test_the_tile_and_the_chunk_do_not_matter(form: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(causal, "TILE", size)
     monkeypatch.setattr(causal, "CHUNK", size)
     oracle, make_phi, options = FORMS[form]
     got = csat_attention(*tokens(), make_phi(), causal=name_of(form), **options)

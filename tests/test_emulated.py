@@ -176,6 +176,53 @@ def test_values_that_are_alike(
         assert_accurate(f"attend_backward[{i}]", got[i], exact[i], plain[i])
 
 
+# batch, heads, heads of kc, of k, queries, tokens; block size, window, measurements of a block; those of earlier
+# tokens; head dim, features
+CAUSAL = [
+    (1, 2, 1, 2, 150, 150, 16, 0, 3, 0, 20, 24),
+    (2, 2, 2, 1, 70, 90, 8, 2, 2, 5, 7, 5),
+    (1, 1, 1, 1, 1, 41, 8, 1, 8, 130, 16, 33),
+    (1, 1, 1, 1, 9, 9, 32, 0, 4, 0, 1, 1),
+    (1, 2, 1, 1, 300, 300, 1, 3, 1, 0, 64, 64),
+    (1, 1, 1, 1, 200, 230, 64, 1, 30, 7, 128, 40),
+    (1, 2, 1, 1, 33, 40, 40, 0, 40, 0, 80, 72),
+    (1, 1, 1, 1, 70, 70, 33, 0, 9, 0, 90, 96),
+    (1, 1, 1, 1, 20, 30, 8, 1, 2, 0, 130, 9),
+]
+
+
+def _causal_inputs(generator: torch.Generator, dtype: torch.dtype, sizes: tuple[int, ...], masked: bool) -> Any:
+    batch, heads, measured_heads, token_heads, queries, tokens, *numbers, earlier, head_dim, features = sizes
+    size, window, rows = numbers
+    count = earlier + rows * max(tokens // size - window, 0)
+    attend = (batch, heads, measured_heads, queries, count, head_dim, features)
+    q, kc, vc, bias, scale = _attend_inputs(generator, dtype, attend, "masked" if masked and heads > 1 else "none")
+    k, v = (_tokens(generator, dtype, batch, token_heads, tokens, d) for d in (head_dim, features))
+    keep = torch.rand(batch, tokens, generator=generator) < 0.7 if masked else None
+    return q, kc, vc, k, v, bias, keep, scale, *numbers
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", CAUSAL, ids=str)
+def test_attend_causal(
+    library: Any, generator: torch.Generator, sizes: tuple[int, ...], dtype: torch.dtype, masked: bool
+) -> None:
+    ops = EmulatedOps(library, seed=3 if masked else 0)
+    *inputs, size, window, rows = _causal_inputs(generator, dtype, sizes, masked)
+    q, kc, vc, k, v, bias, keep, scale = inputs
+    if keep is not None:  # a masked token is never read
+        k, v = (x.masked_fill(~keep[:, None, :, None], math.nan) for x in (k, v))
+    tensors = _strided(q), _strided(kc), _strided(vc), _strided(k), _strided(v), bias, keep
+    z, lse = check(ops, "attend_causal", *tensors, scale, size, window, rows)
+    assert (ops.counters.mma > 0) == (dtype != torch.float32 and max(sizes[-2:]) <= 128)
+    dz = _strided(_tokens(generator, dtype, *z.shape))
+    gradients = check(ops, "attend_causal_backward", dz, *tensors, z, lse, scale, size, window, rows)
+    if keep is not None:
+        masked_out = ~keep[:, None, :, None]
+        assert all(bool((d.masked_select(masked_out) == 0).all()) for d in gradients[3:5])
+
+
 SIXTEEN_BITS = [torch.bfloat16, torch.float16]
 # Every compiled size with its padding, measurements resident, resident without a second stage, and streamed; runs of
 # units that end inside a block.

@@ -172,6 +172,26 @@ def test_attend_one_measurement() -> None:
     assert dq.abs().max() < 1e-5 and dkc.abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attend_causal_of_the_last_queries(dtype: torch.dtype) -> None:
+    """A few queries have a kernel of their own, whose chunks end inside the measurements and the window."""
+    q, kc, vc = attend_inputs(b=2, h=4, hk=2, nq=700, m=300, d=17, r=19, dtype=dtype)
+    k, v = randn(2, 1, 700, 17, seed=4, dtype=dtype), randn(2, 1, 700, 19, seed=5, dtype=dtype)
+    bias, mask = randn(1, 4, 300, seed=7), randn(2, 700, seed=8) > -1
+    junk = v.masked_fill(~mask[:, None, :, None], float("nan"))
+    numbers = 0.3, 100, 3, 60  # 4 blocks have left the window, 60 measurements are of earlier tokens
+    for some, values in ((mask, junk), (None, v)):
+        z, lse = csat.attend_causal(q, kc, vc, k, values, bias.to(lse_dtype(dtype)), some, *numbers)
+        for count in (1, 5, 8):
+            last = csat.attend_causal(q[:, :, -count:], kc, vc, k, values, bias.to(lse_dtype(dtype)), some, *numbers)
+            torch.testing.assert_close(last[0], z[:, :, -count:])
+            torch.testing.assert_close(last[1], lse[:, :, -count:])
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def test_attend_log_sum_exp() -> None:
     q, kc, vc = attend_inputs()
     bias = randn(1, 4, 33, seed=7)
@@ -282,10 +302,15 @@ def samples(dtype: torch.dtype = torch.float64, grad: bool = True) -> dict[str, 
     counts = torch.tensor([[0, 0, 1, 1, 2, 3, 4], [0, 1, 2, 3, 3, 3, 3]], dtype=torch.int32)
     anchors = torch.tensor([[0], [-1]], dtype=torch.int32)
     implicit = (leaf(randn(2, 2, 6, 3, seed=6)), counts, anchors, "rademacher", 3, 4, -7, 2)
+    # 5 queries of 7 tokens in blocks of 2, 2 of which have left the window of the next token; 2 earlier measurements
+    k, v = leaf(randn(1, 2, 7, 3, seed=8)), leaf(randn(1, 2, 7, 3, seed=9))
+    local = torch.tensor([[True, True, False, True, True, False, True]])
+    causal = (q, kc, vc, k, v, bias, local, 0.5, 2, 1, 1)
     return {
         "project": (csat.project.default, (leaf(randn(1, 2, 6, 3, seed=3)), leaf(randn(1, 4, 4, 6, seed=4)), mask)),
         "project_implicit": (csat.project_implicit.default, implicit),
         "attend": (csat.attend.default, (q, kc, vc, bias, 0.5)),
+        "attend_causal": (csat.attend_causal.default, causal),
         "decode": (csat.decode.default, (leaf(randn(1, 2, 5, 3, seed=5)), *weights)),
         "attend_decode": (csat.attend_decode.default, (q, kc, vc, bias, 0.5, *weights, True)),
     }
@@ -326,6 +351,11 @@ def test_opcheck_of_backward_ops() -> None:
     z, lse = csat.attend(q, kc, vc, bias, scale)
     torch.library.opcheck(csat.attend_backward.default, (z, q, kc, vc, bias, z, lse, scale))
     torch.library.opcheck(csat.attend_backward.default, (z, q, kc, vc, None, z, lse, scale))
+    *data, bias, mask, scale, size, window, rows = plain(all_samples["attend_causal"][1])
+    z, lse = csat.attend_causal(*data, bias, mask, scale, size, window, rows)
+    for b, m in ((bias, mask), (None, None)):
+        arguments = (z, *data, b, m, z, lse, scale, size, window, rows)
+        torch.library.opcheck(csat.attend_causal_backward.default, arguments)
     z, *weights = plain(all_samples["decode"][1])
     torch.library.opcheck(csat.decode_backward.default, (torch.randn(1, 2, 5, 3), z, *weights))
 
@@ -382,6 +412,11 @@ def test_plain_torch_backward_agrees_with_the_kernels() -> None:
     _, (q, kc, vc, bias, scale) = samples(grad=False)["attend"]
     z, lse = csat.attend(q, kc, vc, bias, scale)
     calls.append(("attend_backward", (torch.ones_like(z), q, kc, vc, bias, z, lse, scale)))
+    *data, bias, mask, scale, size, window, rows = samples(grad=False)["attend_causal"][1]
+    for b, m in ((bias, mask), (None, None)):
+        z, lse = csat.attend_causal(*data, b, m, scale, size, window, rows)
+        arguments = (torch.ones_like(z), *data, b, m, z, lse, scale, size, window, rows)
+        calls.append(("attend_causal_backward", arguments))
     z, *per_head = samples(grad=False)["decode"][1]
     for weights in (per_head, decoder(3, 4, 3, 2, 1, 1, 2)):
         calls.append(("decode_backward", (randn(1, 2, 5, 3, seed=9), z, *weights)))
@@ -398,8 +433,11 @@ def test_deterministic_for_any_number_of_threads() -> None:
         leaves = [t.clone().requires_grad_() for t in (q, kc, vc, x, phi, *weights)]
         out = csat.attend_decode(*leaves[:3], None, 0.2, *leaves[5:], True)[0]
         y = csat.project(leaves[3], leaves[4], None)
-        gradients = torch.autograd.grad((out.square().sum() + y.square().sum()), leaves)
-        return [out, y, *gradients]
+        near = csat.attend_causal(*leaves[:3], leaves[3], leaves[3], None, None, 0.2, 50, 4, 4)[
+            0
+        ]  # 10 blocks have left
+        gradients = torch.autograd.grad((out.square() + near.square()).sum() + y.square().sum(), leaves)
+        return [out, y, near, *gradients]
 
     before = torch.get_num_threads()
     try:
@@ -456,6 +494,11 @@ def full_calls() -> dict[str, dict[str, Any]]:
     names = ("S", "B", "theta", "psi", "step")
     decode = dict(zip(("z", *names), s["decode"][1], strict=True))
     z, lse = csat.attend(*attend.values())
+    sizes = ("block_size", "window_blocks", "measurements_per_block")
+    causal_names = ("q", "kc", "vc", "k", "v", "score_bias", "key_mask", "scale", *sizes)
+    causal = dict(zip(causal_names, s["attend_causal"][1], strict=True))
+    z_causal, lse_causal = csat.attend_causal(*causal.values())
+    tensors, numbers = list(causal.items())[:7], list(causal.items())[7:]
     return {
         "project": project,
         "project_backward": {"dy": randn(1, 4, 4, 3, seed=8).float(), **project, "need_dx": True, "need_dphi": True},
@@ -463,6 +506,8 @@ def full_calls() -> dict[str, dict[str, Any]]:
         "project_implicit_backward": {"dy": dy, **places, **draw, "x_heads": 2, "tokens": 6},
         "attend": attend,
         "attend_backward": {"dz": z, **dict(list(attend.items())[:4]), "z": z, "lse": lse, "scale": 0.5},
+        "attend_causal": causal,
+        "attend_causal_backward": {"dz": z_causal, **dict(tensors), "z": z_causal, "lse": lse_causal, **dict(numbers)},
         "decode": decode,
         "decode_backward": {"dc": randn(1, 2, 5, 3, seed=9).float(), **decode},
         "attend_decode": {**attend, **{n: decode[n] for n in names}, "need_z": True},
@@ -498,7 +543,7 @@ FREE_AXES = {
 # The first tensor of an op sets the dtype, so that another argument is named when it differs.
 SETS_DTYPE = {
     *(("project", "x"), ("project_implicit", "x"), ("project_implicit_backward", "dy")),
-    *(("attend", "q"), ("decode", "z"), ("attend_decode", "q")),
+    *(("attend", "q"), ("attend_causal", "q"), ("decode", "z"), ("attend_decode", "q")),
 }
 
 
@@ -552,6 +597,23 @@ def test_wrong_draws_are_named(name: str, value: Any, message: str) -> None:
         assert message in refused("project_implicit_backward", name, value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("scale", float("nan"), "scale must be finite"),
+        ("block_size", 0, "block_size must be in [1, 2^31 - 2]; got 0"),
+        ("window_blocks", -1, "window_blocks must be in [0, 2^31 - 2]; got -1"),
+        ("measurements_per_block", 0, "measurements_per_block must be in [1, 2^31 - 2]; got 0"),
+        ("measurements_per_block", 3, "kc must have 3 measurements for each of the 2 blocks that left the window"),
+        ("q", torch.zeros(1, 2, 8, 3), "k must have a token for each of the 8 queries"),
+    ],
+)
+def test_wrong_windows_are_named(name: str, value: Any, message: str) -> None:
+    assert message in refused("attend_causal", name, value)
+    if name != "q":
+        assert message in refused("attend_causal_backward", name, value)
+
+
 def test_head_counts_and_layers() -> None:
     assert "phi must have 1 head or a multiple of the 2 heads of x" in refused(
         "project", "phi", torch.zeros(1, 3, 4, 6)
@@ -559,6 +621,9 @@ def test_head_counts_and_layers() -> None:
     call = {**CALLS["attend"], "kc": torch.zeros(1, 3, 4, 3), "vc": torch.zeros(1, 3, 4, 3)}
     with pytest.raises(REFUSED, match="kc must have a number of heads that divides the 2 heads of q"):
         csat.attend(**call)
+    call = {**CALLS["attend_causal"], "k": torch.zeros(1, 3, 7, 3), "v": torch.zeros(1, 3, 7, 3)}
+    with pytest.raises(REFUSED, match="k must have a number of heads that divides the 2 heads of q"):
+        csat.attend_causal(**call)
     assert "theta must have shape" in refused("decode", "theta", torch.zeros(2, 0, 4))
     assert "S must have shape" in refused("decode", "S", torch.zeros(2, 5, 4, 4))
     with pytest.raises(REFUSED, match=r"x must have shape .* with size 1 or more"):

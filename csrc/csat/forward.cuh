@@ -26,7 +26,6 @@ struct ForwardArgs {
   View q, lse;
   Panel keys, values, bias;  // (B Hk)(D, M), (B Hk)(M, R), (B H)(1, M) with -inf in the padding
   int64_t group;             // H / Hk
-  int64_t measurements;
   int head_dim, q_pitch, measurement_tile;
   float scale;
   // decode
@@ -37,44 +36,56 @@ struct ForwardArgs {
   int a_pitch, z_depth, output_columns;
 };
 
+// A tile of rows on its way through a softmax, in shared memory.
+struct SoftmaxRows {
+  float *q, *s;            // queries; scores of a stretch of columns, then their probabilities
+  float *z, *peak, *mass;  // sums so far, for the maximum so far
+  float* end;
+
+  CSAT_DEVICE SoftmaxRows(const ForwardArgs& p, float* z, float* rest) : z(z) {
+    q = rest;
+    s = q + p.rows * p.q_pitch;
+    peak = s + p.rows * p.measurement_tile;
+    mass = peak + p.rows;
+    end = mass + p.rows;
+  }
+};
+
 template <typename T>
-CSAT_DEVICE void attend_rows(const ForwardArgs& p, const RowTile& tile, float* z, float* rest) {
-  const int rows = p.rows, span = p.measurement_tile, lane = lane_id();
-  float* q = rest;
-  float* s = q + rows * p.q_pitch;
-  float* peak = s + rows * span;
-  float* mass = peak + rows;
-  const int64_t pair = tile.batch * p.heads + tile.head;
-  const int64_t key_pair = pair / p.group;  // Hk divides H, so (b H + h) / (H / Hk) = b Hk + h / (H / Hk)
-  const float* keys = p.keys.data + key_pair * p.keys.matrix + lane;
-  const float* values = p.values.data + key_pair * p.values.matrix + lane;
-  const float* bias = p.bias.data + pair * p.bias.matrix + lane;
-
-  load_rows(q, p.q_pitch, rows, at<const T>(p.q, tile.batch, tile.head, tile.first), p.q.stride[2], p.q.stride[3],
+CSAT_DEVICE void begin_softmax(const ForwardArgs& p, const RowTile& tile, const SoftmaxRows& x) {
+  load_rows(x.q, p.q_pitch, p.rows, at<const T>(p.q, tile.batch, tile.head, tile.first), p.q.stride[2], p.q.stride[3],
             tile.valid, p.head_dim);
-  fill(z, rows * p.z_pitch, 0.f);
-  fill(peak, rows, -INFINITY);
-  fill(mass, rows, 0.f);
+  fill(x.z, p.rows * p.z_pitch, 0.f);
+  fill(x.peak, p.rows, -INFINITY);
+  fill(x.mass, p.rows, 0.f);
   __syncthreads();
+}
 
-  for (int64_t m0 = 0; m0 < p.measurements; m0 += span) {
-    const int columns = p.keys.pitch - m0 < span ? static_cast<int>(p.keys.pitch - m0) : span;
+// Takes columns begin .. end - 1 of the panels of `pair` in, multiples of 64. score(row, column, product) is what the
+// product of a query with a key scores.
+template <typename F>
+CSAT_DEVICE void attend_columns(const ForwardArgs& p, const SoftmaxRows& x, const Panel& key_panels,
+                                const Panel& value_panels, int64_t pair, int64_t begin, int64_t end, F score) {
+  const int rows = p.rows, span = p.measurement_tile, lane = lane_id();
+  const float* keys = key_panels.data + pair * key_panels.matrix + lane;
+  const float* values = value_panels.data + pair * value_panels.matrix + lane;
+  for (int64_t m0 = begin; m0 < end; m0 += span) {
+    const int columns = end - m0 < span ? static_cast<int>(end - m0) : span;
     for_each_micro_tile(rows, columns, [&](int row, int column) {
       Accumulator acc = {};
-      multiply(acc, q + row * p.q_pitch, p.q_pitch, keys + m0 + column, p.keys.pitch, p.q_pitch);
-      const float* b = bias + m0 + column;
-      float* out = s + row * span + column + lane;
+      multiply(acc, x.q + row * p.q_pitch, p.q_pitch, keys + m0 + column, key_panels.pitch, p.q_pitch);
+      float* out = x.s + row * span + column + lane;
 #pragma unroll
       for (int r = 0; r < limits::kMicroRows; ++r) {
-        out[r * span] = p.scale * acc[r][0] + b[0];
-        out[r * span + 32] = p.scale * acc[r][1] + b[32];
+        out[r * span] = score(row + r, m0 + column + lane, acc[r][0]);
+        out[r * span + 32] = score(row + r, m0 + column + lane + 32, acc[r][1]);
       }
     });
     __syncthreads();
 
     for (int r = warp_id(); r < rows; r += limits::kWarps) {
-      float* row = s + r * span;
-      const float before = peak[r];
+      float* row = x.s + r * span;
+      const float before = x.peak[r];
       float now = before, sum = 0.f;
       for (int c = lane; c < columns; c += 32) now = fmaxf(now, row[c]);
       now = warp_max(now);
@@ -85,40 +96,57 @@ CSAT_DEVICE void attend_rows(const ForwardArgs& p, const RowTile& tile, float* z
       }
       sum = warp_sum(sum);
       const float decay = before == -INFINITY ? 0.f : exp_f32(before - now);
-      if (m0 > 0)
-        for (int c = lane; c < p.z_pitch; c += 32) z[r * p.z_pitch + c] *= decay;
+      if (before != -INFINITY)
+        for (int c = lane; c < p.z_pitch; c += 32) x.z[r * p.z_pitch + c] *= decay;
       sync_warp();  // every lane has read the old peak
       if (lane == 0) {
-        peak[r] = now;
-        mass[r] = mass[r] * decay + sum;
+        x.peak[r] = now;
+        x.mass[r] = x.mass[r] * decay + sum;
       }
     }
     __syncthreads();
 
     for_each_micro_tile(rows, p.z_pitch, [&](int row, int column) {
-      float* out = z + row * p.z_pitch + column + lane;
+      float* out = x.z + row * p.z_pitch + column + lane;
       Accumulator acc;
 #pragma unroll
       for (int r = 0; r < limits::kMicroRows; ++r) acc[r][0] = out[r * p.z_pitch], acc[r][1] = out[r * p.z_pitch + 32];
-      multiply(acc, s + row * span, span, values + m0 * p.values.pitch + column, p.values.pitch, columns);
+      multiply(acc, x.s + row * span, span, values + m0 * value_panels.pitch + column, value_panels.pitch, columns);
 #pragma unroll
       for (int r = 0; r < limits::kMicroRows; ++r) out[r * p.z_pitch] = acc[r][0], out[r * p.z_pitch + 32] = acc[r][1];
     });
     __syncthreads();
   }
+}
 
-  for (int r = warp_id(); r < rows; r += limits::kWarps) {
-    const float total = mass[r], inverse = 1.f / total;
+// z and lse out; z stays in shared memory, rounded to T.
+template <typename T>
+CSAT_DEVICE void finish_softmax(const ForwardArgs& p, const RowTile& tile, const SoftmaxRows& x) {
+  const int lane = lane_id();
+  for (int r = warp_id(); r < p.rows; r += limits::kWarps) {
+    const float total = x.mass[r], inverse = 1.f / total;
     for (int c = lane; c < p.z_pitch; c += 32) {
-      float& value = z[r * p.z_pitch + c];
+      float& value = x.z[r * p.z_pitch + c];
       value = total == 0.f ? 0.f : to_float(from_float<T>(value * inverse));  // nothing to look at, whatever vc holds
       if (p.z.data && r < tile.valid && c < p.features)
         at<T>(p.z, tile.batch, tile.head, tile.first + r)[c * p.z.stride[3]] = from_float<T>(value);
     }
     if (lane == 0 && r < tile.valid)
-      *at<float>(p.lse, tile.batch, tile.head, tile.first + r) = total == 0.f ? -INFINITY : peak[r] + log_f32(total);
+      *at<float>(p.lse, tile.batch, tile.head, tile.first + r) = total == 0.f ? -INFINITY : x.peak[r] + log_f32(total);
   }
   __syncthreads();
+}
+
+template <typename T>
+CSAT_DEVICE void attend_rows(const ForwardArgs& p, const RowTile& tile, float* z, float* rest) {
+  const SoftmaxRows x(p, z, rest);
+  const int64_t pair = tile.batch * p.heads + tile.head;
+  const float* bias = p.bias.data + pair * p.bias.matrix;
+  begin_softmax<T>(p, tile, x);
+  // Hk divides H, so (b H + h) / (H / Hk) = b Hk + h / (H / Hk)
+  attend_columns(p, x, p.keys, p.values, pair / p.group, 0, p.keys.pitch,
+                 [&](int, int64_t m, float product) { return p.scale * product + bias[m]; });
+  finish_softmax<T>(p, tile, x);
 }
 
 // Layer t of the decoder of `head`: this lane's columns of its panels.

@@ -79,11 +79,14 @@ struct Softmax {
   Rows<kRows> peak, mass;
 };
 
-// s -> exp2(scale s + bias - peak), with the peak of all chunks so far; mass and z follow it.
-template <int kRows, int kChunk, int kD>
-CSAT_DEVICE void online_softmax(Softmax<kRows>& state, Sums<kRows, kD>& z, Sums<kRows, kChunk>& s, const float* bias,
-                                float scale) {
+template <int kRows, int kChunk>
+CSAT_DEVICE void add_bias(Sums<kRows, kChunk>& s, const float* bias, float scale) {
   for_each(s, [&](float& x, int, int column) { x = scale * x + bias[column]; });
+}
+
+// Scores -> exp2(s - peak), with the peak of all chunks so far; mass and z follow it.
+template <int kRows, int kChunk, int kD>
+CSAT_DEVICE void online_softmax(Softmax<kRows>& state, Sums<kRows, kD>& z, Sums<kRows, kChunk>& s) {
 #pragma unroll
   for (int i = 0; i < kRows / 16; ++i)
 #pragma unroll
@@ -212,11 +215,18 @@ struct UnitSums {
   CSAT_DEVICE UnitSums() {
     for_each_row(softmax.peak, [](float& peak, int) { peak = -INFINITY; });
   }
-  CSAT_DEVICE void add(const Queries<T, kD>& q, const Chunk<T, kD>& chunk, float scale) {
+  // hide(s): -inf for scores that do not count.
+  template <typename Hide>
+  CSAT_DEVICE void add(const Queries<T, kD>& q, const Chunk<T, kD>& chunk, float scale, Hide hide) {
     Sums<limits::kMmaRows, limits::mma_chunk(kD)> s = {};
     multiply_transposed(s, q, chunk.keys);
-    online_softmax(softmax, z, s, chunk.bias, scale * kLog2e);
+    add_bias(s, chunk.bias, scale * kLog2e);
+    hide(s);
+    online_softmax(softmax, z, s);
     multiply(z, to_operand<T>(s), chunk.values);
+  }
+  CSAT_DEVICE void add(const Queries<T, kD>& q, const Chunk<T, kD>& chunk, float scale) {
+    add(q, chunk, scale, [](auto&) {});
   }
 };
 

@@ -1,5 +1,5 @@
-// Host side of forward_mma.cuh and forward_wgmma.cuh: attend (decode null), decode (attend null) or both as one kernel,
-// where limits::plan_mma has a plan.
+// Host side of forward_mma.cuh, forward_wgmma.cuh and attend_causal_mma.cuh: attend (decode null), decode (attend null)
+// or both as one kernel, where limits::plan_mma has a plan.
 #pragma once
 #include "csat/limits.h"
 
@@ -9,5 +9,9 @@ int64_t forward_mma_workspace(const limits::ForwardMmaPlan& plan, const AttendPa
                               const DecodeParams* decode);
 int forward_mma(const limits::ForwardMmaPlan& plan, const AttendParams* attend, const DecodeParams* decode,
                 void* workspace, void* stream);
+
+// Where limits::plan_causal_mma has a plan.
+int64_t attend_causal_mma_workspace(const limits::ForwardMmaPlan& plan, const AttendCausalParams& p);
+int attend_causal_mma(const limits::ForwardMmaPlan& plan, const AttendCausalParams& p, void* workspace, void* stream);
 
 }  // namespace csat

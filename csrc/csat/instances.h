@@ -1,6 +1,7 @@
 // The launch templates that csrc/kernels/<kernel>_<dtype>.cu instantiate; everything else only refers to them.
 #pragma once
 #include "csat/attend_backward.cuh"
+#include "csat/attend_causal.cuh"
 #include "csat/decode_backward.cuh"
 #include "csat/forward.cuh"
 
@@ -13,12 +14,18 @@ namespace csat {
 #define CSAT_ATTEND_BACKWARD_INSTANCES(prefix, T)                                                   \
   prefix template int launch_query_backward<T>(const AttendBackwardArgs&, int64_t, int64_t, void*); \
   prefix template int launch_measurement_backward<T>(const AttendBackwardArgs&, int64_t, int64_t, void*);
+#define CSAT_ATTEND_CAUSAL_INSTANCES(prefix, T)                                                                        \
+  prefix template int launch_attend_causal<T>(const AttendCausalArgs&, int64_t, int64_t, void*);                       \
+  prefix template int launch_query_backward_causal<T>(const AttendCausalBackwardArgs&, int64_t, int64_t, void*);       \
+  prefix template int launch_measurement_backward_causal<T>(const AttendCausalBackwardArgs&, int64_t, int64_t, void*); \
+  prefix template int launch_token_backward_causal<T>(const AttendCausalBackwardArgs&, int64_t, int64_t, void*);
 #define CSAT_DECODE_BACKWARD_INSTANCES(prefix, T) \
   prefix template int launch_decode_backward<T>(const DecodeBackwardArgs&, int64_t, int64_t, void*);
 
 #define CSAT_EXTERN(T)                      \
   CSAT_FORWARD_INSTANCES(extern, T)         \
   CSAT_ATTEND_BACKWARD_INSTANCES(extern, T) \
+  CSAT_ATTEND_CAUSAL_INSTANCES(extern, T)   \
   CSAT_DECODE_BACKWARD_INSTANCES(extern, T)
 #ifndef CSAT_INSTANTIATE
 CSAT_EXTERN(float)

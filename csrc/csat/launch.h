@@ -5,7 +5,7 @@
 #pragma once
 #include <cstdint>
 
-#include "csat/ensembles.h"
+#include "csat/window.h"
 
 namespace csat {
 
@@ -39,6 +39,24 @@ struct AttendBackwardParams {
   View dkc;              // (B, Hk, M, D), T
   View dvc;              // (B, Hk, M, R), T
   View dbias;            // (B, H, M) in axes 0, 1, 3 of the view, float32; data null: not wanted
+};
+
+// attend_causal: one softmax over measurements and, exactly, the tokens of a window; who sees what is in window.h.
+struct CausalTokens {
+  View k;                     // (B, Hn, N, D); head h reads head h / (H / Hn)
+  View v;                     // (B, Hn, N, R)
+  const unsigned char* keep;  // (B, N) contiguous, or null: every token is kept; another is never read
+  int64_t heads, count;       // Hn, N
+  CausalWindow window;
+};
+struct AttendCausalParams {
+  AttendParams measured;  // M is E
+  CausalTokens tokens;
+};
+struct AttendCausalBackwardParams {
+  AttendBackwardParams measured;
+  CausalTokens tokens;
+  View dk, dv;  // (B, Hn, N, D) and (B, Hn, N, R), T
 };
 
 // The learned decoder: u_t = a_t + step_t (S_t a_t + B_t z - a_t), a_{t+1} = soft(u_t, theta_t), a_0 = 0, c = psi a_T.
@@ -102,6 +120,12 @@ int attend_forward(const AttendParams& p, void* workspace, void* stream);
 
 int64_t attend_backward_workspace(const AttendBackwardParams& p);
 int attend_backward(const AttendBackwardParams& p, void* workspace, void* stream);
+
+int64_t attend_causal_workspace(const AttendCausalParams& p);
+int attend_causal_forward(const AttendCausalParams& p, void* workspace, void* stream);
+
+int64_t attend_causal_backward_workspace(const AttendCausalBackwardParams& p);
+int attend_causal_backward(const AttendCausalBackwardParams& p, void* workspace, void* stream);
 
 int64_t decode_workspace(const DecodeParams& p);
 int decode_forward(const DecodeParams& p, void* workspace, void* stream);

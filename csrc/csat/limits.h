@@ -103,6 +103,11 @@ constexpr int measurement_tile(int64_t measurements) {
 constexpr int64_t attend_row(int64_t M, int64_t D, int64_t R) {
   return column_pad(R) + depth_pad(D) + measurement_tile(M) + 2;
 }
+// What the rows of attend_causal see, beside the floats of attend: three 64-bit numbers.
+constexpr int kSeenFloats = 6;
+constexpr int64_t attend_causal_row(int64_t columns, int64_t D, int64_t R) {
+  return attend_row(columns, D, R) + kSeenFloats;
+}
 constexpr int64_t decode_row(int64_t P, int64_t R) { return column_pad(R) + 3 * int64_t(column_pad(P)); }
 constexpr int64_t attend_decode_row(const AttendParams& a, const DecodeParams& d) {
   const int64_t attend = attend_row(a.measurements, a.head_dim, a.features);
@@ -139,6 +144,10 @@ constexpr int mma_chunk(int feature) { return feature <= 32 ? 64 : 32; }
 constexpr int64_t mma_tile_bytes(int64_t rows, int64_t columns) { return rows * (columns + 8) * 2; }
 constexpr int64_t mma_slot_bytes(int feature) {
   return 2 * mma_tile_bytes(mma_chunk(feature), feature) + mma_chunk(feature) * 4;
+}
+// Two chunks, and of every warp its rows and the two ends of what each of them sees.
+constexpr int64_t attend_causal_mma_bytes(int feature) {
+  return 2 * mma_slot_bytes(feature) + kMmaWarps * (mma_tile_bytes(kMmaRows, feature) + 2 * kMmaRows * 4);
 }
 // Rows that go through the decoder's layers together: two iterates, z and a group of accumulators in registers.
 constexpr int recover_rows(int feature, int atoms) { return atoms > 64 || feature > 96 ? 16 : 32; }
@@ -183,6 +192,8 @@ const char* plan_mma(ForwardMmaPlan& plan, const AttendParams* attend, const Dec
                      int64_t shared_limit);
 const char* plan_wgmma(ForwardMmaPlan& plan, const AttendParams& attend, const DecodeParams* decode,
                        const Device& device);
+// attend_causal; nullptr and a plan, or the reason why there is none.
+const char* plan_causal_mma(ForwardMmaPlan& plan, const AttendCausalParams& p, int64_t shared_limit);
 // The first of both that has a plan; nullptr and the plan, or why mma has none.
 const char* plan_forward(ForwardMmaPlan& plan, const AttendParams* attend, const DecodeParams* decode,
                          const Device& device);
@@ -286,6 +297,8 @@ const char* why_not_wgmma(const DecodeBackwardParams& p, const Device& device);
 // nullptr if the op runs within `shared_limit` bytes a block, else the reason.
 const char* why_not(const AttendParams& p, int64_t shared_limit);
 const char* why_not(const AttendBackwardParams& p, int64_t shared_limit);
+const char* why_not(const AttendCausalParams& p, int64_t shared_limit);
+const char* why_not(const AttendCausalBackwardParams& p, int64_t shared_limit);
 const char* why_not(const DecodeParams& p, int64_t shared_limit);
 const char* why_not(const DecodeBackwardParams& p, int64_t shared_limit);
 const char* why_not(const AttendParams& attend, const DecodeParams& decode, int64_t shared_limit);

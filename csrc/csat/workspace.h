@@ -61,18 +61,18 @@ inline bool has_vector_rows(const View& v) {
   return reinterpret_cast<uintptr_t>(v.data) % 16 == 0 && v.stride[3] == 1 && v.stride[0] % 8 == 0 &&
          v.stride[1] % 8 == 0 && v.stride[2] % 8 == 0 && v.stride[2] > 0;
 }
-// `v` (n0, n1, rows, columns) in the 16-bit `dtype` with vector rows: `v` as it lies or a copy of it, whose rows are
+// `v` (n0, n1, rows, columns) in `dtype` with vector rows: `v` as it lies or a copy of it, whose rows are
 // padded to a multiple of eight elements (vector copies fill up with zeros: the padding is never read). The source is
-// float32 or of `dtype`.
+// float32 or of `dtype`. With `keep` (n0, rows) always a copy, in which the rows that are not kept are zeros, unread.
 inline int take_vector_rows(View& v, Carver& carver, DType dtype, int64_t n0, int64_t n1, int64_t rows, int64_t columns,
-                            void* stream) {
-  if (v.dtype == dtype && has_vector_rows(v)) return 0;
+                            void* stream, const unsigned char* keep = nullptr) {
+  if (!keep && v.dtype == dtype && has_vector_rows(v)) return 0;
   const int64_t pitch = limits::round_up(columns, 8);
   View target{
       carver.take<char>(n0 * n1 * rows * pitch * size_of(dtype)), dtype, {n1 * rows * pitch, rows * pitch, pitch, 1}};
   const View source = v;
   v = target;
-  return carver.sizing() ? 0 : copy_tokens({source, target, nullptr, n0, n1, rows, columns}, stream);
+  return carver.sizing() ? 0 : copy_tokens({source, target, keep, n0, n1, rows, columns}, stream);
 }
 
 // Evaluates to the first non-zero error code of a sequence of launches.

@@ -1,9 +1,9 @@
 // Host side of attend, decode and the fused forward, and of attend's backward: panels, workspace, launches.
 #include "csat/attend_backward_mma.h"
+#include "csat/attend_panels.h"
 #include "csat/dispatch.h"
 #include "csat/forward_mma.h"
 #include "csat/instances.h"
-#include "csat/workspace.h"
 
 namespace csat {
 namespace {
@@ -11,28 +11,6 @@ namespace {
 using limits::ceil_div;
 using limits::column_pad;
 using limits::depth_pad;
-
-int take_attend(ForwardArgs& args, const AttendParams& p, Carver& carver, void* stream) {
-  args.heads = p.heads;
-  args.queries = p.queries;
-  args.features = static_cast<int>(p.features);
-  args.z_pitch = column_pad(p.features);
-  args.z = p.z;
-  args.q = p.q;
-  args.lse = p.lse;
-  args.group = p.heads / p.key_heads;
-  args.measurements = p.measurements;
-  args.head_dim = static_cast<int>(p.head_dim);
-  args.q_pitch = depth_pad(p.head_dim);
-  args.measurement_tile = limits::measurement_tile(p.measurements);
-  args.scale = p.scale;
-  const int64_t columns = column_pad(p.measurements);
-  const PackArgs keys = operand(p.kc, p.batch, p.key_heads, p.measurements, p.head_dim);
-  const PackArgs values = operand(p.vc, p.batch, p.key_heads, p.measurements, p.features);
-  CSAT_TRY(take_panel(args.keys, carver, transposed(keys), args.q_pitch, columns, stream));
-  CSAT_TRY(take_panel(args.values, carver, values, columns, args.z_pitch, stream));
-  return take_panel(args.bias, carver, bias_operand(p), 1, columns, stream);
-}
 
 int take_decoder(ForwardArgs& args, const DecodeParams& p, Carver& carver, void* stream) {
   const Decoder& d = p.decoder;
@@ -68,56 +46,6 @@ int run_forward(ForwardArgs& args, int64_t batch, DType dtype, int64_t floats_pe
     return launch_forward<decltype(element), kAttend, kDecode>(args, blocks, args.rows * floats_per_row * 4, stream);
   });
 }
-
-// Everything attend_backward needs from its workspace; with a null base only sizes.
-struct BackwardPlan {
-  AttendBackwardArgs args{};
-  int query_rows = 0, measurement_rows = 0;
-
-  int take(const AttendBackwardParams& p, Carver& carver, void* stream) {
-    const AttendParams& f = p.forward;
-    args.heads = f.heads;
-    args.queries = f.queries;
-    args.group = f.heads / f.key_heads;
-    args.measurements = f.measurements;
-    args.head_dim = static_cast<int>(f.head_dim);
-    args.features = static_cast<int>(f.features);
-    args.q = f.q;
-    args.z = f.z;
-    args.dz = p.dz;
-    args.lse = f.lse;
-    args.dq = p.dq;
-    args.q_pitch = depth_pad(f.head_dim);
-    args.dz_pitch = depth_pad(f.features);
-    args.dq_pitch = column_pad(f.head_dim);
-    args.measurement_tile = limits::measurement_tile(f.measurements);
-    args.scale = f.scale;
-    const int64_t limit = shared_memory_limit();
-    query_rows = limits::row_tile(limits::query_backward_row(f.measurements, f.head_dim, f.features), limit);
-    measurement_rows = limits::row_tile(limits::measurement_backward_row(f.head_dim, f.features), limit);
-    if (query_rows == 0 || measurement_rows == 0) return kUnsupported;
-
-    const int64_t columns = column_pad(f.measurements), pairs = f.batch * f.heads;
-    const PackArgs keys = operand(f.kc, f.batch, f.key_heads, f.measurements, f.head_dim);
-    const PackArgs values = operand(f.vc, f.batch, f.key_heads, f.measurements, f.features);
-    CSAT_TRY(take_panel(args.keys_t, carver, transposed(keys), args.q_pitch, columns, stream));
-    CSAT_TRY(take_panel(args.values_t, carver, transposed(values), args.dz_pitch, columns, stream));
-    CSAT_TRY(take_panel(args.keys, carver, keys, columns, args.dq_pitch, stream));
-    CSAT_TRY(take_panel(args.bias, carver, bias_operand(f), 1, columns, stream));
-    args.centre = carver.take(pairs * f.queries);
-    args.shift = carver.take(pairs * f.queries);
-    const int64_t blocks = pairs * columns / limits::kMicroColumns;
-    const int64_t tiles = ceil_div(f.queries, measurement_rows);
-    int64_t chunks = blocks ? ceil_div(limits::kTargetBlocks, blocks) : 1;
-    if (chunks > ceil_div(tiles, 8)) chunks = ceil_div(tiles, 8);
-    args.chunk_queries = chunks ? ceil_div(tiles, chunks) * measurement_rows : 0;
-    args.chunks = chunks ? ceil_div(f.queries, args.chunk_queries) : 0;
-    args.key_parts = carver.take(pairs * args.chunks * columns * args.dq_pitch);
-    args.value_parts = carver.take(pairs * args.chunks * columns * column_pad(f.features));
-    args.bias_parts = p.dbias.data ? carver.take(pairs * args.chunks * columns) : nullptr;
-    return 0;
-  }
-};
 
 // How the fused op runs: as one tensor-core kernel, as a pair of kernels of which one at least is on tensor cores, or
 // as one SIMT kernel.
@@ -157,7 +85,7 @@ int64_t attend_workspace(const AttendParams& p) {
     return forward_mma_workspace(plan, &p, nullptr);
   Carver carver(nullptr);
   ForwardArgs args{};
-  take_attend(args, p, carver, nullptr);
+  take_attend(args, p, p.measurements, carver, nullptr);
   return carver.used();
 }
 
@@ -167,7 +95,7 @@ int attend_forward(const AttendParams& p, void* workspace, void* stream) {
     return forward_mma(plan, &p, nullptr, workspace, stream);
   Carver carver(workspace);
   ForwardArgs args{};
-  CSAT_TRY(take_attend(args, p, carver, stream));
+  CSAT_TRY(take_attend(args, p, p.measurements, carver, stream));
   return run_forward<true, false>(args, p.batch, p.q.dtype, limits::attend_row(p.measurements, p.head_dim, p.features),
                                   stream);
 }
@@ -209,7 +137,7 @@ int64_t attend_decode_workspace(const AttendParams& attend, const DecodeParams& 
   }
   Carver carver(nullptr);
   ForwardArgs args{};
-  take_attend(args, attend, carver, nullptr);
+  take_attend(args, attend, attend.measurements, carver, nullptr);
   take_decoder(args, decode, carver, nullptr);
   return carver.used();
 }
@@ -225,7 +153,7 @@ int attend_decode_forward(const AttendParams& attend, const DecodeParams& decode
     return decode_forward(pair.decode, rest, stream);
   }
   ForwardArgs args{};
-  CSAT_TRY(take_attend(args, attend, carver, stream));
+  CSAT_TRY(take_attend(args, attend, attend.measurements, carver, stream));
   CSAT_TRY(take_decoder(args, decode, carver, stream));
   return run_forward<true, true>(args, attend.batch, attend.q.dtype, limits::attend_decode_row(attend, decode), stream);
 }
@@ -234,7 +162,7 @@ int64_t attend_backward_workspace(const AttendBackwardParams& p) {
   limits::AttendBackwardPlan sizes;
   if (!limits::plan_backward(sizes, p, limits::current_device())) return attend_backward_mma_workspace(sizes, p);
   Carver carver(nullptr);
-  BackwardPlan().take(p, carver, nullptr);
+  BackwardPlan().take(p, p.forward.measurements, 0, limits::kTargetBlocks, carver, nullptr);
   return carver.used();
 }
 
@@ -245,37 +173,26 @@ int attend_backward(const AttendBackwardParams& p, void* workspace, void* stream
   const AttendParams& f = p.forward;
   Carver carver(workspace);
   BackwardPlan plan;
-  CSAT_TRY(plan.take(p, carver, stream));
+  CSAT_TRY(plan.take(p, p.forward.measurements, 0, limits::kTargetBlocks, carver, stream));
   AttendBackwardArgs& args = plan.args;
-  const int64_t pairs = f.batch * f.heads, columns = column_pad(f.measurements);
-  const int64_t query_blocks = pairs * ceil_div(f.queries, plan.query_rows);
-  const int64_t measurement_blocks = pairs * args.chunks * (columns / limits::kMicroColumns);
+  const int64_t query_blocks = f.batch * f.heads * ceil_div(f.queries, plan.query_rows);
+  const int64_t measurement_blocks = plan.measurement_blocks(f);
   if (query_blocks > limits::kMaxBlocks || measurement_blocks > limits::kMaxBlocks) return kUnsupported;
   if (query_blocks > 0) {
     args.rows = plan.query_rows;
-    const int64_t bytes = args.rows * limits::query_backward_row(f.measurements, f.head_dim, f.features) * 4;
+    const int64_t bytes = args.rows * plan.query_floats * 4;
     CSAT_TRY(with_dtype(f.q.dtype, [&](auto element) {
       return launch_query_backward<decltype(element)>(args, query_blocks, bytes, stream);
     }));
   }
   if (measurement_blocks > 0) {
     args.rows = plan.measurement_rows;
-    const int64_t bytes = args.rows * limits::measurement_backward_row(f.head_dim, f.features) * 4;
+    const int64_t bytes = args.rows * plan.measurement_floats * 4;
     CSAT_TRY(with_dtype(f.q.dtype, [&](auto element) {
       return launch_measurement_backward<decltype(element)>(args, measurement_blocks, bytes, stream);
     }));
   }
-  const int64_t splits = args.group * args.chunks, d_pitch = args.dq_pitch, r_pitch = column_pad(f.features);
-  CSAT_TRY(reduce({args.key_parts, splits, splits * columns * d_pitch, columns * d_pitch, d_pitch, f.batch, f.key_heads,
-                   f.measurements, f.head_dim, p.dkc, f.scale, false},
-                  stream));
-  CSAT_TRY(reduce({args.value_parts, splits, splits * columns * r_pitch, columns * r_pitch, r_pitch, f.batch,
-                   f.key_heads, f.measurements, f.features, p.dvc, 1.f, false},
-                  stream));
-  if (!p.dbias.data) return 0;
-  return reduce({args.bias_parts, args.chunks, args.chunks * columns, columns, columns, f.batch, f.heads, 1,
-                 f.measurements, p.dbias, 1.f, false},
-                stream);
+  return plan.reduce_measurements(p, stream);
 }
 
 }  // namespace csat

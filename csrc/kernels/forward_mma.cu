@@ -1,4 +1,5 @@
 // Host side of the tensor-core forward: operands with vector rows, grid, choice of the compiled instance.
+#include "csat/attend_causal_mma.cuh"
 #include "csat/forward_mma.cuh"
 #include "csat/forward_mma.h"
 #include "csat/forward_wgmma.cuh"
@@ -138,6 +139,32 @@ Launch instance(const limits::ForwardMmaPlan& plan, bool attend) {
   }
 }
 
+int take(AttendCausalMmaArgs& args, const limits::ForwardMmaPlan& plan, const AttendCausalParams& p, Carver& carver,
+         void* stream) {
+  CSAT_TRY(take(args.rows, plan, &p.measured, nullptr, carver, stream));
+  args.tokens = p.tokens;
+  const AttendParams& m = p.measured;
+  CausalTokens& t = args.tokens;
+  CSAT_TRY(take_vector_rows(t.k, carver, m.q.dtype, m.batch, t.heads, t.count, m.head_dim, stream, t.keep));
+  return take_vector_rows(t.v, carver, m.q.dtype, m.batch, t.heads, t.count, m.features, stream, t.keep);
+}
+
+template <typename T>
+auto causal_instance(int feature) {
+  switch (feature) {
+    case 32:
+      return launch_attend_causal_mma<T, 32>;
+    case 64:
+      return launch_attend_causal_mma<T, 64>;
+    case 80:
+      return launch_attend_causal_mma<T, 80>;
+    case 96:
+      return launch_attend_causal_mma<T, 96>;
+    default:
+      return launch_attend_causal_mma<T, 128>;
+  }
+}
+
 }  // namespace
 
 int64_t forward_mma_workspace(const limits::ForwardMmaPlan& plan, const AttendParams* attend,
@@ -159,6 +186,24 @@ int forward_mma(const limits::ForwardMmaPlan& plan, const AttendParams* attend, 
   const Launch launch = dtype == DType::bf16 ? instance<bf16>(plan, attend) : instance<f16>(plan, attend);
   const int64_t blocks = units < multiprocessors() ? units : multiprocessors();
   return launch(args, blocks, plan.shared_bytes, stream);
+}
+
+int64_t attend_causal_mma_workspace(const limits::ForwardMmaPlan& plan, const AttendCausalParams& p) {
+  Carver carver(nullptr);
+  AttendCausalMmaArgs args{};
+  take(args, plan, p, carver, nullptr);
+  return carver.used();
+}
+
+int attend_causal_mma(const limits::ForwardMmaPlan& plan, const AttendCausalParams& p, void* workspace, void* stream) {
+  Carver carver(workspace);
+  AttendCausalMmaArgs args{};
+  CSAT_TRY(take(args, plan, p, carver, stream));
+  const int64_t units = int64_t(args.rows.pairs) * args.rows.units;
+  if (units == 0) return 0;
+  const auto launch =
+      p.measured.q.dtype == DType::bf16 ? causal_instance<bf16>(plan.feature) : causal_instance<f16>(plan.feature);
+  return launch(args, units < multiprocessors() ? units : multiprocessors(), plan.shared_bytes, stream);
 }
 
 }  // namespace csat

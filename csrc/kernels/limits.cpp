@@ -93,6 +93,16 @@ const char* plan_mma(ForwardMmaPlan& plan, const AttendParams* attend, const Dec
   return "two chunks of measurements and the decoder's weights exceed the shared memory of a block";
 }
 
+const char* plan_causal_mma(ForwardMmaPlan& plan, const AttendCausalParams& p, int64_t shared_limit) {
+  plan = {};
+  AttendParams of_tokens = p.measured;  // there may be no measurements
+  of_tokens.measurements = p.tokens.count;
+  if (const char* reason = plan_sizes(plan, &of_tokens, nullptr, mma_feature, "D or R above 128")) return reason;
+  if (p.measured.measurements > kMaxTokens) return "more than 2^31 - 2 measurements";
+  plan.shared_bytes = attend_causal_mma_bytes(plan.feature);
+  return plan.shared_bytes <= shared_limit ? nullptr : "two chunks of columns exceed the shared memory of a block";
+}
+
 const char* plan_wgmma(ForwardMmaPlan& plan, const AttendParams& attend, const DecodeParams* decode,
                        const Device& device) {
   plan = {};
@@ -149,6 +159,20 @@ const char* why_not(const AttendBackwardParams& p, int64_t shared_limit) {
   const AttendParams& f = p.forward;
   return first_of({check_attend(f), check_row(query_backward_row(f.measurements, f.head_dim, f.features), shared_limit),
                    check_row(measurement_backward_row(f.head_dim, f.features), shared_limit)});
+}
+
+const char* why_not(const AttendCausalParams& p, int64_t shared_limit) {
+  const AttendParams& m = p.measured;
+  const int64_t columns = m.measurements > p.tokens.count ? m.measurements : p.tokens.count;
+  return first_of({check_attend(m), check_row(attend_causal_row(columns, m.head_dim, m.features), shared_limit)});
+}
+
+const char* why_not(const AttendCausalBackwardParams& p, int64_t shared_limit) {
+  const AttendParams& f = p.measured.forward;
+  const int64_t columns = f.measurements > p.tokens.count ? f.measurements : p.tokens.count;
+  return first_of({check_attend(f),
+                   check_row(query_backward_row(columns, f.head_dim, f.features) + kSeenFloats, shared_limit),
+                   check_row(measurement_backward_row(f.head_dim, f.features) + kSeenFloats, shared_limit)});
 }
 
 namespace {

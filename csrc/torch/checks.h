@@ -18,7 +18,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "csat/ensembles.h"
+#include "csat/window.h"
 
 namespace csat {
 
@@ -35,6 +35,11 @@ struct ImplicitSizes {
 struct AttendSizes {
   int64_t B, H, Hk, Nq, M, D, R;
   int64_t Bb, Hb;  // leading sizes of score_bias, each 1 or full; 0 without a bias
+};
+struct CausalSizes {
+  AttendSizes measured;  // kc and vc; M is E
+  AttendSizes tokens;    // k and v; M is N; a bias for each batch element where there is a key mask
+  CausalWindow window;
 };
 struct DecodeSizes {
   int64_t B, H, Nq, Hd, T, Ts, Tb, P, R, Dv;
@@ -348,6 +353,65 @@ inline AttendSizes check_attend_backward(const char* op, const Tensor& dz, const
   lse_arg.same_device(q_arg);
   lse_arg.dtype(accumulate_dtype(q.scalar_type()), "(the accumulation dtype)");
   return n;
+}
+
+// The arguments of attend_causal that are no tensors.
+struct CausalNumbers {
+  double scale;
+  int64_t block_size, window_blocks, measurements_per_block;
+};
+
+inline CausalSizes check_attend_causal(const char* op, const Tensor& q, const Tensor& kc, const Tensor& vc,
+                                       const Tensor& k, const Tensor& v, const std::optional<Tensor>& score_bias,
+                                       const std::optional<Tensor>& key_mask, const CausalNumbers& numbers) {
+  CausalSizes n{};
+  n.measured = check_attend(op, q, kc, vc, score_bias, numbers.scale);
+  const detail::Argument q_arg{op, "q", q}, k_arg{op, "k", k}, v_arg{op, "v", v};
+  constexpr const char *k_shape = "(B, Hn, N, D)", *v_shape = "(B, Hn, N, R)";
+  k_arg.dims(4, k_shape);
+  k_arg.axis(0, {q.size(0)}, k_shape);
+  k_arg.axis(3, {q.size(3)}, k_shape);
+  k_arg.same_kind(q_arg);
+  v_arg.shape({k.size(0), k.size(1), k.size(2), vc.size(3)}, v_shape);
+  v_arg.same_kind(q_arg);
+  n.tokens = {n.measured.B, n.measured.H, k.size(1), n.measured.Nq, k.size(2), n.measured.D, n.measured.R, 0, 0};
+  const int64_t N = k.size(2), r = numbers.measurements_per_block;
+  if (k.size(1) < 1 || n.tokens.H % k.size(1) != 0)
+    detail::fail(op, "k must have a number of heads that divides the ", n.tokens.H, " heads of q; got shape ",
+                 detail::shape_string(k));
+  if (n.tokens.Nq > N || N > kMaxTokens)
+    detail::fail(op, "k must have a token for each of the ", n.tokens.Nq, " queries and at most 2^31 - 2; got shape ",
+                 detail::shape_string(k));
+  if (key_mask) {
+    const detail::Argument mask{op, "key_mask", *key_mask};
+    mask.shape({n.tokens.B, N}, "(B, N)");
+    mask.dtype(ScalarType::Bool, "(True = keep)");
+    mask.same_device(q_arg);
+    n.tokens.Bb = n.tokens.B;
+    n.tokens.Hb = 1;
+  }
+  const auto at_least = [&](const char* name, int64_t value, int64_t least) {
+    if (value < least || value > kMaxTokens) detail::fail(op, name, " must be in [", least, ", 2^31 - 2]; got ", value);
+  };
+  at_least("block_size", numbers.block_size, 1);
+  at_least("window_blocks", numbers.window_blocks, 0);
+  at_least("measurements_per_block", r, 1);
+  const int64_t past = N / numbers.block_size - numbers.window_blocks, count = past > 0 ? past : 0;
+  if (n.measured.M < r * count)
+    detail::fail(op, "kc must have ", r, " measurements for each of the ", count,
+                 " blocks that left the window, and those of earlier tokens before them; got shape ",
+                 detail::shape_string(kc));
+  n.window = {N - n.tokens.Nq, n.tokens.Nq, numbers.block_size, numbers.window_blocks, n.measured.M - r * count, r};
+  return n;
+}
+
+inline CausalSizes check_attend_causal_backward(const char* op, const Tensor& dz, const Tensor& q, const Tensor& kc,
+                                                const Tensor& vc, const Tensor& k, const Tensor& v,
+                                                const std::optional<Tensor>& score_bias,
+                                                const std::optional<Tensor>& key_mask, const Tensor& z,
+                                                const Tensor& lse, const CausalNumbers& numbers) {
+  check_attend_backward(op, dz, q, kc, vc, score_bias, z, lse, numbers.scale);
+  return check_attend_causal(op, q, kc, vc, k, v, score_bias, key_mask, numbers);
 }
 
 inline DecodeSizes check_decode(const char* op, const Tensor& z, const Tensor& S, const Tensor& B, const Tensor& theta,

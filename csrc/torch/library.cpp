@@ -38,6 +38,13 @@ STABLE_TORCH_LIBRARY(csat, library) {
   library.def(
       "attend_backward(Tensor dz, Tensor q, Tensor kc, Tensor vc, Tensor? score_bias, Tensor z, Tensor lse, "
       "float scale) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "attend_causal(Tensor q, Tensor kc, Tensor vc, Tensor k, Tensor v, Tensor? score_bias, Tensor? key_mask, "
+      "float scale, int block_size, int window_blocks, SymInt measurements_per_block) -> (Tensor, Tensor)");
+  library.def(
+      "attend_causal_backward(Tensor dz, Tensor q, Tensor kc, Tensor vc, Tensor k, Tensor v, Tensor? score_bias, "
+      "Tensor? key_mask, Tensor z, Tensor lse, float scale, int block_size, int window_blocks, "
+      "SymInt measurements_per_block) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def("decode(Tensor z, Tensor S, Tensor B, Tensor theta, Tensor psi, Tensor step) -> Tensor");
   library.def(
       "decode_backward(Tensor dc, Tensor z, Tensor S, Tensor B, Tensor theta, Tensor psi, Tensor step) -> "
@@ -54,6 +61,8 @@ STABLE_TORCH_LIBRARY_IMPL(csat, CPU, library) {
   library.impl("project_implicit_backward", TORCH_BOX(&cpu::project_implicit_backward));
   library.impl("attend", TORCH_BOX(&cpu::attend));
   library.impl("attend_backward", TORCH_BOX(&cpu::attend_backward));
+  library.impl("attend_causal", TORCH_BOX(&cpu::attend_causal));
+  library.impl("attend_causal_backward", TORCH_BOX(&cpu::attend_causal_backward));
   library.impl("decode", TORCH_BOX(&cpu::decode));
   library.impl("decode_backward", TORCH_BOX(&cpu::decode_backward));
   library.impl("attend_decode", TORCH_BOX(&cpu::attend_decode));
@@ -88,8 +97,9 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CSAT operators on the CPU; every function is torch.ops.csat.* of the same name.";
-  for (const char* name : {"project", "project_backward", "project_implicit", "project_implicit_backward", "attend",
-                           "attend_backward", "decode", "decode_backward", "attend_decode"})
+  for (const char* name :
+       {"project", "project_backward", "project_implicit", "project_implicit_backward", "attend", "attend_backward",
+        "attend_causal", "attend_causal_backward", "decode", "decode_backward", "attend_decode"})
     expose(m, name);
   m.def(
       "can_run", &csat::can_run, py::arg("kernel"), py::arg("family"), py::arg("sizes"), py::arg("dtype"),

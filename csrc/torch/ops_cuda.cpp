@@ -259,6 +259,73 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_backward(const Tensor& dz, con
   return {dq, dkc, dvc, dbias};
 }
 
+CausalTokens causal_tokens(const CausalSizes& n, const Tensor& k, const Tensor& v, const MaybeTensor& keep) {
+  CausalTokens tokens{};
+  tokens.k = view_of(k);
+  tokens.v = view_of(v);
+  if (keep) tokens.keep = static_cast<const unsigned char*>(keep->data_ptr());
+  tokens.heads = n.tokens.Hk;
+  tokens.count = n.tokens.M;
+  tokens.window = n.window;
+  return tokens;
+}
+
+std::tuple<Tensor, Tensor> attend_causal(const Tensor& q, const Tensor& kc, const Tensor& vc, const Tensor& k,
+                                         const Tensor& v, const MaybeTensor& score_bias, const MaybeTensor& key_mask,
+                                         double scale, int64_t block_size, int64_t window_blocks,
+                                         int64_t measurements_per_block) {
+  const CausalSizes sizes = check_attend_causal("attend_causal", q, kc, vc, k, v, score_bias, key_mask,
+                                                {scale, block_size, window_blocks, measurements_per_block});
+  const AttendSizes& n = sizes.measured;
+  const Device device("attend_causal", q);
+  const MaybeTensor keep = contiguous(key_mask);
+  Tensor z = torch::stable::new_empty(q, {n.B, n.H, n.Nq, n.R});
+  Tensor lse = torch::stable::new_empty(q, {n.B, n.H, n.Nq}, ScalarType::Float);
+  AttendCausalParams p{attend_params(n, q, kc, vc, score_bias, scale), causal_tokens(sizes, k, v, keep)};
+  p.measured.z = view_of(z);
+  p.measured.lse = view_of(lse, {0, 1, 2});
+  device.supported(limits::why_not(p, shared_memory_limit()));
+  Tensor space = workspace(q, attend_causal_workspace(p));
+  device.done(attend_causal_forward(p, space.data_ptr(), device.stream()));
+  return {z, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attend_causal_backward(
+    const Tensor& dz, const Tensor& q, const Tensor& kc, const Tensor& vc, const Tensor& k, const Tensor& v,
+    const MaybeTensor& score_bias, const MaybeTensor& key_mask, const Tensor& z, const Tensor& lse, double scale,
+    int64_t block_size, int64_t window_blocks, int64_t measurements_per_block) {
+  const CausalSizes sizes =
+      check_attend_causal_backward("attend_causal_backward", dz, q, kc, vc, k, v, score_bias, key_mask, z, lse,
+                                   {scale, block_size, window_blocks, measurements_per_block});
+  const AttendSizes &n = sizes.measured, &t = sizes.tokens;
+  const Device device("attend_causal_backward", q);
+  const MaybeTensor keep = contiguous(key_mask);
+  const auto gradient = [&](const AttendSizes& of, int64_t columns) {
+    return torch::stable::new_empty(q, {of.B, of.Hk, of.M, columns});
+  };
+  Tensor dq = torch::stable::new_empty(q, {n.B, n.H, n.Nq, n.D});
+  Tensor dkc = gradient(n, n.D), dvc = gradient(n, n.R), dk = gradient(t, t.D), dv = gradient(t, t.R);
+  Tensor dbias =
+      score_bias ? torch::stable::new_empty(q, {n.B, n.H, n.M}, ScalarType::Float) : nothing(q, ScalarType::Float);
+  AttendCausalBackwardParams p{};
+  AttendBackwardParams& measured = p.measured;
+  measured.forward = attend_params(n, q, kc, vc, score_bias, scale);
+  measured.forward.z = view_of(z);
+  measured.forward.lse = view_of(lse, {0, 1, 2});
+  measured.dz = view_of(dz);
+  measured.dq = view_of(dq);
+  measured.dkc = view_of(dkc);
+  measured.dvc = view_of(dvc);
+  if (score_bias) measured.dbias = view_of(dbias, {0, 1, 3});
+  p.tokens = causal_tokens(sizes, k, v, keep);
+  p.dk = view_of(dk);
+  p.dv = view_of(dv);
+  device.supported(limits::why_not(p, shared_memory_limit()));
+  Tensor space = workspace(q, attend_causal_backward_workspace(p));
+  device.done(csat::attend_causal_backward(p, space.data_ptr(), device.stream()));
+  return {dq, dkc, dvc, dk, dv, dbias};
+}
+
 Tensor decode(const Tensor& z, const Tensor& S, const Tensor& B, const Tensor& theta, const Tensor& psi,
               const Tensor& step) {
   const DecodeSizes n = check_decode("decode", z, S, B, theta, psi, step);
@@ -344,6 +411,8 @@ STABLE_TORCH_LIBRARY_IMPL(csat, CUDA, library) {
   library.impl("project_implicit_backward", TORCH_BOX(&project_implicit_backward));
   library.impl("attend", TORCH_BOX(&attend));
   library.impl("attend_backward", TORCH_BOX(&attend_backward));
+  library.impl("attend_causal", TORCH_BOX(&attend_causal));
+  library.impl("attend_causal_backward", TORCH_BOX(&attend_causal_backward));
   library.impl("decode", TORCH_BOX(&decode));
   library.impl("decode_backward", TORCH_BOX(&decode_backward));
   library.impl("attend_decode", TORCH_BOX(&attend_decode));

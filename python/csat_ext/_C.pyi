@@ -33,6 +33,35 @@ def attend(q: Tensor, kc: Tensor, vc: Tensor, score_bias: Tensor | None, scale: 
 def attend_backward(
     dz: Tensor, q: Tensor, kc: Tensor, vc: Tensor, score_bias: Tensor | None, z: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+def attend_causal(
+    q: Tensor,
+    kc: Tensor,
+    vc: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score_bias: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
+    block_size: int,
+    window_blocks: int,
+    measurements_per_block: int,
+) -> tuple[Tensor, Tensor]: ...
+def attend_causal_backward(
+    dz: Tensor,
+    q: Tensor,
+    kc: Tensor,
+    vc: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score_bias: Tensor | None,
+    key_mask: Tensor | None,
+    z: Tensor,
+    lse: Tensor,
+    scale: float,
+    block_size: int,
+    window_blocks: int,
+    measurements_per_block: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...
 def decode(z: Tensor, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor, step: Tensor) -> Tensor: ...
 def decode_backward(
     dc: Tensor, z: Tensor, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor, step: Tensor

@@ -116,19 +116,36 @@ def project_implicit_backward(
     return project_backward(dy, x, phi, keep, True, False)[0]
 
 
-def _scores(q: Tensor, kc: Tensor, score_bias: Tensor | None, scale: float) -> Tensor:
-    queries, keys = _accumulate(q, q, _to_heads(kc, q.shape[1]))
-    scores = scale * (queries @ keys.mT)
-    return scores if score_bias is None else scores + score_bias.to(scores.dtype).unsqueeze(-2)
+def _scores(q: Tensor, keys: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    scores = scale * (q @ keys.mT)
+    return scores if bias is None else scores + bias.to(scores.dtype)
 
 
-def attend(q: Tensor, kc: Tensor, vc: Tensor, score_bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    scores = _scores(q, kc, score_bias, scale)
+def _attend(q: Tensor, kc: Tensor, vc: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """kc and vc with the heads of q, the bias broadcast to (B, H, Nq, M)."""
+    queries, keys, values = _accumulate(q, q, kc, vc)
+    scores = _scores(queries, keys, bias, scale)
     lse = scores.logsumexp(-1)
-    (values,) = _accumulate(q, _to_heads(vc, q.shape[1]))
     empty = lse.isneginf().unsqueeze(-1)
     z = (scores - lse.unsqueeze(-1)).exp().masked_fill(empty, 0) @ values
     return z.masked_fill(empty, 0).to(q.dtype), lse
+
+
+def _attend_backward(
+    dz: Tensor, q: Tensor, kc: Tensor, vc: Tensor, bias: Tensor | None, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dkc, dvc of every head, dbias (B, H, M), all in the accumulation dtype."""
+    grad, queries, keys, values = _accumulate(q, dz, q, kc, vc)
+    empty = lse.isneginf().unsqueeze(-1)
+    p = (_scores(queries, keys, bias, scale) - lse.unsqueeze(-1)).exp().masked_fill(empty, 0)
+    dp = grad @ values.mT
+    ds = (p * (dp - (p * dp).sum(-1, keepdim=True))).masked_fill(empty, 0)
+    return scale * (ds @ keys), scale * (ds.mT @ queries), p.mT @ grad, ds.sum(-2)
+
+
+def attend(q: Tensor, kc: Tensor, vc: Tensor, score_bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    heads, bias = q.shape[1], None if score_bias is None else score_bias.unsqueeze(-2)
+    return _attend(q, _to_heads(kc, heads), _to_heads(vc, heads), bias, scale)
 
 
 def attend_backward(
@@ -141,16 +158,81 @@ def attend_backward(
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    heads = q.shape[1]
-    grad, queries, keys, values = _accumulate(q, dz, q, _to_heads(kc, heads), _to_heads(vc, heads))
-    empty = lse.isneginf().unsqueeze(-1)
-    p = (_scores(q, kc, score_bias, scale) - lse.unsqueeze(-1)).exp().masked_fill(empty, 0)
-    dp = grad @ values.mT
-    ds = (p * (dp - (p * dp).sum(-1, keepdim=True))).masked_fill(empty, 0)
-    dkc = _from_heads(scale * (ds.mT @ queries), kc.shape[1])
-    dvc = _from_heads(p.mT @ grad, vc.shape[1])
-    dbias = lse.new_empty(0) if score_bias is None else ds.sum(-2)
-    return (scale * (ds @ keys)).to(q.dtype), dkc.to(q.dtype), dvc.to(q.dtype), dbias
+    heads, bias = q.shape[1], None if score_bias is None else score_bias.unsqueeze(-2)
+    dq, dkc, dvc, dbias = _attend_backward(dz, q, _to_heads(kc, heads), _to_heads(vc, heads), bias, lse, scale)
+    dkc, dvc = _from_heads(dkc, kc.shape[1]), _from_heads(dvc, vc.shape[1])
+    return dq.to(q.dtype), dkc.to(q.dtype), dvc.to(q.dtype), lse.new_empty(0) if score_bias is None else dbias
+
+
+def _of_tokens(
+    q: Tensor,
+    kc: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score_bias: Tensor | None,
+    key_mask: Tensor | None,
+    numbers: tuple[int, ...],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """k and v with zeros for masked tokens, and the score bias (B, H, Nq, E + N): -inf where a query sees nothing."""
+    (block_size, window_blocks, per_block), (n, e), heads = numbers, (k.shape[2], kc.shape[2]), q.shape[1]
+    token = torch.arange(n - q.shape[2], n, device=q.device)[:, None]
+    local = torch.arange(n, device=q.device)
+    blocks = (token // block_size - window_blocks).clamp_min(0)
+    earlier = e - per_block * max(n // block_size - window_blocks, 0)
+    far = torch.arange(e, device=q.device) < earlier + per_block * blocks
+    near = (local <= token) & (local >= blocks * block_size)
+    near = near.expand(q.shape[0], heads, -1, -1) if key_mask is None else near & key_mask[:, None, None]
+    bias = torch.zeros((), dtype=accumulate_dtype(q.dtype), device=q.device)
+    of_measured = (bias if score_bias is None else score_bias.to(bias.dtype).unsqueeze(2)).where(far, -torch.inf)
+    of_local = bias.where(near, -torch.inf)
+    biases = [x.expand(q.shape[0], heads, q.shape[2], -1) for x in (of_measured, of_local)]
+    return _unmasked(k, key_mask), _unmasked(v, key_mask), torch.cat(biases, -1)
+
+
+def _joined(kc: Tensor, k: Tensor, heads: int) -> Tensor:
+    return torch.cat([_to_heads(x, heads) for x in (kc, k)], 2)
+
+
+def attend_causal(
+    q: Tensor,
+    kc: Tensor,
+    vc: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score_bias: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
+    *numbers: int,
+) -> tuple[Tensor, Tensor]:
+    k, v, bias = _of_tokens(q, kc, k, v, score_bias, key_mask, numbers)
+    return _attend(q, _joined(kc, k, q.shape[1]), _joined(vc, v, q.shape[1]), bias, scale)
+
+
+def attend_causal_backward(
+    dz: Tensor,
+    q: Tensor,
+    kc: Tensor,
+    vc: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score_bias: Tensor | None,
+    key_mask: Tensor | None,
+    z: Tensor,
+    lse: Tensor,
+    scale: float,
+    *numbers: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    e, tokens = kc.shape[2], k.shape[2]
+    k, v, bias = _of_tokens(q, kc, k, v, score_bias, key_mask, numbers)
+    keys, values = _joined(kc, k, q.shape[1]), _joined(vc, v, q.shape[1])
+    dq, dkeys, dvalues, dbias = _attend_backward(dz, q, keys, values, bias, lse, scale)
+    gradients = [
+        _from_heads(part, x.shape[1]).to(q.dtype)
+        for d, pair in ((dkeys, (kc, k)), (dvalues, (vc, v)))
+        for part, x in zip(d.split([e, tokens], 2), pair, strict=True)
+    ]
+    dkc, dk, dvc, dv = gradients
+    return dq.to(q.dtype), dkc, dvc, dk, dv, lse.new_empty(0) if score_bias is None else dbias[..., :e].contiguous()
 
 
 def _layer(weights: Tensor, t: int) -> Tensor:
@@ -220,6 +302,6 @@ def attend_decode(
 _IMPLEMENTATIONS = torch.library.Library("csat", "IMPL")
 for _function in (
     *(project, project_backward, project_implicit, project_implicit_backward),
-    *(attend, attend_backward, decode, decode_backward, attend_decode),
+    *(attend, attend_backward, attend_causal, attend_causal_backward, decode, decode_backward, attend_decode),
 ):
     _IMPLEMENTATIONS.impl(_function.__name__, _announced(_function), "CompositeExplicitAutograd")

@@ -1,16 +1,16 @@
-"""The two exact causal forms, a stretch of tokens at a time in plain torch (formulas: `csat_ext.reference.causal_block`
-and `causal_prefix`).
+"""The two exact causal forms (formulas: `csat_ext.reference.causal_block` and `causal_prefix`).
 
 Both continue from a state that stands for all tokens before: the parallel form continues from nothing, decoding is a
-continuation by one token. No stretch's scores outlive it: the backward pass computes them again. Work and memory for
-each head, E being the r N / Bk measurements of finished blocks:
+continuation by one token. No scores are kept: the backward pass computes them again. Work and memory for each head, E
+being the r N / Bk measurements of finished blocks:
 
 | form | multiplications, forward | kept for the backward pass | state of decoding |
 |---|---|---|---|
 | block | N (r N / Bk + (w + 1) Bk) D | q, k, v, E D | E (2 D + 1) + 2 (w + 1) Bk D |
 | prefix | N (4 M + 2 C) D, C = `CHUNK` | q, k, v, N M, and 2 M D for each chunk | M (2 D + 1) |
 
-No CUDA kernel of their own yet: products run in float32 (float64 for float64) through torch's matmul on every device.
+The block form is `torch.ops.csat.attend_causal`. The prefix form has no kernel of its own yet: its products run in
+float32 (float64 for float64) through torch's matmul on every device, a chunk of tokens at a time.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ from torch.utils.checkpoint import checkpoint
 from csat_ext._composite import accumulate_dtype
 from csat_ext.reference.attention import repeat_heads
 
-TILE = 256
-"""Queries of one tile of the block form, at least; a multiple of the block size is taken."""
 CHUNK = 128
 """Tokens of one chunk of the prefix form."""
 
@@ -79,11 +77,10 @@ def attend_blocks(
     if state is not None:
         kc, vc, bias = (_joined(*pair) for pair in ((state.kc, kc), (state.vc, vc), (state.bias, bias)))
     after = BlockState(kc, vc, bias, k[:, :, end:], v[:, :, end:], None if keep is None else keep[:, end:])
-    if keep is not None:  # what is masked may be NaN
-        k, v = (x.masked_fill(~keep[:, None, :, None], 0) for x in (k, v))
-    seen = kc.shape[2] - fresh, fresh // count if count else 0
-    size = block_size * max(1, window_blocks, TILE // block_size)
-    return _attend_tiles(q, k, v, keep, (kc, vc, bias), seen, block_size, window_blocks, scale, size), after
+    z, _ = torch.ops.csat.attend_causal(
+        q, kc, vc, k, v, bias, keep, scale, block_size, window_blocks, fresh // count if count else 1
+    )
+    return z, after
 
 
 def _measured_blocks(
@@ -101,53 +98,6 @@ def _measured_blocks(
     bias = start if bias is None else start + bias
     kc, vc = (x.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3) for x in (kc, vc))
     return kc, vc, bias.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)
-
-
-def _attend_tiles(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keep: Tensor | None,
-    entries: tuple[Tensor, Tensor, Tensor],
-    seen: tuple[int, int],
-    block_size: int,
-    window_blocks: int,
-    scale: float,
-    size: int,
-) -> Tensor:
-    """One softmax over ``entries`` (Kc, Vc, bias) and the window, for a tile of queries at a time.
-
-    The queries are those of the last tokens of k. seen: how many entries lie before the first block of k, and how many
-    each block of k has.
-    """
-    n, reach = k.shape[2], window_blocks * block_size
-    first = n - q.shape[2]
-    tiles = list(zip(k.split(size, 2), v.split(size, 2), strict=True))  # a slice's gradient would be as long as k
-    rows = []
-    for start in range(first // size * size, n, size):
-        stop, low = min(start + size, n), max(start - reach, 0)
-        near = tiles[low // size : start // size + 1]
-        keys, values = (torch.cat(x, 2)[:, :, low % size :] for x in zip(*near, strict=True))
-        token = torch.arange(max(start, first), stop, device=q.device)[:, None]
-        before = seen[0] + seen[1] * (token // block_size - window_blocks).clamp_min(0)  # entries that the query sees
-        count = seen[0] + seen[1] * max((stop - 1) // block_size - window_blocks, 0)
-        local = torch.arange(low, stop, device=q.device)
-        visible = (local <= token) & (local // block_size >= token // block_size - window_blocks)
-        visible = visible if keep is None else visible & keep[:, None, None, low:stop]
-        far = (torch.arange(count, device=q.device) < before).expand(*visible.shape[:-1], -1)
-        kc, vc, bias = (x.narrow(2, 0, count) for x in entries)
-        part = q[:, :, max(start, first) - first : stop - first]
-        rows.append(_recomputed(_tile, part, keys, values, kc, vc, bias, torch.cat([far, visible], -1), scale))
-    return torch.cat(rows, 2) if rows else q.new_empty((*q.shape[:3], v.shape[3]))
-
-
-def _tile(
-    q: Tensor, k: Tensor, v: Tensor, kc: Tensor, vc: Tensor, bias: Tensor, visible: Tensor, scale: float
-) -> Tensor:
-    far, (rows, k, v, kc, vc) = kc.shape[2], (x.to(accumulate_dtype(q.dtype)) for x in (q, k, v, kc, vc))
-    scores = torch.cat([_grouped(rows, kc.mT) * scale + bias.unsqueeze(2), _grouped(rows, k.mT) * scale], -1)
-    weights = _softmax(scores.masked_fill(~visible, -math.inf))
-    return (_grouped(weights[..., :far], vc) + _grouped(weights[..., far:], v)).to(q.dtype)
 
 
 def attend_prefixes(

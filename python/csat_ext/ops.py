@@ -98,6 +98,43 @@ def _(
     return q.new_empty(q.shape), kc.new_empty(kc.shape), vc.new_empty(vc.shape), dbias
 
 
+@_register_fake("attend_causal")
+def _(
+    q: Tensor,
+    kc: Tensor,
+    vc: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score_bias: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
+    *numbers: int,
+) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
+    return q.new_empty((*q.shape[:3], vc.shape[3])), lse
+
+
+@_register_fake("attend_causal_backward")
+def _(
+    dz: Tensor,
+    q: Tensor,
+    kc: Tensor,
+    vc: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score_bias: Tensor | None,
+    key_mask: Tensor | None,
+    z: Tensor,
+    lse: Tensor,
+    scale: float,
+    *numbers: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    bias_shape = (0,) if score_bias is None else (*q.shape[:2], kc.shape[2])
+    dbias = q.new_empty(bias_shape, dtype=accumulate_dtype(q.dtype))
+    dq, dkc, dvc, dk, dv = (t.new_empty(t.shape) for t in (q, kc, vc, k, v))
+    return dq, dkc, dvc, dk, dv, dbias
+
+
 @_register_fake("decode")
 def _(z: Tensor, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor, step: Tensor) -> Tensor:
     return z.new_empty((*z.shape[:3], psi.shape[1]))
@@ -185,6 +222,23 @@ def _attend_backward(ctx: Any, dz: Tensor, _dlse: Tensor) -> tuple[Tensor | None
     return _attend_gradients(ctx.needs_input_grad, dz, ctx.saved_tensors, ctx.scale)
 
 
+def _attend_causal_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale, ctx.block_size, ctx.window_blocks, ctx.measurements_per_block = inputs
+    z, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(*tensors, z, lse)
+
+
+def _attend_causal_backward(ctx: Any, dz: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
+    *data, bias, key_mask, z, lse = ctx.saved_tensors
+    *gradients, dbias = _csat.attend_causal_backward(
+        dz, *data, bias, key_mask, z, lse, ctx.scale, ctx.block_size, ctx.window_blocks, ctx.measurements_per_block
+    )
+    needs = ctx.needs_input_grad
+    of_bias = dbias.sum_to_size(bias.shape).to(bias.dtype) if bias is not None and needs[5] else None
+    return *_if_needed(needs[:5], tuple(gradients), tuple(data)), of_bias, *(None,) * 5
+
+
 def _decode_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -227,15 +281,22 @@ torch.library.register_autograd(
     "csat::project_implicit", _project_implicit_backward, setup_context=_project_implicit_context
 )
 torch.library.register_autograd("csat::attend", _attend_backward, setup_context=_attend_context)
+torch.library.register_autograd("csat::attend_causal", _attend_causal_backward, setup_context=_attend_causal_context)
 torch.library.register_autograd("csat::decode", _decode_backward, setup_context=_decode_context)
 torch.library.register_autograd("csat::attend_decode", _attend_decode_backward, setup_context=_attend_decode_context)
-for _name in ("project_backward", "project_implicit_backward", "attend_backward", "decode_backward"):
+for _name in (
+    *("project_backward", "project_implicit_backward"),
+    *("attend_backward", "attend_causal_backward", "decode_backward"),
+):
     torch.library.register_autograd(f"csat::{_name}", _no_second_derivative(_name))
 
 # ---- autocast: data in the autocast dtype, parameters as they are ----------------------------------------------------
 
-# The arguments cast under autocast: x, q, kc, vc, z. float64 is left alone, as everywhere in torch's autocast.
-_AUTOCAST_ARGUMENTS = {"project": 1, "project_implicit": 1, "attend": 3, "decode": 1, "attend_decode": 3}
+# The arguments cast under autocast: x, q, kc, vc, k, v, z. float64 is left alone, as everywhere in torch's autocast.
+_AUTOCAST_ARGUMENTS = {
+    **{"project": 1, "project_implicit": 1, "decode": 1},
+    **{"attend": 3, "attend_decode": 3, "attend_causal": 5},
+}
 
 
 def _autocast_rule(op: Any, device_type: str, leading: int) -> Callable[..., Any]:

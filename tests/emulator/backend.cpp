@@ -51,6 +51,8 @@ int64_t csat_sizeof(const char* name) {
   if (is("View")) return sizeof(csat::View);
   if (is("AttendParams")) return sizeof(csat::AttendParams);
   if (is("AttendBackwardParams")) return sizeof(csat::AttendBackwardParams);
+  if (is("AttendCausalParams")) return sizeof(csat::AttendCausalParams);
+  if (is("AttendCausalBackwardParams")) return sizeof(csat::AttendCausalBackwardParams);
   if (is("Decoder")) return sizeof(csat::Decoder);
   if (is("DecodeParams")) return sizeof(csat::DecodeParams);
   if (is("DecodeBackwardParams")) return sizeof(csat::DecodeBackwardParams);
@@ -67,6 +69,10 @@ int64_t csat_sizeof(const char* name) {
 
 CSAT_EXPORT(attend, AttendParams) { return csat::attend_forward(*p, workspace, nullptr); }
 CSAT_EXPORT(attend_backward, AttendBackwardParams) { return csat::attend_backward(*p, workspace, nullptr); }
+CSAT_EXPORT(attend_causal, AttendCausalParams) { return csat::attend_causal_forward(*p, workspace, nullptr); }
+CSAT_EXPORT(attend_causal_backward, AttendCausalBackwardParams) {
+  return csat::attend_causal_backward(*p, workspace, nullptr);
+}
 CSAT_EXPORT(decode, DecodeParams) { return csat::decode_forward(*p, workspace, nullptr); }
 CSAT_EXPORT(decode_backward, DecodeBackwardParams) { return csat::decode_backward(*p, workspace, nullptr); }
 CSAT_EXPORT(project, ProjectParams) { return csat::project_forward(*p, workspace, nullptr, nullptr); }

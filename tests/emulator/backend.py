@@ -71,6 +71,23 @@ class AttendBackwardParams(Structure):
     _fields_ = (("forward", AttendParams), *_views("dz", "dq", "dkc", "dvc", "dbias"))
 
 
+class CausalTokens(Structure):
+    _fields_ = (
+        *_views("k", "v"),
+        ("keep", c_void_p),
+        *_sizes("heads", "count"),
+        *_sizes("first", "queries", "block_size", "blocks", "earlier", "measurements"),  # CausalWindow
+    )
+
+
+class AttendCausalParams(Structure):
+    _fields_ = (("measured", AttendParams), ("tokens", CausalTokens))
+
+
+class AttendCausalBackwardParams(Structure):
+    _fields_ = (("measured", AttendBackwardParams), ("tokens", CausalTokens), *_views("dk", "dv"))
+
+
 class Decoder(Structure):
     _fields_ = (
         *_views("S", "B", "theta", "psi", "step"),
@@ -129,7 +146,8 @@ class Counters(Structure):
 
 
 _STRUCTURES = (
-    *(View, AttendParams, AttendBackwardParams, Decoder, DecodeParams, DecodeBackwardParams),
+    *(View, AttendParams, AttendBackwardParams, AttendCausalParams, AttendCausalBackwardParams),
+    *(Decoder, DecodeParams, DecodeBackwardParams),
     *(ProjectParams, ProjectBackwardParams, ImplicitParams, Counters),
 )
 # Which axes of a View the axes of a tensor take: (B, H, M) and (B, H, Nq) leave one out, and so on.
@@ -369,6 +387,62 @@ class EmulatedOps:
         known = [(dq, gradients[0]), (dkc, gradients[1]), (dvc, gradients[2])]
         return self._results(*known, (dbias, None if score_bias is None else bias))
 
+    def _causal_tokens(
+        self, q: Tensor, kc: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, numbers: tuple[int, ...]
+    ) -> CausalTokens:
+        (block_size, window_blocks, per_block), tokens, queries = numbers, k.shape[2], q.shape[2]
+        keep = None if key_mask is None else self._upload(key_mask.contiguous())
+        earlier = kc.shape[2] - per_block * max(tokens // block_size - window_blocks, 0)
+        window = tokens - queries, queries, block_size, window_blocks, earlier, per_block
+        return CausalTokens(self._input(k), self._input(v), keep, k.shape[1], tokens, *window)
+
+    def attend_causal(
+        self,
+        q: Tensor,
+        kc: Tensor,
+        vc: Tensor,
+        k: Tensor,
+        v: Tensor,
+        score_bias: Tensor | None,
+        key_mask: Tensor | None,
+        scale: float,
+        *numbers: int,
+    ) -> tuple[Tensor, ...]:
+        self._reset()
+        measured = self._attend_params(q, kc, vc, score_bias, scale)
+        z, lse = q.new_empty(*q.shape[:-1], vc.shape[-1]), torch.empty(q.shape[:-1])
+        measured.z, measured.lse = self._output(z), self._output(lse, _NO_LAST)
+        self._launch("attend_causal", AttendCausalParams(measured, self._causal_tokens(q, kc, k, v, key_mask, numbers)))
+        return self._results((z, measured.z), (lse, measured.lse))
+
+    def attend_causal_backward(
+        self,
+        dz: Tensor,
+        q: Tensor,
+        kc: Tensor,
+        vc: Tensor,
+        k: Tensor,
+        v: Tensor,
+        score_bias: Tensor | None,
+        key_mask: Tensor | None,
+        z: Tensor,
+        lse: Tensor,
+        scale: float,
+        *numbers: int,
+    ) -> tuple[Tensor, ...]:
+        self._reset()
+        forward = self._attend_params(q, kc, vc, score_bias, scale)
+        forward.z, forward.lse = self._input(z), self._input(lse, _NO_LAST)
+        gradients = [torch.empty(t.shape, dtype=t.dtype) for t in (q, kc, vc, k, v)]
+        dbias = torch.empty(0 if score_bias is None else (*q.shape[:2], kc.shape[2]))
+        bias = View() if score_bias is None else self._output(dbias, _NO_ROW)
+        dq, dkc, dvc, dk, dv = views = [self._output(t) for t in gradients]
+        measured = AttendBackwardParams(forward, self._input(dz), dq, dkc, dvc, bias)
+        tokens = self._causal_tokens(q, kc, k, v, key_mask, numbers)
+        self._launch("attend_causal_backward", AttendCausalBackwardParams(measured, tokens, dk, dv))
+        known = zip(gradients, views, strict=True)
+        return self._results(*known, (dbias, None if score_bias is None else bias))
+
     def decode(self, z: Tensor, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor, step: Tensor) -> Tensor:
         self._reset()
         out = z.new_empty(*z.shape[:-1], psi.shape[1])
@@ -418,7 +492,7 @@ class EmulatedOps:
 
 OPERATORS = (
     *("project", "project_backward", "project_implicit", "project_implicit_backward"),
-    *("attend", "attend_backward"),
+    *("attend", "attend_backward", "attend_causal", "attend_causal_backward"),
     *("decode", "decode_backward", "attend_decode"),
 )
 

@@ -29,6 +29,8 @@ RESULTS = {
     "project_implicit_backward": ("dx",),
     "attend": ("z", "lse"),
     "attend_backward": ("dq", "dkc", "dvc", "dbias"),
+    "attend_causal": ("z", "lse"),
+    "attend_causal_backward": ("dq", "dkc", "dvc", "dk", "dv", "dbias"),
     "decode": ("c",),
     "decode_backward": ("dz", "dS", "dB", "dtheta", "dpsi", "dstep"),
     "attend_decode": ("c", "z", "lse"),
@@ -62,6 +64,9 @@ class Call:
         if self.op == "attend_backward":  # the gradient of the exact attend: not through a rounded z and lse
             dz, q, kc, vc, bias, _, _, scale = args
             args = (dz, q, kc, vc, bias, *_composite.attend(q, kc, vc, bias, scale), scale)
+        if self.op == "attend_causal_backward":
+            dz, *data, _, _, scale, size, window, rows = args
+            args = (dz, *data, *_composite.attend_causal(*data, scale, size, window, rows), scale, size, window, rows)
         return as_tuple(getattr(_composite, self.op)(*args))
 
     def plain(self) -> tuple[Tensor, ...]:
@@ -233,6 +238,38 @@ def attend_calls(dtype: torch.dtype) -> Iterator[Call]:
     yield Call("attend_backward", "nothing-left", (values(*z.shape), q, kc, vc, bias, z, lse, scale))
 
 
+def attend_causal_calls(dtype: torch.dtype) -> Iterator[Call]:
+    # B, H, Hk, Hn, Nq, N, D, R; block size, window, measurements of a block; those of earlier tokens; is there a mask
+    sizes: dict[str, tuple[tuple[int, ...], tuple[int, int, int], int, bool]] = {
+        "one-block": ((1, 1, 1, 1, 9, 9, 8, 8), (32, 0, 4), 0, False),
+        "grouped-masked": ((2, 4, 1, 2, 150, 150, 20, 24), (16, 1, 3), 0, True),
+        "continued": ((1, 2, 2, 1, 70, 90, 17, 5), (8, 2, 2), 5, True),
+        "one-query": ((2, 2, 1, 1, 1, 41, 16, 16), (8, 1, 8), 130, False),
+        "no-window": ((1, 1, 1, 1, 140, 140, 64, 64), (1, 3, 1), 0, False),
+        "wide": ((1, 1, 1, 1, 40, 40, 200, 130), (16, 0, 4), 0, False),
+        "no-queries": ((1, 2, 1, 1, 0, 12, 8, 8), (4, 0, 2), 0, False),
+        # Every compiled size of the tensor-core kernels.
+        "D32": ((1, 2, 1, 1, 330, 330, 32, 30), (64, 1, 16), 0, False),
+        "D64": ((2, 4, 2, 2, 600, 600, 64, 64), (128, 0, 20), 0, True),
+        "D80": ((1, 2, 2, 2, 70, 200, 80, 72), (32, 2, 5), 40, False),
+        "D96": ((1, 1, 1, 1, 270, 270, 96, 90), (33, 0, 33), 0, True),
+        "D128": ((1, 2, 1, 1, 300, 300, 128, 128), (50, 1, 7), 3, False),
+    }
+    for label, (shape, (size, window, rows), earlier, masked) in sizes.items():
+        values = Values(dtype)
+        batch, heads, measured_heads, token_heads, queries, n, dim, features = shape
+        count = earlier + rows * max(n // size - window, 0)
+        measured = (batch, heads, measured_heads, queries, count, dim, features)
+        *data, bias, scale = _attend_arguments(values, measured, (1, heads) if masked else None)
+        k, v = values.strided(batch, token_heads, n, dim), values.strided(batch, token_heads, n, features)
+        keep = values(batch, n, dtype=torch.float32) > -0.5 if masked else None
+        arguments = (*data, k, v, bias, keep)
+        yield Call("attend_causal", label, (*arguments, scale, size, window, rows))
+        z, lse = _composite.attend_causal(*arguments, scale, size, window, rows)
+        dz = values.strided(*z.shape)
+        yield Call("attend_causal_backward", label, (dz, *arguments, z, lse, scale, size, window, rows))
+
+
 def decoder_weights(
     values: Values,
     heads: int,
@@ -299,5 +336,13 @@ def attend_decode_calls(dtype: torch.dtype) -> Iterator[Call]:
 
 
 def calls(dtype: torch.dtype) -> Iterator[Call]:
-    for family in (project_calls, project_implicit_calls, attend_calls, decode_calls, attend_decode_calls):
+    families = (
+        project_calls,
+        project_implicit_calls,
+        attend_calls,
+        attend_causal_calls,
+        decode_calls,
+        attend_decode_calls,
+    )
+    for family in families:
         yield from family(dtype)

@@ -26,14 +26,6 @@ void forward(const AttendOperands<R>& operands, const Array& q, const Array& z, 
   });
 }
 
-// Gradients of one head's keys, values and bias, summed over a group of row tiles.
-template <class R>
-struct KeyGradients {
-  Stack<R> keys, values, bias;
-  KeyGradients(const AttendSizes& n, int64_t count)
-      : keys(count, n.M, n.D), values(count, n.M, n.R), bias(count, 1, n.M) {}
-};
-
 template <class R>
 struct BackwardTile {
   Stack<R> q, dz, dq, probabilities, dscores;
@@ -76,17 +68,8 @@ template <class R>
 void backward(const AttendOperands<R>& operands, const Tensor& kc, const Tensor& vc, const BackwardArrays& arrays,
               const Array& lse, const Tensor* dbias) {
   const AttendSizes& n = operands.n;
-  const int64_t heads_per_key = n.H / n.Hk;
   const Groups groups(divide_up(n.Nq, kBackwardRows), n.B * n.H);
-  Stack<R> keys(n.B * n.Hk, n.M, n.D), values_t(n.B * n.Hk, n.R, n.M);
-  const Array keys_array(kc), values_array(vc);
-  parallel(n.B * n.Hk, n.M * (n.D + n.R), [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      load(keys_array.matrix(i / n.Hk, i % n.Hk), n.M, n.D, keys[i]);
-      load(values_array.matrix(i / n.Hk, i % n.Hk).transposed(), n.R, n.M, values_t[i]);
-    }
-  });
-
+  const AttendTransposes<R> transposes(n, kc, vc);
   const KeyGradients<R> partial(n, n.B * n.H * groups.count);
   const int64_t rows_per_group = divide_up(n.Nq, groups.count);
   parallel(n.B * n.H * groups.count, rows_per_group * n.M * (n.D + n.R) * 3, [&](int64_t first, int64_t last) {
@@ -102,31 +85,14 @@ void backward(const AttendOperands<R>& operands, const Tensor& kc, const Tensor&
         View lse_view = lse.row(b, h);
         lse_view.data = address(lse_view.data, lse_view.type, row * lse_view.col);
         load(lse_view, 1, rows, row_lse[0]);
-        backward_tile(operands, keys[key], values_t[key], operands.bias_row(b, h), operands.keys_t[key], rows,
-                      row_lse[0].data, tile, partial, unit);
+        backward_tile(operands, transposes.keys[key], transposes.values_t[key], operands.bias_row(b, h),
+                      operands.keys_t[key], rows, row_lse[0].data, tile, partial, unit);
         store(tile.dq[0], rows, n.D, arrays.dq.matrix(b, h, row));
       }
     }
   });
 
-  parallel(n.B * n.Hk, heads_per_key * groups.count * n.M * (n.D + n.R), [&](int64_t first, int64_t last) {
-    for (int64_t key = first; key < last; ++key) {
-      const int64_t b = key / n.Hk, hk = key % n.Hk, slot = (b * n.H + hk * heads_per_key) * groups.count;
-      for (int64_t i = 1; i < heads_per_key * groups.count; ++i) {
-        add(partial.keys[slot + i], n.M, n.D, partial.keys[slot]);
-        add(partial.values[slot + i], n.M, n.R, partial.values[slot]);
-      }
-      store(partial.keys[slot], n.M, n.D, arrays.dkc.matrix(b, hk));
-      store(partial.values[slot], n.M, n.R, arrays.dvc.matrix(b, hk));
-    }
-  });
-  if (!dbias) return;
-  const Array dbias_array(*dbias);
-  for (int64_t head = 0; head < n.B * n.H; ++head) {
-    const int64_t slot = head * groups.count;
-    for (int64_t i = 1; i < groups.count; ++i) add(partial.bias[slot + i], 1, n.M, partial.bias[slot]);
-    store(partial.bias[slot], 1, n.M, dbias_array.row(head / n.H, head % n.H));
-  }
+  add_groups(n, groups.count, partial, arrays.dkc, arrays.dvc, dbias);
 }
 
 }  // namespace

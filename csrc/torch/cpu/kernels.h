@@ -30,6 +30,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_backward(const Tensor& dz, con
                                                            const Tensor& vc, const MaybeTensor& score_bias,
                                                            const Tensor& z, const Tensor& lse, double scale);
 
+std::tuple<Tensor, Tensor> attend_causal(const Tensor& q, const Tensor& kc, const Tensor& vc, const Tensor& k,
+                                         const Tensor& v, const MaybeTensor& score_bias, const MaybeTensor& key_mask,
+                                         double scale, int64_t block_size, int64_t window_blocks,
+                                         int64_t measurements_per_block);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attend_causal_backward(
+    const Tensor& dz, const Tensor& q, const Tensor& kc, const Tensor& vc, const Tensor& k, const Tensor& v,
+    const MaybeTensor& score_bias, const MaybeTensor& key_mask, const Tensor& z, const Tensor& lse, double scale,
+    int64_t block_size, int64_t window_blocks, int64_t measurements_per_block);
+
 Tensor decode(const Tensor& z, const Tensor& S, const Tensor& B, const Tensor& theta, const Tensor& psi,
               const Tensor& step);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> decode_backward(const Tensor& dc, const Tensor& z,

@@ -1,0 +1,160 @@
+// attend_causal on tensor cores, bf16 and fp16: the chunk loop of forward_mma.cuh over two stretches of columns.
+//
+//   s = scale q kc^T + bias, scale q k^T; online softmax over the chunks of both; z = softmax(s) (vc, v), lse
+//
+// A block of eight warps owns runs of consecutive units of 32 queries and takes eight of them at a time through the
+// chunks that any of them sees: measurements 0 .. of the last query, then tokens from the window of the first. A warp
+// skips what none of its own rows sees, and puts -inf where only some do not (window.h; a row's ends stand in the
+// warp's own shared memory).
+//
+// Data flow: kc, vc, bias, then k, v -> two shared slots (cp.async), one chunk ahead; q rows -> the warp's shared tile
+// -> left operand; scores and z in accumulators -> shared tile -> global in 16-byte rows. Budget of a row: as attend
+// for M = E + (w + 1) Bk, and a chunk or two more where stretches begin and end; limits::attend_causal_mma_bytes of
+// shared memory; registers as forward_mma. Limits: limits::plan_causal_mma.
+#pragma once
+#include "csat/forward_mma.cuh"
+
+namespace csat {
+
+struct AttendCausalMmaArgs {
+  ForwardMmaArgs rows;  // kc, vc, bias: the measurements
+  CausalTokens tokens;  // k, v with vector rows
+};
+
+// Which columns the queries first .. last see, any of them; and where the chunks of tokens begin.
+template <int kChunk>
+struct SeenColumns {
+  int measured_end, token_begin, token_end;
+  CSAT_DEVICE SeenColumns(const CausalWindow& window, int64_t first, int64_t last)
+      : measured_end(static_cast<int>(window.measurements_of(last).end)),
+        token_begin(static_cast<int>(window.tokens_of(first).begin)),
+        token_end(static_cast<int>(window.tokens_of(last).end)) {}
+  CSAT_DEVICE int measured_chunks() const { return (measured_end + kChunk - 1) / kChunk; }
+  CSAT_DEVICE int first_token_chunk() const { return token_begin / kChunk; }
+  CSAT_DEVICE int chunks() const { return measured_chunks() + (token_end + kChunk - 1) / kChunk - first_token_chunk(); }
+};
+
+template <typename T, int kD>
+CSAT_DEVICE void load_token_chunk(const Chunk<T, kD>& chunk, const AttendCausalMmaArgs& p, int pair, int64_t first) {
+  constexpr int kRows = Chunk<T, kD>::kRows;
+  const CausalTokens& tokens = p.tokens;
+  const int batch = pair / p.rows.heads, head = pair % p.rows.heads / (p.rows.heads / static_cast<int>(tokens.heads));
+  const auto rows = [&](const View& v, int columns) {
+    return GlobalRows<const T>{at<const T>(v, batch, head, 0), v.stride[2], tokens.count, columns};
+  };
+  load_rows_async(chunk.keys, rows(tokens.k, p.rows.head_dim), first, kRows, threadIdx.x, limits::kMmaThreads);
+  load_rows_async(chunk.values, rows(tokens.v, p.rows.features), first, kRows, threadIdx.x, limits::kMmaThreads);
+  if (threadIdx.x < kRows) {
+    const int64_t s = first + threadIdx.x;
+    const bool kept = s < tokens.count && (!tokens.keep || tokens.keep[batch * tokens.count + s]);
+    chunk.bias[threadIdx.x] = kept ? 0.f : -INFINITY;
+  }
+}
+
+// What each row of a warp sees, in its shared memory: the end of the measurements, the begin of the tokens.
+struct SeenByRow {
+  int *measured_end, *token_begin;
+  int first_token;  // of row 0, whose tokens end behind it
+
+  // Rows from `count` on see what the last one sees: nobody reads what they give.
+  CSAT_DEVICE SeenByRow(int* shared, const CausalWindow& window, int64_t first, int64_t count)
+      : measured_end(shared),
+        token_begin(shared + limits::kMmaRows),
+        first_token(static_cast<int>(window.first + first)) {
+    const int64_t row = lane_id() < count ? lane_id() : count - 1;
+    measured_end[lane_id()] = static_cast<int>(window.measurements_of(first + row).end);
+    token_begin[lane_id()] = static_cast<int>(window.tokens_of(first + row).begin);
+    sync_warp();
+  }
+};
+
+template <typename T, int kD>
+__global__ void __launch_bounds__(limits::kMmaThreads, 1) attend_causal_mma_kernel(AttendCausalMmaArgs p) {
+  constexpr int kRows = limits::kMmaRows, kWarps = limits::kMmaWarps, kChunk = Chunk<T, kD>::kRows;
+  static_assert(kRows == 32, "a lane writes what a row sees");
+  CSAT_DYN_SMEM(T, slots);
+  T* tiles = slots + 2 * (limits::mma_slot_bytes(kD) / 2);
+  const Tile<T, kD> tile{tiles + warp_id() * tile_elements(kRows, kD)};
+  int* seen_by_row = reinterpret_cast<int*>(tiles + kWarps * tile_elements(kRows, kD)) + warp_id() * 2 * kRows;
+  const CausalWindow& window = p.tokens.window;
+  for_each_run(p.rows, [&](const UnitRun& run) {
+    const auto last_row = [&](int unit) {  // the last query of a unit, of the run's last one behind its end
+      const int64_t end = int64_t(run.first + (unit < run.count ? unit + 1 : run.count)) * kRows;
+      return (end < p.rows.queries ? end : p.rows.queries) - 1;
+    };
+    for (int group = 0; group < run.count; group += kWarps) {
+      const int unit = group + warp_id();
+      const bool active = unit < run.count;
+      const int64_t first = int64_t(run.first + (active ? unit : group)) * kRows,
+                    last = last_row(active ? unit : group);
+      const SeenColumns<kChunk> all(window, int64_t(run.first + group) * kRows, last_row(group + kWarps - 1));
+      const SeenColumns<kChunk> own(window, first, last);
+      const SeenByRow by_row(seen_by_row, window, first, last - first + 1);
+      const int measured = all.measured_chunks(), chunks = all.chunks(), offset = all.first_token_chunk() - measured;
+      const auto slot = [&](int c) { return Chunk<T, kD>::at_slot(slots, c % 2); };
+      const auto load = [&](int c) {
+        if (c < measured) {
+          load_chunk(slot(c), p.rows, run.pair, int64_t(c) * kChunk);
+        } else if (c < chunks) {
+          load_token_chunk(slot(c), p, run.pair, int64_t(c + offset) * kChunk);
+        }
+        cp_async_commit();
+      };
+      fetch_rows<kRows>(tile, p.rows, p.rows.q, p.rows.head_dim, run, unit);
+      load(0);
+      Queries<T, kD> q;
+      UnitSums<T, kD> sums;
+      for (int c = 0; c < chunks; ++c) {
+        load(c + 1);
+        cp_async_wait<1>();
+        __syncthreads();
+        if (active && c == 0) q = queries_in(tile);
+        const int column = (c < measured ? c : c + offset) * kChunk;
+        const bool sees =
+            c < measured ? column < own.measured_end : column < own.token_end && column + kChunk > own.token_begin;
+        if (active && sees)
+          sums.add(q, slot(c), p.rows.scale, [&](auto& s) {
+            for_each(s, [&](float& x, int row, int j) {
+              const bool seen = c < measured
+                                    ? column + j < by_row.measured_end[row]
+                                    : column + j >= by_row.token_begin[row] && column + j <= by_row.first_token + row;
+              if (!seen) x = -INFINITY;
+            });
+          });
+        __syncthreads();  // everybody is done with the slot that comes next
+      }
+      if (active) {
+        write_softmax(p.rows, run.pair, first, sums.softmax, sums.z, tile);
+        sync_warp();  // before the tile is filled again
+      }
+    }
+    cp_async_wait<0>();
+  });
+}
+
+template <typename T, int kD>
+int launch_attend_causal_mma(const AttendCausalMmaArgs& p, int64_t blocks, int64_t shared_bytes, void* stream) {
+  auto kernel = attend_causal_mma_kernel<T, kD>;
+  CSAT_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(limits::kMmaThreads), static_cast<size_t>(shared_bytes),
+              stream, p);
+  return last_error();
+}
+
+// csrc/kernels/attend_causal_mma_<dtype>_<feature>.cu instantiate these; everything else refers to them.
+#define CSAT_ATTEND_CAUSAL_MMA(prefix, T, kD) \
+  prefix template int launch_attend_causal_mma<T, kD>(const AttendCausalMmaArgs&, int64_t, int64_t, void*);
+#define CSAT_ATTEND_CAUSAL_MMA_INSTANCE(T, kD) CSAT_ATTEND_CAUSAL_MMA(, T, kD)
+
+#ifndef CSAT_INSTANTIATE
+#define CSAT_EXTERN_CAUSAL_MMA(kD)         \
+  CSAT_ATTEND_CAUSAL_MMA(extern, bf16, kD) \
+  CSAT_ATTEND_CAUSAL_MMA(extern, f16, kD)
+CSAT_EXTERN_CAUSAL_MMA(32)
+CSAT_EXTERN_CAUSAL_MMA(64)
+CSAT_EXTERN_CAUSAL_MMA(80)
+CSAT_EXTERN_CAUSAL_MMA(96)
+CSAT_EXTERN_CAUSAL_MMA(128)
+#undef CSAT_EXTERN_CAUSAL_MMA
+#endif
+
+}  // namespace csat
