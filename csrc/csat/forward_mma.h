@@ -1,5 +1,5 @@
-// Host side of forward_mma.cuh and forward_wgmma.cuh: attend (decode null), decode (attend null) or both as one kernel,
-// where limits::plan_mma has a plan.
+// Host side of forward_mma.cuh, forward_wgmma.cuh and decode_wgmma.cuh: attend (decode null), decode (attend null) or
+// both as one kernel, where limits::plan_forward has a plan.
 #pragma once
 #include "csat/limits.h"
 

@@ -179,16 +179,6 @@ struct UnitState {
   Operand<T, 16, limits::kWgmmaChunk> probabilities;
 };
 
-// sums (+)= a w^T, waited for.
-template <typename T, int kColumns, int kDepth>
-CSAT_DEVICE void product_transposed(Sums<16, kColumns>& sums, Operand<T, 16, kDepth>& a, SwizzledTile<T, kDepth> w,
-                                    bool accumulate) {
-  wgmma_fence(sums.at[0], a.at[0]);
-  start_product_transposed(sums, a, w, 0, accumulate);
-  wgmma_commit();
-  wgmma_wait<0>(sums.at[0]);
-}
-
 // z of chunk c, behind a fence.
 template <typename T, int kD, int kP>
 CSAT_DEVICE void start_values(const Resident<T, kD, kP>& resident, int c, UnitState<T, kD>& unit) {
@@ -253,8 +243,7 @@ CSAT_DEVICE Sums<16, kD> decode_rows(const Resident<T, kD, kP>& resident, Swizzl
     Sums<16, kP> u = {};
     measured(u, 0);
     if constexpr (kKeep) bz = u;
-    shrink(u, resident.theta(), resident.step()[0]);
-    a = to_operand<T>(u);
+    next_iterate<true>(a, u, resident.theta(), resident.step()[0]);
   }
 #pragma unroll 1
   for (int t = 1; t < w.layers; ++t) {
@@ -266,8 +255,7 @@ CSAT_DEVICE Sums<16, kD> decode_rows(const Resident<T, kD, kP>& resident, Swizzl
       measured(u, t);
     }
     product_transposed(u, a, resident.S(t), true);
-    shrink(u, a, 0, resident.theta() + t * kP, resident.step()[t]);
-    a = to_operand<T>(u);
+    next_iterate<false>(a, u, resident.theta() + t * kP, resident.step()[t]);
   }
   Sums<16, kD> c = {};
   product_transposed(c, a, resident.psi(), false);
@@ -359,7 +347,7 @@ __global__ void __launch_bounds__(128 * limits::wgmma_groups(kD, kP), 1)
     for (int i = 0; i <= resident.kWarps; ++i) mbarrier_init(resident.queries_arrived(i), 1);
     fence_mbarrier_init();
   }
-  uint32_t queries_parity = 0, measurements_parity = 0;
+  uint32_t parities = 0;  // bit 0: of the next unit's queries, bit 1: of the next measurements
   for_each_run(p, [&](const UnitRun& run) {
     __syncthreads();  // the mbarriers are made; nobody reads the run before
     const int group = warpgroup_id();
@@ -371,10 +359,10 @@ __global__ void __launch_bounds__(128 * limits::wgmma_groups(kD, kP), 1)
     cp_async_wait<0>();
     fence_proxy_async();
     __syncthreads();
-    mbarrier_wait(resident.measurements_arrived(), measurements_parity);
-    measurements_parity ^= 1;
-    for (int unit = group; unit < run.count; unit += resident.kGroups, queries_parity ^= 1)
-      run_unit(rows, unit, unit + resident.kGroups, run.count, queries_parity);
+    mbarrier_wait(resident.measurements_arrived(), parities >> 1);
+    parities ^= 2;
+    for (int unit = group; unit < run.count; unit += resident.kGroups, parities ^= 1)
+      run_unit(rows, unit, unit + resident.kGroups, run.count, parities & 1);
   });
 }
 

@@ -1,4 +1,5 @@
 // Host side of the tensor-core forward: operands with vector rows, grid, choice of the compiled instance.
+#include "csat/decode_wgmma.cuh"
 #include "csat/forward_mma.cuh"
 #include "csat/forward_mma.h"
 #include "csat/forward_wgmma.cuh"
@@ -82,7 +83,9 @@ int take_decoder(ForwardMmaArgs& args, const DecodeParams& p, DType dtype, Carve
   return take_panel(w.step, carver, operand(d.step, d.heads, 1, 1, d.layers), 1, d.layers, stream);
 }
 
-int take_rows(ForwardMmaArgs& args, const DecodeParams& p, Carver& carver, void* stream) {
+int take_rows(ForwardMmaArgs& args, const limits::ForwardMmaPlan& plan, const DecodeParams& p, Carver& carver,
+              void* stream) {
+  args.stages = plan.stages;
   args.heads = static_cast<int>(p.heads);
   args.pairs = static_cast<int>(p.batch * p.heads);
   args.queries = p.queries;
@@ -93,7 +96,7 @@ int take_rows(ForwardMmaArgs& args, const DecodeParams& p, Carver& carver, void*
 
 int take(ForwardMmaArgs& args, const limits::ForwardMmaPlan& plan, const AttendParams* attend,
          const DecodeParams* decode, Carver& carver, void* stream) {
-  CSAT_TRY(attend ? take_attend(args, plan, *attend, carver, stream) : take_rows(args, *decode, carver, stream));
+  CSAT_TRY(attend ? take_attend(args, plan, *attend, carver, stream) : take_rows(args, plan, *decode, carver, stream));
   const int rows = plan.wgmma ? limits::kWgmmaRows : attend ? limits::kMmaRows : limits::decode_mma_rows(plan.atoms);
   args.units = static_cast<int>(ceil_div(args.queries, rows));
   return decode ? take_decoder(args, *decode, attend ? attend->q.dtype : decode->z.dtype, carver, stream) : 0;
@@ -122,8 +125,13 @@ Launch wgmma_instance(const limits::ForwardMmaPlan& plan) {
   return plan.atoms == 0 ? launch_forward_wgmma<T, 128, 0> : launch_forward_wgmma<T, 128, 64>;
 }
 template <typename T>
+Launch decode_wgmma_instance(const limits::ForwardMmaPlan& plan) {
+  if (plan.feature == 64) return plan.atoms == 64 ? launch_decode_wgmma<T, 64, 64> : launch_decode_wgmma<T, 64, 128>;
+  return plan.atoms == 64 ? launch_decode_wgmma<T, 128, 64> : launch_decode_wgmma<T, 128, 128>;
+}
+template <typename T>
 Launch instance(const limits::ForwardMmaPlan& plan, bool attend) {
-  if (plan.wgmma) return wgmma_instance<T>(plan);
+  if (plan.wgmma) return attend ? wgmma_instance<T>(plan) : decode_wgmma_instance<T>(plan);
   switch (plan.feature) {
     case 32:
       return attend ? attend_instance<T, 32>(plan.atoms) : decode_instance<T, 32>(plan.atoms);

@@ -15,6 +15,7 @@ MMA_FEATURES = (32, 64, 80, 96, 128)
 KERNELS: dict[str, tuple[int, ...]] = {
     "forward_mma": MMA_FEATURES,
     "forward_wgmma": (64, 128),
+    "decode_wgmma": (64, 128),
     "attend_backward_mma": MMA_FEATURES,
     "attend_backward_wgmma": (64, 128),
     "decode_backward_mma": (64, 128, 256),
