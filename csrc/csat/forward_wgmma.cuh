@@ -99,13 +99,16 @@ CSAT_DEVICE void load_decoder(const Resident<T, kD, kP>& to, int64_t head) {
 // How far, in powers of two, probabilities may grow before z is rescaled.
 constexpr float kSoftmaxSlack = 8.f;
 
-// The maximum of what this lane has of one of its two rows.
+// The maximum of what this lane has of one of its two rows, by two chains.
 template <int kChunk>
 CSAT_DEVICE float largest_of(const Sums<16, kChunk>& s, int h) {
-  float largest = fmaxf(s.at[0][0][2 * h], s.at[0][0][2 * h + 1]);
+  float largest[2];
 #pragma unroll
-  for (int j = 1; j < kChunk / 8; ++j) largest = fmaxf(largest, fmaxf(s.at[0][j][2 * h], s.at[0][j][2 * h + 1]));
-  return largest;
+  for (int j = 0; j < kChunk / 8; ++j) {
+    const float pair = fmaxf(s.at[0][j][2 * h], s.at[0][j][2 * h + 1]);
+    largest[j % 2] = j < 2 ? pair : fmaxf(largest[j % 2], pair);
+  }
+  return fmaxf(largest[0], largest[1]);
 }
 
 // s -> exp2(factor s - peak), where the peak is that of the chunks so far or up to kSoftmaxSlack less; the mass
@@ -127,18 +130,21 @@ CSAT_DEVICE bool chunk_softmax(Softmax<16>& state, float (&decay)[2], Sums<16, k
       mass[h] *= decay[h];
     }
   }
+  float sums[2][2];  // of a row: of the first and of the second columns of pairs
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const float centre = peak[h] == -INFINITY ? 0.f : peak[h];  // a row of -inf: all probabilities 0
+  for (int j = 0; j < kChunk / 8; ++j)
 #pragma unroll
-    for (int j = 0; j < kChunk / 8; ++j)
+    for (int h = 0; h < 2; ++h) {
+      const float centre = peak[h] == -INFINITY ? 0.f : peak[h];  // a row of -inf: all probabilities 0
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         float& x = s.at[0][j][2 * h + c];
         x = exp2_approx(x * factor - centre);
-        mass[h] = kFirst && j == 0 && c == 0 ? x : mass[h] + x;
+        sums[h][c] = j == 0 ? x : sums[h][c] + x;
       }
-  }
+    }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) mass[h] = kFirst ? sums[h][0] + sums[h][1] : mass[h] + (sums[h][0] + sums[h][1]);
   return grown;
 }
 
