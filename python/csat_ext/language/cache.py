@@ -14,6 +14,13 @@ class KVCache:
         self._key = self._value = torch.empty(0)  # (B, H, at least length, D)
         self.length = 0
 
+    @classmethod
+    def holding(cls, key: Tensor, value: Tensor) -> KVCache:
+        """A cache after these tokens, (B, H, n, D) each."""
+        cache = cls()
+        cache._key, cache._value, cache.length = key, value, key.shape[2]
+        return cache
+
     @property
     def nbytes(self) -> int:
         """Memory of the keys and values of the tokens so far, without what the buffers have in reserve."""
