@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -117,10 +118,17 @@ def pytest_result(status: int | None, output: str) -> Result:
 
 
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+# Most of a test is its reference in float64 on the CPU.
+ABREAST = ("-n", str(min(12, os.cpu_count() or 1))) if find_spec("xdist") else ()
 
 
 def tests(deadline: Deadline) -> Iterator[Result]:
-    suites = {"gpu": ["tests/gpu"], "operator": ["tests/test_operator.py", "-k", "cuda"]}
+    operators = ("operator", "implicit", "causal", "varlen")
+    suites = {
+        "primitives": ["tests/gpu/test_primitives.py"],  # compiled once: by one process
+        "gpu": [*ABREAST, "tests/gpu/test_gpu.py"],
+        "operator": [*ABREAST, *(f"tests/test_{name}.py" for name in operators), "-k", "cuda"],
+    }
     result: Result = {}
     for name, selection in suites.items():
         result[name] = pytest_result(*command([*PYTEST, *selection], deadline))

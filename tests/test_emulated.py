@@ -145,8 +145,8 @@ def test_attend_backward_on_tensor_cores(
 
 
 def test_products_of_the_backward_are_warpgroups_on_hopper_alone(library: Any, generator: torch.Generator) -> None:
-    """A product of a warp is 16 x 8 x 16, one of a warpgroup 64 x 64 x 16 or, against a tile of 32 queries, 64 x 32 x 16:
-    three of the five. Scores, dP and dvc are started once more after the last of the two tiles."""
+    """A product of a warp is 16 x 8 x 16, one of a warpgroup 64 x 64 x 16 or, of three of the five, against 32 queries,
+    64 x 32 x 16. Scores, dP and dvc are started once more after the last of the two tiles."""
     inputs = _attend_inputs(generator, torch.bfloat16, (1, 1, 1, 64, 128, 64, 64), "none")
     z, lse = _composite.attend(*inputs)
     products = {}

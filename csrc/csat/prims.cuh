@@ -7,8 +7,7 @@
 // sync_warp, shfl_xor, warp_any, warp_sum, warp_max, quad_sum, quad_max, load4, exp_f32, exp2_approx, divide_approx,
 // log_f32, positive_part, soft_threshold; cp_async16, ldmatrix_x4, mma_m16n8k16, named_barrier_sync and their kin; of
 // Hopper mbarrier_*, bulk_*, tensor_copy_*, wgmma_*, registers_*; on the host make_tensor_map, last_error,
-// max_shared_bytes,
-// compute_capability, multiprocessors.
+// max_shared_bytes, compute_capability, multiprocessors.
 #pragma once
 #include <cmath>
 #include <cstdint>

@@ -146,6 +146,7 @@ const char* why_not_wgmma(const DecodeBackwardParams& p, const Device& device) {
   if (!size) return "P, R or Dv above 128";
   if (d.layers > 1 && (d.s_layers > 1 || d.b_layers > 1)) return "S or B not tied over the layers";
   if (p.forward.batch * p.forward.heads * p.forward.queries == 0) return "no rows";
+  if (p.forward.queries > kMaxBlocks) return "more than 2^31 queries";
   return decode_backward_wgmma_stages(size, d.layers, device.shared_bytes)
              ? nullptr
              : "the iterates of all layers exceed the shared memory of a block";

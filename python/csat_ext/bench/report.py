@@ -47,7 +47,13 @@ SECTIONS = (
         pictures.table5,
     ),
     Section("Time of the operator alone", "scaling", _alone(tables.scaling), drawer=pictures.scaling),
-    Section("The operators on a GPU", "gpu_check_*", tables.gpu_check),
+    Section(
+        "The operators on a GPU",
+        "gpu_check_*",
+        tables.gpu_check,
+        "As each device saw them at the revision that its file names; what changed since stands in the section after.",
+    ),
+    Section("The kernels from run to run on a GPU", "gpu_ladder", tables.gpu_ladder),
     Section("Pretraining", "pretrain", _alone(tables.pretrain), kept=("pretrain", "pretrain_examples")),
     Section(
         "What is learnt with equal parameters, examples and steps",

@@ -126,10 +126,6 @@ def scaling(results: Results) -> str:
     return text + table(head, rows) + results.source(result["machine"], "scaling")
 
 
-README: dict[str, Maker] = {"pretrain": pretrain, "ensembles": ensembles, "lista": lista, "scaling": scaling}
-"""The tables that README.md has between `<!-- name -->` and `<!-- /name -->`."""
-
-
 # ---- those of docs/results.md alone ----------------------------------------------------------------------------------
 
 
@@ -212,6 +208,17 @@ def gpu_check(results: Results, name: str) -> str:
     return "\n\n".join([*parts, f"Stages of [{name}.json]({results.link}/{name}.json): {ran}."])
 
 
+GPU, GPU_M = "gpu_check_NVIDIA_H100_80GB_HBM3", 256
+"""The file and the number of measurements that the README shows."""
+
+
+def gpu(results: Results) -> str:
+    """The whole operator beside fused full attention on a GPU, at one m."""
+    stage = results.load(GPU)["stages"]["attention"]
+    rows = [row for row in stage["rows"] if row["m"] == GPU_M]
+    return _gpu_attention({"rows": rows}) + results.source(stage["machine"], GPU)
+
+
 def _gpu_attention(stage: dict[str, Any]) -> str:
     text = (
         "Time of full attention (the faster of torch's flash and cuDNN backends) over that of CSAT with LISTA (T = 3), "
@@ -248,6 +255,45 @@ def _gpu_row(row: dict[str, Any]) -> list[str]:
         speeds = [speed for speed in row[name]["speed_over_sdpa"].values() if speed is not None]
         cells += [f"{min(speeds):.2f}" if speeds else "-", milliseconds(row[name]["ms"])]
     return cells
+
+
+def gpu_ladder(results: Results, name: str) -> str:
+    """Milliseconds of every operator at a few sizes, one column for each run of `benchmarks/gpu_check.py` on a GPU."""
+    ladder = results.load(name)
+    runs = ladder["runs"]
+    head = ["n", "m", "D", "op", *(f"{i}" for i in range(1, len(runs) + 1))]
+    rows = [
+        [*(str(row[size]) for size in ("n", "m", "d")), f"`{row['op']}`", *_ladder_cells(runs, "ops", row, "ms")]
+        for row in runs[0]["ops"]
+    ]
+    for row in runs[0]["whole"]:
+        for part, what in (("forward", "csat_attention"), ("training", "csat_attention and its gradients")):
+            cells = _ladder_cells(runs, "whole", row, f"{part}_ms")
+            rows.append([*(str(row[size]) for size in ("n", "m", "d")), what, *cells])
+    steps = [
+        f"{i}. {run['device']}, {run['date'][:10]}, revision {run['revision'][:12]}: {run['what']}. {run['tests']}."
+        for i, run in enumerate(runs, 1)
+    ]
+    return "\n".join(
+        [f"{ladder['note']} Milliseconds:", "", *steps, "", table(head, rows) + results.source(ladder["machine"], name)]
+    )
+
+
+def _ladder_cells(runs: Sequence[dict[str, Any]], kind: str, row: dict[str, Any], figure: str) -> list[str]:
+    """That figure of the same row in every run."""
+    same = [key for key in ("n", "m", "d", "op") if key in row]
+    found = [next(r for r in run[kind] if all(r[key] == row[key] for key in same)) for run in runs]
+    return [milliseconds(r[figure]) for r in found]
+
+
+README: dict[str, Maker] = {
+    "pretrain": pretrain,
+    "ensembles": ensembles,
+    "lista": lista,
+    "scaling": scaling,
+    "gpu": gpu,
+}
+"""The tables that README.md has between `<!-- name -->` and `<!-- /name -->`."""
 
 
 # ---- quality ---------------------------------------------------------------------------------------------------------
