@@ -3,11 +3,12 @@ values.
 
 One token at a time is stepped through the attention of one layer, on one thread. Contexts are not decoded from their
 first token: every cache is filled at once with random numbers of the shapes that it has after so many tokens (states of
-`CSATCache`, buffers of `KVCache`), which neither its memory nor the time of a step depends on. The shortest context is
-filled token by token as well, and both fillings must have equal bytes. Memory is exact, the bytes of the tensors kept.
+`CSATCache`, buffers of `KVCache`), which neither its memory nor the time of a step depends on. A short context is
+filled token by token as well, and both fillings must have equal bytes. Memory is exact, the bytes of the tensors kept;
+of the block form the most that it keeps while it steps through a block, whose tokens it holds until the block is whole.
 
-A turn steps the forms of CSAT through a whole block of tokens, so that the measurement of a finished block has its
-share, and the full cache through fewer. All forms take turns at every length; the least mean of a turn is taken, in
+A turn steps the block form through a whole block of tokens, so that the measurement of a finished block has its share,
+and the full cache through fewer. All forms take turns at every length; the least mean of a turn is taken, in
 seconds of the processor, which other work on the machine does not add to.
 
     python benchmarks/decoding.py
@@ -17,10 +18,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from machine import header
@@ -32,7 +35,7 @@ from csat_ext.language.cache import KVCache
 HERE = Path(__file__).parent
 LENGTHS = (1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20)
 BK, R, M = 128, 16, 64  # tokens and measurements of a block; measurements of the prefix form
-FULL_STEPS = 4  # of a turn of the full cache
+FULL_STEPS, PREFIX_STEPS = 4, 128  # of a turn
 Cache: TypeAlias = CSATCache | KVCache
 
 
@@ -41,12 +44,17 @@ def full(n: int, heads: int, width: int) -> KVCache:
     return KVCache.holding(*torch.randn(2, 1, heads, n, width))
 
 
-def block(n: int, heads: int, width: int) -> CSATCache:
-    """r measurements of each of the n / Bk finished blocks."""
-    cache = CSATCache("block", block_size=BK, measurements_per_block=R)
-    entries = n // BK * R
+def least_work(n: int) -> int:
+    """Bk of the block form's least work, sqrt(r n), as a power of 2."""
+    return int(max(R, 2 ** round(0.5 * math.log2(R * n))))
+
+
+def block(size: int, n: int, heads: int, width: int) -> CSATCache:
+    """r measurements of each of the finished blocks of n tokens."""
+    cache = CSATCache("block", block_size=size, measurements_per_block=R)
+    entries = n // size * R
     kc, vc = torch.randn(2, 1, heads, entries, width)
-    bias = torch.full((1, heads, entries), float(BK / R)).log()
+    bias = torch.full((1, heads, entries), size / R).log()
     k, v = torch.empty(2, 1, heads, 0, width)
     state = {"kc": kc, "vc": vc, "bias": bias, "k": k, "v": v, "keep": None}
     cache.load_state_dict({"causal": "block", "length": n, **state})
@@ -62,48 +70,65 @@ def prefix(n: int, heads: int, width: int) -> CSATCache:
     return cache
 
 
-FORMS: dict[str, Callable[[int, int, int], Cache]] = {"full": full, "block": block, "prefix": prefix}
+class Form(NamedTuple):
+    """fill: (n, heads, width) -> the cache after n tokens; steps: of a turn."""
+
+    fill: Callable[[int, int, int], Cache]
+    steps: int
 
 
-def stepped(form: str, cache: Cache, tokens: Tensor) -> None:
-    """tokens (n, 3, 1, H, 1, D): query, key and value of each, one step each."""
-    phi = tokens.new_full((1, 1, 1, M), 1 / M)
+def forms(n: int) -> dict[str, Form]:
+    """What is measured after n tokens."""
+    least = least_work(n)
+    return {
+        "full": Form(full, FULL_STEPS),
+        "block, Bk = 128": Form(partial(block, BK), BK),
+        "block, Bk = sqrt(r n)": Form(partial(block, least), least),
+        "prefix": Form(prefix, PREFIX_STEPS),
+    }
+
+
+def stepped(name: str, cache: Cache, tokens: Tensor) -> int:
+    """tokens (n, 3, 1, H, 1, D): query, key and value of each, one step each; returns the most bytes after a step."""
+    phi, most = tokens.new_full((1, 1, 1, M), 1 / M), 0
     for q, k, v in tokens:
-        cache.step(q, k, v, phi) if form == "prefix" else cache.step(q, k, v)
+        cache.step(q, k, v, phi) if name == "prefix" else cache.step(q, k, v)
+        most = max(most, cache.nbytes)
+    return most
 
 
-def seconds(form: str, cache: Cache, tokens: Tensor) -> float:
+def seconds(name: str, cache: Cache, tokens: Tensor) -> float:
     """Of the processor, for one token, on average over a turn."""
-    tokens = tokens[:FULL_STEPS] if form == "full" else tokens
     start = time.process_time()
-    stepped(form, cache, tokens)
+    stepped(name, cache, tokens)
     return (time.process_time() - start) / len(tokens)
 
 
 def check_filling(heads: int, width: int) -> None:
     """Filled at once or token by token, a cache has the same bytes."""
     n = 2 * BK
-    for form, fill in FORMS.items():
-        by_token: Cache = KVCache() if form == "full" else fill(0, heads, width)
-        stepped(form, by_token, torch.randn(n, 3, 1, heads, 1, width))
-        if by_token.nbytes != fill(n, heads, width).nbytes:
-            raise AssertionError(
-                f"{form}: {by_token.nbytes} bytes token by token, {fill(n, heads, width).nbytes} at once"
-            )
+    for name, form in forms(n).items():
+        by_token: Cache = KVCache() if name == "full" else form.fill(0, heads, width)
+        stepped(name, by_token, torch.randn(n, 3, 1, heads, 1, width))
+        at_once = form.fill(n, heads, width).nbytes
+        if by_token.nbytes != at_once:
+            raise AssertionError(f"{name}: {by_token.nbytes} bytes token by token, {at_once} at once")
 
 
 def measured(n: int, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Bytes, and the least seconds of a token, of every form after n tokens."""
-    heads, width = arguments.heads, arguments.width
-    caches = {form: fill(n, heads, width) for form, fill in FORMS.items()}
-    size = {form: cache.nbytes for form, cache in caches.items()}
-    tokens = torch.randn(BK, 3, 1, heads, 1, width)
-    stepped("full", caches["full"], tokens[:1])  # its buffers grow now, not in a turn
-    turns: dict[str, list[float]] = {form: [] for form in FORMS}
+    heads, width, kinds = arguments.heads, arguments.width, forms(n)
+    caches = {name: form.fill(n, heads, width) for name, form in kinds.items()}
+    size = {name: cache.nbytes for name, cache in caches.items()}
+    tokens = torch.randn(max(form.steps for form in kinds.values()), 3, 1, heads, 1, width)
+    for name, cache in caches.items():  # the buffers of the full cache grow now, not in a turn
+        most = stepped(name, cache, tokens[: kinds[name].steps])
+        size[name] = size[name] if name == "full" else max(size[name], most)
+    turns: dict[str, list[float]] = {name: [] for name in kinds}
     for _ in range(arguments.turns):
-        for form, cache in caches.items():
-            turns[form].append(seconds(form, cache, tokens))
-    return {form: {"bytes": size[form], "seconds": min(turns[form])} for form in FORMS}
+        for name, cache in caches.items():
+            turns[name].append(seconds(name, cache, tokens[: kinds[name].steps]))
+    return {name: {"bytes": size[name], "seconds": min(turns[name])} for name in kinds}
 
 
 def row(n: int, of_forms: dict[str, dict[str, float]]) -> dict[str, Any]:
@@ -134,13 +159,13 @@ def main() -> None:
     result = {
         "machine": header(),
         "shape": {
-            "batch": 1, "heads": arguments.heads, "width": arguments.width, "block_size": BK,
+            "batch": 1, "heads": arguments.heads, "width": arguments.width,
             "measurements_per_block": R, "m": M, "dtype": "float32", "filled": "at once, with random numbers",
         },
         "rows": [row(n, of_forms) for n, of_forms in found.items()],
         "time a token over that at the shortest context": {
             form: {str(n): round(own[form]["seconds"] / first[form]["seconds"], 2) for n, own in found.items()}
-            for form in FORMS
+            for form in first
         },
     }  # fmt: skip
     print(json.dumps(result, indent=1))

@@ -23,24 +23,31 @@ def test_filled_at_once_is_filled_token_by_token() -> None:
 
 
 def test_a_filling_of_other_bytes_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = decoding.FORMS["block"]
-    monkeypatch.setitem(decoding.FORMS, "block", lambda n, *shape: right(n + decoding.BK if n else 0, *shape))
-    with pytest.raises(AssertionError, match="block: "):
+    right = decoding.block
+    monkeypatch.setattr(decoding, "block", lambda size, n, *shape: right(size, n + size if n else 0, *shape))
+    with pytest.raises(AssertionError, match="block, Bk = 128: "):
         decoding.check_filling(HEADS, WIDTH)
 
 
 def test_ratios_are_the_full_cache_over_each_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = {"full": iter((9.0, 8.0)), "block": iter((2.0, 3.0)), "prefix": iter((1.0, 1.0))}
+    clock = {"full": iter((9.0, 8.0)), "block, Bk = 128": iter((2.0, 3.0)), "prefix": iter((1.0, 1.0))}
+    clock["block, Bk = sqrt(r n)"] = iter((4.0, 4.0))
     monkeypatch.setattr(decoding, "seconds", lambda form, cache, tokens: next(clock[form]))
     arguments = argparse.Namespace(heads=HEADS, width=WIDTH, turns=2)
     row = decoding.row(N, decoding.measured(N, arguments))
+    held = 2 * HEADS * WIDTH * 4  # key and value of a token
+    finished = HEADS * decoding.R * (2 * WIDTH + 1) * 4  # what a finished block leaves
+    assert decoding.least_work(N) == 64
     assert row["bytes"] == {
-        "full": 2 * HEADS * N * WIDTH * 4,
-        "block": HEADS * 4 * decoding.R * (2 * WIDTH + 1) * 4,
+        "full": N * held,
+        "block, Bk = 128": 4 * finished + 127 * held,  # the 128th token finishes the fifth block
+        "block, Bk = sqrt(r n)": max(8 * finished + 63 * held, 9 * finished),
         "prefix": HEADS * decoding.M * (2 * WIDTH + 1) * 4,
     }
-    assert {form: ratio["full time over it"] for form, ratio in row["ratios"].items()} == {"block": 4.0, "prefix": 8.0}
-    assert row["ratios"]["block"]["full memory over it"] == round(2 * N * WIDTH / (4 * decoding.R * (2 * WIDTH + 1)), 1)
+    over = {name: ratio["full time over it"] for name, ratio in row["ratios"].items()}
+    assert over == {"block, Bk = 128": 4.0, "block, Bk = sqrt(r n)": 2.0, "prefix": 8.0}
+    sizes = row["bytes"]
+    assert row["ratios"]["prefix"]["full memory over it"] == round(sizes["full"] / sizes["prefix"], 1)
 
 
 def test_the_full_cache_grows_without_changing_what_it_holds() -> None:

@@ -181,7 +181,7 @@ def test_figures_of_gpu_check(results: Results) -> None:
 def test_figures_of_decoding_and_of_the_language_model(results: Results) -> None:
     ratios = {"block": {"full memory over it": 7.94, "full time over it": 0.5}}
     growth = {"full": {"4096": 1.0}, "block": {"4096": 1.0}}
-    shape = {"heads": 2, "width": 64, "dtype": "float32", "block_size": 128, "measurements_per_block": 16, "m": 64}
+    shape = {"heads": 2, "width": 64, "dtype": "float32", "measurements_per_block": 16, "m": 64}
     decoded = {"machine": MACHINE, "shape": shape, "rows": [{"n": 4096, "ratios": ratios}]}
     decoded["time a token over that at the shortest context"] = growth
     (results.folder / "decoding.json").write_text(json.dumps(decoded))

@@ -428,9 +428,8 @@ def decoding(results: Results) -> str:
         for form, own in growth.items()
     ]
     about = (
-        f"{shape['heads']} heads of {shape['width']}, {shape['dtype']}; blocks of {shape['block_size']} tokens to "
-        f"{shape['measurements_per_block']} measurements, no window before the query's own block; prefix with "
-        f"m = {shape['m']}.\n\n"
+        f"{shape['heads']} heads of {shape['width']}, {shape['dtype']}; r = {shape['measurements_per_block']} "
+        f"measurements of each block, no window before the query's own block; prefix with m = {shape['m']}.\n\n"
     )
     head = ["", *(f"n = {row['n']}" for row in found)]
     return about + table(head, rows) + results.source(result["machine"], "decoding")
