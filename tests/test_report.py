@@ -178,6 +178,29 @@ def test_figures_of_gpu_check(results: Results) -> None:
     assert tables.gpu_check(results, "gpu_check_x").endswith("gpu_check_x.json): build: failed.")
 
 
+def test_figures_of_decoding_and_of_the_language_model(results: Results) -> None:
+    ratios = {"block": {"full memory over it": 7.94, "full time over it": 0.5}}
+    growth = {"full": {"4096": 1.0}, "block": {"4096": 1.0}}
+    shape = {"heads": 2, "width": 64, "dtype": "float32", "measurements_per_block": 16, "m": 64}
+    decoded = {"machine": MACHINE, "shape": shape, "rows": [{"n": 4096, "ratios": ratios}]}
+    decoded["time a token over that at the shortest context"] = growth
+    (results.folder / "decoding.json").write_text(json.dumps(decoded))
+    text = tables.decoding(results)
+    assert "| `block`: memory, full over it | 7.9 |" in text and "| `block`: time, full over it | 0.50 |" in text
+    assert "| `full`: time over its own at n = 4096 | 1.00 |" in text
+    learnt = {
+        "machine": MACHINE,
+        "text": {"name": "topics", "training": 90, "held out": 10},
+        "settings": {"steps": 3, "seed": 0, "model": {"layers": 2, "width": 8, "heads": 2}}
+        | {"data": {"batch_size": 4, "context": 16}},
+        "bits per byte of single bytes": 4.5,
+        "runs": {"sdpa": {"parameters": 100, "bits per byte": 3.25}},
+    }
+    (results.folder / "language_model.json").write_text(json.dumps(learnt))
+    text = tables.language_model(results)
+    assert "| `sdpa` | 3.250 | 100 |" in text and "| *frequencies of single bytes* | 4.500 |  |" in text
+
+
 def test_folders_and_files_that_are_no_results(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no known result file"):
         report.page(Results(tmp_path, "x"), lambda name, drawer: "")

@@ -71,6 +71,51 @@ def evaluate(
     _evaluate(checkpoint, output)
 
 
+@app.command("lm")
+def language_model(
+    config: Annotated[Path, typer.Option(help="YAML file: model sizes and form of attention, text, schedule.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, wins over the file.")] = None,
+    deepspeed: Annotated[Path | None, typer.Option(help="DeepSpeed JSON, wins over the YAML's.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the run: metrics, TensorBoard, checkpoints.")] = Path(
+        "runs/language"
+    ),
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, wins over train.steps.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in --output.")] = False,
+) -> None:
+    """Train a causal language model over bytes and measure its bits per byte on text held out."""
+    from csat_ext.language import config as configs
+
+    chosen = list(overrides or []) + ([] if steps is None else [f"train.steps={steps}"])
+    settings = configs.load(config, chosen, None if deepspeed is None else str(deepspeed))
+    from csat_ext.language import train
+    from csat_ext.pretrain.train import leave_process_group
+
+    result = train.train(train.read_run(settings), output, resume=resume)
+    if os.environ["RANK"] == "0":
+        typer.echo(
+            f"held out: {result['bits per byte']:.3f} bits per byte (frequencies of single bytes: "
+            f"{result['bits per byte of single bytes']:.3f}); written: {output / train.EVALUATION}"
+        )
+    leave_process_group()
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[Path, typer.Option(help="Output folder of csat lm.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    count: Annotated[int, typer.Option("--bytes", help="How many bytes to add.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable byte.")] = 0.8,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+) -> None:
+    """Continue a prompt with a trained language model, through the cache of its attention."""
+    from csat_ext.language.generate import generate as continued
+    from csat_ext.language.train import load_trained
+
+    made = continued(load_trained(checkpoint), prompt.encode(), count, temperature, seed)
+    typer.echo(prompt + made.text.decode(errors="replace"))
+    typer.echo(f"cache after the last byte: {made.cache_bytes} bytes", err=True)
+
+
 @app.command()
 def plan(
     model: Annotated[str, typer.Option(help="vit-b16, vit-l16, bert-large, ... or layers=24,width=1024,heads=16")],

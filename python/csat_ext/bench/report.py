@@ -62,6 +62,21 @@ SECTIONS = (
         "`csat + linear` is the control that `csat + LISTA` has to beat. Protocol: `benchmarks/quality/protocol.py`.",
         pictures.quality,
     ),
+    Section(
+        "A causal language model",
+        "language_model",
+        _alone(tables.language_model),
+        "Bytes of text, equal parameters, steps and seed; `block` and `prefix` are the causal forms of CSAT, without a "
+        "decoder. A quick run of one seed: too short for conclusions.",
+    ),
+    Section(
+        "Decoding: memory and time of a token",
+        "decoding",
+        _alone(tables.decoding),
+        "One layer's cache of a causal form beside a full cache of keys and values, the full one over each: above 1 "
+        "the form is cheaper. Contexts are filled at once with random numbers of the shapes that a cache has after so "
+        "many tokens; bytes are exact, times are of the processor.",
+    ),
     Section("What each part of CSAT buys", "quality_ablation*", tables.ablation),
     Section("Which ensembles approximate attention", "ensembles", _alone(tables.ensembles), drawer=pictures.ensembles),
     Section(

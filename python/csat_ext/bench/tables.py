@@ -389,3 +389,47 @@ def ablation(results: Results, name: str) -> str:
         + _runs_left_out(result)
         + results.source(result["machine"], name)
     )
+
+
+# ---- causal forms ----------------------------------------------------------------------------------------------------
+
+
+def language_model(results: Results) -> str:
+    """Held-out bits per byte of each attention, beside the frequencies of single bytes."""
+    result = results.load("language_model")
+    text, s = result["text"], result["settings"]
+    model, data = s["model"], s["data"]
+    about = (
+        f"Held-out bits per byte on the {text['name']}, {text['training']} bytes to train on and the last "
+        f"{text['held out']} held out. {model['layers']} layers, width {model['width']}, {model['heads']} heads; "
+        f"{s['steps']} steps of {data['batch_size']} windows of {data['context']} bytes, seed {s['seed']}.\n\n"
+    )
+    rows = [
+        [f"`{name}`", f"{run['bits per byte']:.3f}", f"{run['parameters']}"] for name, run in result["runs"].items()
+    ]
+    rows.append(["*frequencies of single bytes*", f"{result['bits per byte of single bytes']:.3f}", ""])
+    head = ["attention", "bits per byte", "parameters"]
+    return about + table(head, rows) + results.source(result["machine"], "language_model")
+
+
+def decoding(results: Results) -> str:
+    """Memory and time of the full cache over those of each form, and how each grows with the context."""
+    result = results.load("decoding")
+    shape, found = result["shape"], result["rows"]
+    growth = result["time a token over that at the shortest context"]
+    rows = []
+    for form in found[0]["ratios"]:
+        for name, key, digits in (("memory", "full memory over it", 1), ("time", "full time over it", 2)):
+            cells = [f"{row['ratios'][form][key]:.{digits}f}" for row in found]
+            rows.append([f"`{form}`: {name}, full over it", *cells])
+    shortest = found[0]["n"]
+    rows += [
+        [f"`{form}`: time over its own at n = {shortest}", *(f"{ratio:.2f}" for ratio in own.values())]
+        for form, own in growth.items()
+    ]
+    about = (
+        f"{shape['heads']} heads of {shape['width']}, {shape['dtype']}; r = {shape['measurements_per_block']} "
+        f"measurements of each block, no window before the query's own block; prefix with m = {shape['m']}.\n\n"
+    )
+    head = ["", *(f"n = {row['n']}" for row in found)]
+    return about + table(head, rows) + results.source(result["machine"], "decoding")

@@ -15,6 +15,8 @@ from typing import Any
 from csat_ext.config import refuse_unknown
 from csat_ext.pretrain.data import DataConfig
 
+Config = typing.TypeVar("Config")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -42,7 +44,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "width", "heads", "vision_layers", "text_layers", "decoder_layers", "embed_dim"):
-            _at_least(f"model.{name}", getattr(self, name), 1)
+            at_least(f"model.{name}", getattr(self, name), 1)
         if self.width % self.heads or self.width % 4:
             raise ValueError(f"model.width: {self.width} is not a multiple of model.heads = {self.heads} and of 4")
         if self.patch_size % 2:
@@ -81,9 +83,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints"):
-            _at_least(f"train.{name}", getattr(self, name), 1)
+            at_least(f"train.{name}", getattr(self, name), 1)
         for name in ("contrastive_weight", "caption_weight"):
-            _at_least(f"train.{name}", getattr(self, name), 0)
+            at_least(f"train.{name}", getattr(self, name), 0)
         if self.bad_batches not in ("stop", "skip"):
             raise ValueError(f"train.bad_batches: {self.bad_batches!r} came, 'stop' or 'skip' is accepted")
         if not 0 <= self.label_smoothing < 1:
@@ -105,10 +107,10 @@ class EvaluateConfig:
     max_items: int | None = None
 
     def __post_init__(self) -> None:
-        _at_least("evaluate.batch_size", self.batch_size, 1)
-        _at_least("evaluate.examples", self.examples, 0)
+        at_least("evaluate.batch_size", self.batch_size, 1)
+        at_least("evaluate.examples", self.examples, 0)
         if self.max_items is not None:
-            _at_least("evaluate.max_items", self.max_items, 1)
+            at_least("evaluate.max_items", self.max_items, 1)
 
 
 @dataclass(frozen=True)
@@ -122,17 +124,42 @@ class PretrainConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
+DATA_PATHS = ("train_shards", "val_shards", "tokenizer")
+
+
 def load(path: str | Path, overrides: typing.Sequence[str] = (), deepspeed: str | None = None) -> PretrainConfig:
+    """Reads a YAML file, as `read` does, into a checked config, as `checked` does."""
+    return checked(read(path, overrides, deepspeed, PretrainConfig, DATA_PATHS), PretrainConfig)
+
+
+def from_dict(raw: dict[str, Any]) -> PretrainConfig:
+    """The config of a nested dict with absolute paths. Raises ValueError naming the wrong key or value."""
+    return checked(raw, PretrainConfig)
+
+
+def to_dict(config: PretrainConfig) -> dict[str, Any]:
+    """The nested dict that `from_dict` reads back."""
+    return dataclasses.asdict(config)
+
+
+# ---- YAML files of any run -------------------------------------------------------------------------------------------
+
+
+def read(
+    path: str | Path, overrides: typing.Sequence[str], deepspeed: str | None, kind: type, data_paths: tuple[str, ...]
+) -> dict[str, Any]:
     """Reads a YAML file; relative paths in it are relative to the file itself.
 
     Args:
         path: the YAML file.
         overrides: `section.key=value` strings, the value in YAML syntax; they win over the file.
         deepspeed: path of a DeepSpeed JSON (relative to the working directory) that wins over the file's.
+        kind: the dataclass of the file, for messages.
+        data_paths: keys of the section `data` that hold paths.
 
     Raises:
         FileNotFoundError: `path` does not exist.
-        ValueError: an unknown key (with the nearest known one), a wrong value, malformed YAML.
+        ValueError: a wrong override, malformed YAML.
     """
     import yaml
 
@@ -145,33 +172,28 @@ def load(path: str | Path, overrides: typing.Sequence[str] = (), deepspeed: str 
         raise ValueError(f"config: {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise ValueError(
-            f"config: {path} holds {type(raw).__name__}, a mapping with the keys {_names(PretrainConfig)} is accepted"
+            f"config: {path} holds {type(raw).__name__}, a mapping with the keys {_names(kind)} is accepted"
         )
     for override in overrides:
         _override(raw, override)
     if deepspeed is not None:
         raw["deepspeed"] = str(Path(deepspeed).resolve())
-    return from_dict(_absolute(raw, path.resolve().parent))
+    return _absolute(raw, path.resolve().parent, data_paths)
 
 
-def from_dict(raw: dict[str, Any]) -> PretrainConfig:
-    """The config of a nested dict with absolute paths. Raises ValueError naming the wrong key or value."""
+def checked(raw: dict[str, Any], kind: type[Config]) -> Config:
+    """The dataclass of a nested dict with absolute paths. Raises ValueError naming the wrong key or value."""
     from pydantic import TypeAdapter, ValidationError
 
-    _refuse_unknown(raw, PretrainConfig, "")
+    _refuse_unknown(raw, kind, "")
     try:
-        return TypeAdapter(PretrainConfig).validate_python(raw)
+        return TypeAdapter(kind).validate_python(raw)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         message = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]  # a check of our own
         where = f"{key}: " if key and not message.startswith(f"{key}.") else ""
         raise ValueError(f"config: {where}{message}") from error
-
-
-def to_dict(config: PretrainConfig) -> dict[str, Any]:
-    """The nested dict that `from_dict` reads back."""
-    return dataclasses.asdict(config)
 
 
 def _names(cls: Any) -> list[str]:
@@ -208,7 +230,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
         raise ValueError(f"override: the value of {override!r} is not valid YAML") from error
 
 
-def _absolute(raw: dict[str, Any], base: Path) -> dict[str, Any]:
+def _absolute(raw: dict[str, Any], base: Path, data_paths: tuple[str, ...]) -> dict[str, Any]:
     """The same mapping with its relative paths made absolute; URLs are left alone."""
 
     def resolve(value: Any) -> Any:
@@ -218,11 +240,11 @@ def _absolute(raw: dict[str, Any], base: Path) -> dict[str, Any]:
 
     raw = {key: resolve(value) if key == "deepspeed" else value for key, value in raw.items()}
     if isinstance(raw.get("data"), dict):
-        paths = ("train_shards", "val_shards", "tokenizer")
-        raw["data"] = {key: resolve(value) if key in paths else value for key, value in raw["data"].items()}
+        raw["data"] = {key: resolve(value) if key in data_paths else value for key, value in raw["data"].items()}
     return raw
 
 
-def _at_least(name: str, value: float, bound: float) -> None:
+def at_least(name: str, value: float, bound: float) -> None:
+    """Raises ValueError, naming the value, where it is below the bound."""
     if value < bound:
         raise ValueError(f"{name}: {value} came, at least {bound} is accepted")

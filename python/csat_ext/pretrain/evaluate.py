@@ -91,7 +91,7 @@ def load_trained(checkpoint: Path) -> tuple[Run, VisionLanguageModel, int]:
     tag = latest.read_text().strip()
     model = build_model(run)
     apply(model, run.deepspeed)
-    model.load_state_dict(_weights(latest.parent, tag))
+    model.load_state_dict(stored_weights(latest.parent, tag))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return run, model.eval().to(device), int(tag.rpartition("-")[2])
 
@@ -115,7 +115,7 @@ def greedy_captions(model: VisionLanguageModel, visual: Tensor, tokenizer: Capti
     return tokens
 
 
-def _weights(folder: Path, tag: str) -> dict[str, Tensor]:
+def stored_weights(folder: Path, tag: str) -> dict[str, Tensor]:
     """The float32 weights of a DeepSpeed checkpoint of any ZeRO stage."""
     if any((folder / tag).glob("*zero_pp_rank_*")):
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint

@@ -8,13 +8,10 @@ import math
 import os
 import socket
 import sys
-import time
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -24,11 +21,13 @@ from csat_ext import __version__, checkpoints
 from csat_ext.pretrain.config import PretrainConfig, from_dict, to_dict
 from csat_ext.pretrain.data import CaptionTokenizer, batches_per_epoch, expand_shards, train_batches
 from csat_ext.pretrain.model import Losses, VisionLanguageModel
+from csat_ext.pretrain.progress import METRICS as METRICS
+from csat_ext.pretrain.progress import Reporter
 from csat_ext.section import SECTION, load_json, read_section
 
 CHECKPOINTS = "checkpoints"
-METRICS = "metrics.jsonl"
 RUN = "run.json"  # the config of the run: what `evaluate` and `--resume` read
+LOSSES = ("loss", "contrastive", "caption")
 MAX_BAD_BATCHES = 10  # in a row: then it is not the data
 
 
@@ -118,14 +117,14 @@ def pretrain(run: Run, output: Path, *, resume: bool = False) -> None:
     if dist.get_rank() == 0:
         run.save(output)
     train = run.config.train
-    with _Reporter(run, output, step, engine) as report:
+    with Reporter(train, LOSSES, output, step, engine, _describe(run, engine)) as report:
         batches = _Batches(run, drawn)
         while step < train.steps:
             step += 1
             losses, tokens = _train_step(engine, batches, step)
             report.add(step, losses, tokens)
             if step % train.checkpoint_every == 0 or step == train.steps:
-                _check_gradients(engine, step)
+                check_gradients(engine, step)
                 state = {"step": step, "batches": batches.drawn}
                 checkpoints.save(engine, output / CHECKPOINTS, step, state, train.keep_checkpoints)
 
@@ -163,26 +162,34 @@ def leave_process_group() -> None:
     dist.destroy_process_group()
 
 
+def check_output(output: Path, resume: bool) -> None:
+    """Refuses to overwrite a run, and to resume nothing."""
+    latest = output / CHECKPOINTS / "latest"
+    if not resume and latest.exists():
+        raise FileExistsError(f"output: {output} holds checkpoints; pass --resume to continue them or another --output")
+    if resume and not latest.exists():
+        raise FileNotFoundError(f"--resume: {latest} does not exist, there is no checkpoint to continue")
+
+
+def refuse_another_run(output: Path, pairs: dict[str, tuple[Any, Any]]) -> None:
+    """Raises ValueError for the first of these parts, as it was and as it is now, that differs."""
+    for name, (old, new) in pairs.items():
+        if old != new:
+            raise ValueError(f"--resume: {name} differs from the run in {output}: it was {old}, now {new}")
+
+
 def _check_output(run: Run, output: Path, resume: bool) -> None:
     """Refuses to overwrite a run, to resume nothing, and to resume another run than the one in `output`."""
-    latest = output / CHECKPOINTS / "latest"
+    check_output(output, resume)
     if not resume:
-        if latest.exists():
-            raise FileExistsError(
-                f"output: {output} holds checkpoints; pass --resume to continue them or another --output"
-            )
         return
-    if not latest.exists():
-        raise FileNotFoundError(f"--resume: {latest} does not exist, there is no checkpoint to continue")
     before = Run.load(output)
     pairs = {
         "model": (before.config.model, run.config.model),
         "data": (before.config.data, run.config.data),
-        SECTION: tuple(read_section(r.deepspeed) for r in (before, run)),
+        SECTION: (read_section(before.deepspeed), read_section(run.deepspeed)),
     }
-    for name, (old, new) in pairs.items():
-        if old != new:
-            raise ValueError(f"--resume: {name} differs from the run in {output}: it was {old}, now {new}")
+    refuse_another_run(output, pairs)
 
 
 def _engine(run: Run) -> Any:
@@ -195,23 +202,28 @@ def _engine(run: Run) -> Any:
 
 
 def fill_auto(run: Run, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed config of a run without `"auto"`: `filled`."""
+    return filled(run.deepspeed, run.config.data.batch_size, run.config.train.steps, world_size)
+
+
+def filled(deepspeed: dict[str, Any], batch_size: int, steps: int, world_size: int) -> dict[str, Any]:
     """The DeepSpeed config with `"auto"` replaced by what the YAML file knows: batch sizes and the schedule's length.
 
     Raises:
         ValueError: a number where the YAML file says another one.
     """
-    config = json.loads(json.dumps(run.deepspeed))
+    config: dict[str, Any] = json.loads(json.dumps(deepspeed))
     accumulation = config.setdefault("gradient_accumulation_steps", 1)
     if isinstance(accumulation, bool) or not isinstance(accumulation, int) or accumulation < 1:
         raise ValueError(
             f"DeepSpeed config: gradient_accumulation_steps is {accumulation!r}; accepted: a positive int (the batch "
             "sizes follow from it and from the run's config)"
         )
-    _fill(config, "train_micro_batch_size_per_gpu", run.config.data.batch_size)
-    _fill(config, "train_batch_size", run.config.data.batch_size * accumulation * world_size)
+    _fill(config, "train_micro_batch_size_per_gpu", batch_size)
+    _fill(config, "train_batch_size", batch_size * accumulation * world_size)
     schedule = config.get("scheduler", {}).get("params", {})
     if "total_num_steps" in schedule:
-        _fill(schedule, "total_num_steps", run.config.train.steps)
+        _fill(schedule, "total_num_steps", steps)
     config.setdefault("steps_per_print", sys.maxsize)
     return config
 
@@ -281,113 +293,13 @@ def _finite_losses(engine: Any, batches: _Batches, step: int) -> tuple[Losses, d
     )
 
 
-def _check_gradients(engine: Any, step: int) -> None:
+def check_gradients(engine: Any, step: int) -> None:
     """Refuses to save weights that a gradient of NaN went into; under fp16 the loss scaler leaves such steps out."""
     norm = engine.get_global_grad_norm()
     if norm is not None and not engine.fp16_enabled() and not math.isfinite(norm):
         raise FloatingPointError(
             f"step {step}: the norm of the gradient is {norm}; nothing was saved. Lower the learning rate and resume"
         )
-
-
-class _Reporter(AbstractContextManager["_Reporter"]):
-    """Metrics of the run on rank 0: JSON lines, TensorBoard, and a progress bar or, without a terminal, plain lines."""
-
-    def __init__(self, run: Run, output: Path, step: int, engine: Any) -> None:
-        self.train, self.engine, self.output = run.config.train, engine, output
-        self.first = self.last = step
-        self.window = torch.zeros(3, device=engine.device)
-        self.tokens = 0
-        self.started = self.mark = time.perf_counter()
-        self.main = dist.get_rank() == 0
-        if not self.main:
-            return
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.console = Console(soft_wrap=True)
-        self.console.print(_describe(run, engine))
-        self._forget_after(step)
-        self.lines = (output / METRICS).open("a")
-        self.board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
-        columns = (
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeRemainingColumn(),
-        )
-        self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
-        self.task = self.progress.add_task("", total=self.train.steps, completed=step, status="")
-        self.progress.start()
-
-    def add(self, step: int, losses: torch.Tensor, tokens: int) -> None:
-        """Takes one step's local losses; every `log_every` steps they are averaged over ranks and written."""
-        self.window += losses
-        self.tokens += tokens
-        if step % self.train.log_every == 0 or step == self.train.steps:
-            self._flush(step)
-        if self.main:
-            self.progress.update(self.task, completed=step)
-
-    def _flush(self, step: int) -> None:
-        sums = torch.cat([self.window, torch.tensor([self.tokens], device=self.window.device)]).double()
-        dist.all_reduce(sums)
-        *means, tokens = sums.tolist()
-        total, contrastive, caption = (mean / dist.get_world_size() / (step - self.last) for mean in means)
-        now = time.perf_counter()
-        if self.main:
-            metrics = {
-                "step": step,
-                "loss": total,
-                "contrastive": contrastive,
-                "caption": caption,
-                "lr": self.engine.get_lr()[0],
-                "tokens_per_s": tokens / (now - self.mark),
-                "seconds": now - self.started,
-            }
-            norm = self.engine.get_global_grad_norm()
-            if norm is not None:  # the engine keeps none for float32 without ZeRO
-                metrics["grad_norm"] = float(norm)
-            self._write(metrics)
-        self.window.zero_()
-        self.tokens, self.last, self.mark = 0, step, now
-
-    def _write(self, metrics: dict[str, Any]) -> None:
-        self.lines.write(json.dumps(metrics) + "\n")
-        self.lines.flush()
-        for name, value in metrics.items():
-            if name != "step":
-                self.board.add_scalar(f"train/{name}", value, metrics["step"])
-        status = (
-            f"loss {metrics['loss']:.3f} (contrastive {metrics['contrastive']:.3f}, caption {metrics['caption']:.3f})  "
-            f"{metrics['tokens_per_s']:,.0f} tokens/s"
-        )
-        self.progress.update(self.task, status=status)
-        if not self.console.is_terminal:
-            step = metrics["step"]
-            left = metrics["seconds"] / (step - self.first) * (self.train.steps - step)
-            self.console.print(
-                f"step {step}/{self.train.steps}  {status}  lr {metrics['lr']:.2e}  ETA {left:.0f} s", highlight=False
-            )
-
-    def _forget_after(self, step: int) -> None:
-        """Drops the metrics of steps that a resumed run will make again."""
-        path = self.output / METRICS
-        if path.is_file():
-            # A line that was being written when the run was killed has no brace at its end.
-            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            path.write_text("".join(line + "\n" for line in kept))
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.main:
-            self.progress.stop()
-            self.lines.close()
-            self.board.close()
 
 
 def _describe(run: Run, engine: Any) -> str:
