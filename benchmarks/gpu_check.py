@@ -141,7 +141,16 @@ def tests(deadline: Deadline) -> Iterator[Result]:
 SANITIZED = (
     *("project-grouped-in-parts", "project_backward-per-head-masked", "project_implicit-rademacher-per-head-masked"),
     *("project_implicit-srht-per-head-masked", "project_implicit-pool-per-head-masked", "attend-D32", "attend-D128"),
-    *("attend-streamed", "attend-wide", "attend_backward-D80", "attend_backward-D128", "decode-P128", "decode-wide"),
+    *(
+        "attend_causal-no-window",
+        "attend_causal_backward-grouped-masked",
+        "attend-streamed",
+        "attend-wide",
+        "attend_backward-D80",
+        "attend_backward-D128",
+        "decode-P128",
+        "decode-wide",
+    ),
     *("decode_backward-P64", "decode_backward-P128", "attend_decode-D64-P128", "attend_decode-D128-P64"),
 )
 

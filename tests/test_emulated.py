@@ -286,7 +286,7 @@ def test_sizes_beyond_the_tensor_cores_run_on_the_others(library: Any, generator
 MMA_DECODERS = [
     (1, 3, 1, 1, 64, 64, 64),
     (2, 3, 1, 1, 128, 64, 60),
-    (1, 2, 2, 2, 100, 80, 70),
+    (1, 2, 1, 2, 100, 80, 70),
     (1, 2, 1, 1, 256, 64, 33),
 ]
 
@@ -294,9 +294,54 @@ MMA_DECODERS = [
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
 @pytest.mark.parametrize("sizes", MMA_DECODERS, ids=str)
 def test_decode_on_tensor_cores(library: Any, generator: torch.Generator, sizes: tuple[int, ...], dtype: Any) -> None:
-    ops = EmulatedOps(library, seed=5, compute_capability=90)  # for the shared memory
+    ops = EmulatedOps(library, seed=5, compute_capability=90 if sizes[4] > 128 else 80)  # for the shared memory
     check(ops, "decode", _tokens(generator, dtype, 1, 2, 41, sizes[5]), *_decoder(generator, sizes))
     assert _on_tensor_cores(ops)
+
+
+# batch, heads, queries; the decoder's sizes. Every compiled size with its padding, S and B tied or not.
+WARPGROUP_DECODERS = [
+    ((1, 1, 1), (1, 1, 1, 1, 5, 24, 30)),
+    ((2, 2, 70), (2, 3, 3, 3, 64, 17, 60)),
+    ((1, 3, 1100), (3, 2, 1, 1, 20, 64, 18)),  # three groups of rows; a warpgroup walks several tiles
+    ((1, 2, 800), (1, 3, 1, 3, 100, 60, 64)),
+    ((1, 1, 1100), (1, 4, 4, 4, 128, 40, 64)),  # and without room for the next one
+    ((2, 1, 90), (1, 3, 1, 1, 33, 128, 80)),
+    ((1, 2, 70), (1, 3, 1, 1, 128, 128, 128)),
+    ((1, 2, 90), (2, 3, 3, 1, 65, 70, 100)),
+]
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
+@pytest.mark.parametrize("shape,sizes", WARPGROUP_DECODERS, ids=str)
+def test_decode_on_warpgroups(
+    library: Any, generator: torch.Generator, shape: tuple[int, int, int], sizes: tuple[int, ...], dtype: Any
+) -> None:
+    ops = EmulatedOps(library, seed=5, compute_capability=90)
+    check(ops, "decode", _tokens(generator, dtype, *shape, sizes[5]), *_decoder(generator, sizes))
+    assert _on_tensor_cores(ops)
+
+
+def test_products_of_decode_are_warpgroups_on_hopper(library: Any, generator: torch.Generator) -> None:
+    """Of 64 rows, P = 64, three layers: B z, S a_1, S a_2, psi a_3, each 4 of 64 x 64 x 16."""
+    ops = EmulatedOps(library, compute_capability=90)
+    ops.decode(_tokens(generator, torch.bfloat16, 1, 1, 64, 64), *_decoder(generator, (1, 3, 1, 1, 64, 64, 64)))
+    assert ops.counters.mma == 16
+
+
+@pytest.mark.parametrize("sizes", [(2, 3, 1, 1, 64, 24, 33), (1, 2, 2, 2, 128, 24, 72)], ids=str)
+def test_decode_on_warpgroups_is_the_same_from_any_layout(
+    library: Any, generator: torch.Generator, sizes: tuple[int, ...]
+) -> None:
+    """Gaps between elements, (B, N, H, D), axes of stride 0, weights in 16 bits, any order of threads: bitwise."""
+    one = _tokens(generator, torch.float16, 1, 2, 1, sizes[5])
+    z, weights = one.expand(2, 2, 90, sizes[5]), [w.half().float() for w in _decoder(generator, sizes)]
+    row = EmulatedOps(library, compute_capability=90).decode(one, *weights)
+    views = [z, z.contiguous(), _strided(z), z.transpose(1, 2).contiguous().transpose(1, 2)]
+    for seed, view in enumerate(views):
+        ops = EmulatedOps(library, seed=seed, compute_capability=90)
+        for parameters in (weights, [w.half() for w in weights], [w.mT.contiguous().mT for w in weights]):
+            assert torch.equal(ops.decode(view, *parameters), row.expand(2, 2, 90, sizes[6]))
 
 
 # sizes of attend, of the decoder: one kernel; a pair, because z leaves no registers; a pair whose decoder is too large;
@@ -429,11 +474,12 @@ def test_products_of_decode_backward_are_warpgroups_on_hopper(library: Any, gene
 def test_decode_backward_on_warpgroups_recomputes_the_iterates(
     library: Any, generator: torch.Generator, size: int, dtype: torch.dtype
 ) -> None:
-    """Those of attend_decode, bit for bit: a coefficient at its threshold is on in both passes or off in both."""
+    """Those of decode and attend_decode, bit for bit: a coefficient at its threshold is on in all passes or off."""
     ops = EmulatedOps(library, seed=5, compute_capability=90)
     S, B, theta, psi, step = _decoder(generator, (1, 3, 1, 1, size, size, size))
     inputs = _attend_inputs(generator, dtype, (1, 1, 1, size, 20, size, size), "finite")
     coefficients, z, _ = ops.attend_decode(*inputs, S, B, theta, torch.eye(size)[None], step, True)
+    assert torch.equal(ops.decode(z, S, B, theta, torch.eye(size)[None], step), coefficients)
     dpsi = ops.decode_backward(torch.eye(size, dtype=dtype)[None, None], z, S, B, theta, psi, step)[4]
     assert bool((coefficients == 0).any())
     assert torch.equal(dpsi[0].to(dtype), coefficients[0, 0])
@@ -771,6 +817,15 @@ def test_bank_conflicts_of_decode_backward_on_warpgroups(library: Any, generator
     ops = EmulatedOps(library, count_bank_conflicts=True, compute_capability=90)
     arguments = _settled_decode(generator, torch.float16, (1, 2, 150), (1, 3, 1, 1, size, size, size))
     _check_bank_conflicts(ops, "decode_backward", *arguments)
+
+
+@pytest.mark.parametrize("sizes", [(1, 3, 1, 1, 64, 64, 64), (1, 2, 2, 2, 128, 64, 64), (1, 3, 1, 1, 128, 128, 128)])
+def test_bank_conflicts_of_decode_on_warpgroups(
+    library: Any, generator: torch.Generator, sizes: tuple[int, ...]
+) -> None:
+    ops = EmulatedOps(library, count_bank_conflicts=True, compute_capability=90)
+    z = _tokens(generator, torch.float16, 1, 2, 150, sizes[5])
+    _check_bank_conflicts(ops, "decode", z, *_decoder(generator, sizes))
 
 
 def test_report_is_raised(library: Any, generator: torch.Generator) -> None:

@@ -62,6 +62,26 @@ def test_gradients_on_hopper(d: int, family: str) -> None:
     assert dict(older.refused)["wgmma"] == "wgmma belongs to compute capability 9.0"
 
 
+@pytest.mark.parametrize(
+    "sizes,reason",
+    [
+        ({"P": 128, "R": 128, "Dv": 100, "T": 3}, None),
+        ({"P": 128, "R": 64, "Dv": 64, "T": 4, "Ts": 4, "Tb": 4}, None),
+        ({"P": 129}, "coefficient count P above 128"),
+        ({"R": 129}, "R or Dv above 128"),
+        ({"P": 128, "R": 128, "T": 3, "Ts": 3, "Tb": 3}, "the decoder's weights exceed the shared memory of a block"),
+    ],
+)
+def test_decode_alone_on_hopper(sizes: dict[str, int], reason: str | None) -> None:
+    from csat_ext._library import _C
+
+    problem = dict.fromkeys(("B", "H", "Nq", "D", "Hk", "M", "R", "Hd", "T", "Ts", "Tb", "P", "Dv"), 1) | sizes
+    call = ("decode", "wgmma", problem, "bfloat16", "float32")
+    refused, shared_bytes = _C.can_run(*call, 90, 227 * 1024)
+    assert refused == reason and (shared_bytes > 0) == (reason is None)
+    assert _C.can_run(*call, 80, 163 * 1024)[0] == "wgmma belongs to compute capability 9.0"
+
+
 def test_every_family_before_the_chosen_one_has_a_reason() -> None:
     q, k, v, phi = _inputs(9, 12, 200, 200, torch.float32)
     choice = explain(q, k, v, phi, device="sm_90")["attend"]

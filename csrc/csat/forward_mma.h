@@ -1,5 +1,5 @@
-// Host side of forward_mma.cuh, forward_wgmma.cuh and attend_causal_mma.cuh: attend (decode null), decode (attend null)
-// or both as one kernel, where limits::plan_mma has a plan.
+// Host side of forward_mma.cuh, forward_wgmma.cuh, decode_wgmma.cuh and attend_causal_mma.cuh: attend (decode null),
+// decode (attend null) or both as one kernel, where limits::plan_forward has a plan.
 #pragma once
 #include "csat/limits.h"
 

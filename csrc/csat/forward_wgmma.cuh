@@ -99,13 +99,16 @@ CSAT_DEVICE void load_decoder(const Resident<T, kD, kP>& to, int64_t head) {
 // How far, in powers of two, probabilities may grow before z is rescaled.
 constexpr float kSoftmaxSlack = 8.f;
 
-// The maximum of what this lane has of one of its two rows.
+// The maximum of what this lane has of one of its two rows, by two chains.
 template <int kChunk>
 CSAT_DEVICE float largest_of(const Sums<16, kChunk>& s, int h) {
-  float largest = fmaxf(s.at[0][0][2 * h], s.at[0][0][2 * h + 1]);
+  float largest[2];
 #pragma unroll
-  for (int j = 1; j < kChunk / 8; ++j) largest = fmaxf(largest, fmaxf(s.at[0][j][2 * h], s.at[0][j][2 * h + 1]));
-  return largest;
+  for (int j = 0; j < kChunk / 8; ++j) {
+    const float pair = fmaxf(s.at[0][j][2 * h], s.at[0][j][2 * h + 1]);
+    largest[j % 2] = j < 2 ? pair : fmaxf(largest[j % 2], pair);
+  }
+  return fmaxf(largest[0], largest[1]);
 }
 
 // s -> exp2(factor s - peak), where the peak is that of the chunks so far or up to kSoftmaxSlack less; the mass
@@ -127,18 +130,21 @@ CSAT_DEVICE bool chunk_softmax(Softmax<16>& state, float (&decay)[2], Sums<16, k
       mass[h] *= decay[h];
     }
   }
+  float sums[2][2];  // of a row: of the first and of the second columns of pairs
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const float centre = peak[h] == -INFINITY ? 0.f : peak[h];  // a row of -inf: all probabilities 0
+  for (int j = 0; j < kChunk / 8; ++j)
 #pragma unroll
-    for (int j = 0; j < kChunk / 8; ++j)
+    for (int h = 0; h < 2; ++h) {
+      const float centre = peak[h] == -INFINITY ? 0.f : peak[h];  // a row of -inf: all probabilities 0
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         float& x = s.at[0][j][2 * h + c];
         x = exp2_approx(x * factor - centre);
-        mass[h] = kFirst && j == 0 && c == 0 ? x : mass[h] + x;
+        sums[h][c] = j == 0 ? x : sums[h][c] + x;
       }
-  }
+    }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) mass[h] = kFirst ? sums[h][0] + sums[h][1] : mass[h] + (sums[h][0] + sums[h][1]);
   return grown;
 }
 
@@ -178,16 +184,6 @@ struct UnitState {
   Softmax<16> softmax;
   Operand<T, 16, limits::kWgmmaChunk> probabilities;
 };
-
-// sums (+)= a w^T, waited for.
-template <typename T, int kColumns, int kDepth>
-CSAT_DEVICE void product_transposed(Sums<16, kColumns>& sums, Operand<T, 16, kDepth>& a, SwizzledTile<T, kDepth> w,
-                                    bool accumulate) {
-  wgmma_fence(sums.at[0], a.at[0]);
-  start_product_transposed(sums, a, w, 0, accumulate);
-  wgmma_commit();
-  wgmma_wait<0>(sums.at[0]);
-}
 
 // z of chunk c, behind a fence.
 template <typename T, int kD, int kP>
@@ -253,8 +249,7 @@ CSAT_DEVICE Sums<16, kD> decode_rows(const Resident<T, kD, kP>& resident, Swizzl
     Sums<16, kP> u = {};
     measured(u, 0);
     if constexpr (kKeep) bz = u;
-    shrink(u, resident.theta(), resident.step()[0]);
-    a = to_operand<T>(u);
+    next_iterate<true>(a, u, resident.theta(), resident.step()[0]);
   }
 #pragma unroll 1
   for (int t = 1; t < w.layers; ++t) {
@@ -266,8 +261,7 @@ CSAT_DEVICE Sums<16, kD> decode_rows(const Resident<T, kD, kP>& resident, Swizzl
       measured(u, t);
     }
     product_transposed(u, a, resident.S(t), true);
-    shrink(u, a, 0, resident.theta() + t * kP, resident.step()[t]);
-    a = to_operand<T>(u);
+    next_iterate<false>(a, u, resident.theta() + t * kP, resident.step()[t]);
   }
   Sums<16, kD> c = {};
   product_transposed(c, a, resident.psi(), false);
@@ -359,7 +353,7 @@ __global__ void __launch_bounds__(128 * limits::wgmma_groups(kD, kP), 1)
     for (int i = 0; i <= resident.kWarps; ++i) mbarrier_init(resident.queries_arrived(i), 1);
     fence_mbarrier_init();
   }
-  uint32_t queries_parity = 0, measurements_parity = 0;
+  uint32_t parities = 0;  // bit 0: of the next unit's queries, bit 1: of the next measurements
   for_each_run(p, [&](const UnitRun& run) {
     __syncthreads();  // the mbarriers are made; nobody reads the run before
     const int group = warpgroup_id();
@@ -371,10 +365,10 @@ __global__ void __launch_bounds__(128 * limits::wgmma_groups(kD, kP), 1)
     cp_async_wait<0>();
     fence_proxy_async();
     __syncthreads();
-    mbarrier_wait(resident.measurements_arrived(), measurements_parity);
-    measurements_parity ^= 1;
-    for (int unit = group; unit < run.count; unit += resident.kGroups, queries_parity ^= 1)
-      run_unit(rows, unit, unit + resident.kGroups, run.count, queries_parity);
+    mbarrier_wait(resident.measurements_arrived(), parities >> 1);
+    parities ^= 2;
+    for (int unit = group; unit < run.count; unit += resident.kGroups, parities ^= 1)
+      run_unit(rows, unit, unit + resident.kGroups, run.count, parities & 1);
   });
 }
 

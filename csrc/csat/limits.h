@@ -178,12 +178,24 @@ constexpr int64_t wgmma_decoder_bytes(const Decoder& d, int feature, int atoms) 
          4 * (d.layers * atoms + round_up(d.layers, 4));
 }
 
+// decode alone on wgmma: P padded to 64 or 128, R and Dv to one of both.
+constexpr int decode_wgmma_feature(int64_t n) { return smallest_of({64, 128}, n); }
+constexpr int kDecodeWgmmaAtoms = 128;
+// Warpgroups of a block: B z, u and the iterate of 64 coefficients take 80 registers of 128 a thread, of 128
+// coefficients 160 of 255.
+constexpr int decode_wgmma_groups(int atoms) { return atoms == 64 ? 4 : 2; }
+// The decoder; for each warpgroup tiles of rows with their mbarriers.
+constexpr int64_t decode_wgmma_bytes(const Decoder& d, int feature, int atoms, int stages) {
+  return wgmma_decoder_bytes(d, feature, atoms) +
+         decode_wgmma_groups(atoms) * stages * (kWgmmaRows * int64_t(feature) * 2 + 8);
+}
+
 // How a forward launch uses the tensor cores: sizes, and what shared memory holds.
 struct ForwardMmaPlan {
   bool wgmma = false;
   int feature = 0, atoms = 0;  // compile-time sizes; atoms 0: no decoder
   int chunks = 0, slots = 0;   // of measurements; as many slots as chunks: resident
-  int stages = 0;              // tiles of query rows a warp
+  int stages = 0;              // tiles of query rows a warp; of rows of z a warpgroup, where decode alone is on wgmma
   int64_t shared_bytes = 0;
 };
 Device current_device();
@@ -192,6 +204,7 @@ const char* plan_mma(ForwardMmaPlan& plan, const AttendParams* attend, const Dec
                      int64_t shared_limit);
 const char* plan_wgmma(ForwardMmaPlan& plan, const AttendParams& attend, const DecodeParams* decode,
                        const Device& device);
+const char* plan_wgmma(ForwardMmaPlan& plan, const DecodeParams& decode, const Device& device);
 // attend_causal; nullptr and a plan, or the reason why there is none.
 const char* plan_causal_mma(ForwardMmaPlan& plan, const AttendCausalParams& p, int64_t shared_limit);
 // The first of both that has a plan; nullptr and the plan, or why mma has none.

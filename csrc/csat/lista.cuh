@@ -79,6 +79,30 @@ CSAT_DEVICE void shrink(Sums<kRows, kColumns>& u, const float* theta, float step
       for (int e = 0; e < 4; ++e) u.at[i][j][e] = soft_threshold(step * u.at[i][j][e], theta[8 * j + t + e % 2]);
 }
 
+// a = soft(a + step (u - a), theta), rounded to T, where a is whole; kFirst: from a = 0. The arithmetic of shrink.
+template <bool kFirst, typename T, int kRows, int kP>
+CSAT_DEVICE void next_iterate(Operand<T, kRows, kP>& a, const Sums<kRows, kP>& u, const float* theta, float step) {
+  const int t = pinned(lane_id()) % 4 * 2;
+#pragma unroll
+  for (int j = 0; j < kP / 8; ++j) {
+    const float2 threshold = *reinterpret_cast<const float2*>(theta + 8 * j + t);
+#pragma unroll
+    for (int i = 0; i < kRows / 16; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        uint32_t& pair = a.at[i][j / 2][j % 2 * 2 + h];
+        float2 x = {u.at[i][j][2 * h], u.at[i][j][2 * h + 1]};
+        if constexpr (kFirst) {
+          x = {step * x.x, step * x.y};
+        } else {
+          const float2 before = unpack2<T>(pair);
+          x = {before.x + step * (x.x - before.x), before.y + step * (x.y - before.y)};
+        }
+        pair = soft_threshold_pack2<T>(x, threshold);
+      }
+  }
+}
+
 // a_{t+1} from a_t; the first layer starts from a = 0.
 template <bool kFirst, typename T, int kRows, int kD, int kP, typename Measured>
 CSAT_DEVICE void lista_layer(Operand<T, kRows, kP>& a, const Measured& z, const DecoderTiles<T, kD, kP>& w, int t) {

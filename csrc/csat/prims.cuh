@@ -3,11 +3,11 @@
 // CUDA headers and for the three macros, and every CUDA thread runs on the CPU.
 //
 // Words: __global__, __launch_bounds__, threadIdx.x, blockIdx.x, __syncthreads(), dim3, float4 as in CUDA; CSAT_DEVICE,
-// CSAT_DYN_SMEM, CSAT_LAUNCH; bf16, f16, to_float, from_float, pack2, unpack2; lane_id, warp_id, warpgroup_id,
-// sync_warp, shfl_xor, warp_any, warp_sum, warp_max, quad_sum, quad_max, load4, exp_f32, exp2_approx, divide_approx,
-// log_f32, positive_part, soft_threshold; cp_async16, ldmatrix_x4, mma_m16n8k16, named_barrier_sync and their kin; of
-// Hopper mbarrier_*, bulk_*, tensor_copy_*, wgmma_*, registers_*; on the host make_tensor_map, last_error,
-// max_shared_bytes, compute_capability, multiprocessors.
+// CSAT_DYN_SMEM, CSAT_LAUNCH; bf16, f16, to_float, from_float, pack2, pack2_magnitudes, unpack2; lane_id, warp_id,
+// warpgroup_id, sync_warp, shfl_xor, warp_any, warp_sum, warp_max, quad_sum, quad_max, load4, exp_f32, exp2_approx,
+// divide_approx, log_f32, positive_part, soft_threshold, soft_threshold_pack2; cp_async16, ldmatrix_x4, mma_m16n8k16,
+// named_barrier_sync and their kin; of Hopper mbarrier_*, bulk_*, tensor_copy_*, wgmma_*, registers_*; on the host
+// make_tensor_map, last_error, max_shared_bytes, compute_capability, multiprocessors.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -169,11 +169,22 @@ template <typename T>
 CSAT_DEVICE float2 unpack2(uint32_t pair);
 template <>
 CSAT_DEVICE float2 unpack2<bf16>(uint32_t pair) {
-  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
+  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
 }
 template <>
 CSAT_DEVICE float2 unpack2<f16>(uint32_t pair) {
   return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+}
+// pack2 of max(low, 0) and max(high, 0), a NaN staying one, with the signs of low_sign and high_sign: three
+// instructions.
+template <typename T>
+CSAT_DEVICE uint32_t pack2_magnitudes(float low, float high, float low_sign, float high_sign) {
+  uint32_t pair;
+  if constexpr (std::is_same_v<T, bf16>)
+    asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair | (__byte_perm(__float_as_uint(low_sign), __float_as_uint(high_sign), 0x7632) & 0x80008000u);
 }
 
 // bar.sync / bar.arrive: barrier `id` (1..15; 0 is __syncthreads) completes when `threads` threads have come.
@@ -497,6 +508,11 @@ CSAT_DEVICE float log_f32(float x) { return logf(x); }
 
 // soft(u, theta) = sign(u) max(|u| - theta, 0); a NaN in either stays a NaN. Zero has the sign of u.
 CSAT_DEVICE float soft_threshold(float u, float theta) { return copysignf(positive_part(fabsf(u) - theta), u); }
+// pack2 of two of them, bit for bit but for the sign of a NaN.
+template <typename T>
+CSAT_DEVICE uint32_t soft_threshold_pack2(float2 u, float2 theta) {
+  return pack2_magnitudes<T>(fabsf(u.x) - theta.x, fabsf(u.y) - theta.y, u.x, u.y);
+}
 
 // 0, or the cudaError_t of the launch before.
 inline int last_error() { return static_cast<int>(cudaGetLastError()); }

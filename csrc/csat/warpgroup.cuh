@@ -44,7 +44,7 @@ CSAT_DEVICE void load_rows_async(SwizzledTile<T, kColumns> tile, GlobalRows<cons
   }
 }
 
-// ---- a warp's own 16 rows under the swizzle
+// ---- a warp's own 16 rows under the swizzle: those that a tile starts with
 
 namespace fragment {
 
@@ -52,7 +52,7 @@ namespace fragment {
 template <typename T, int kColumns>
 CSAT_DEVICE T* lane_of_block(SwizzledTile<T, kColumns> tile, int k) {
   const int lane = lane_id(), row = lane % 16;
-  T* panel = tile.data + k / 4 * 16 * 64 + row * 64;
+  T* panel = tile.data + k / 4 * tile.rows * 64 + row * 64;
   return panel + (((lane / 16 ^ row % 8) * 8) ^ k % 4 * 16);
 }
 
@@ -78,7 +78,7 @@ CSAT_DEVICE void store_rows(GlobalRows<T> target, SwizzledTile<T, kColumns> tile
   constexpr int kUnits = kColumns / 8, kStep = 32 / kUnits;  // pieces of a row; rows that a warp stores at a time
   const int lane = lane_id(), row = lane / kUnits, column = lane % kUnits * 8;
   const int rows = column >= target.columns ? 0 : (target.rows < 16 ? static_cast<int>(target.rows) : 16);
-  const T* from = tile.data + (column / 64 * 16 + row) * 64;
+  const T* from = tile.data + (column / 64 * tile.rows + row) * 64;
   const int piece = (column % 64 / 8 ^ row) * 8;  // of rows r with r % 8 = row
   T* out = target.data + row * target.stride + column;
   if (vectors) {
@@ -132,6 +132,15 @@ CSAT_DEVICE void start_product_transposed(Sums<16, kColumns>& sums, const Operan
 #pragma unroll
   for (int k = 0; k < kDepth / 16; ++k)
     wgmma_k16<T, false>(sums.at[0], a.at[0][k], wgmma_advance(right, b.depth_offset(k)), accumulate || k > 0);
+}
+// sums (+)= a b^T with all rows of b, waited for.
+template <typename T, int kColumns, int kDepth>
+CSAT_DEVICE void product_transposed(Sums<16, kColumns>& sums, Operand<T, 16, kDepth>& a, SwizzledTile<T, kDepth> b,
+                                    bool accumulate) {
+  wgmma_fence(sums.at[0], a.at[0]);
+  start_product_transposed(sums, a, b, 0, accumulate);
+  wgmma_commit();
+  wgmma_wait<0>(sums.at[0]);
 }
 // sums = a b^T, where a is the rows of its tile from `row` on, and b all of its tile.
 template <int kRows, int kColumns, typename T, int kDepth>

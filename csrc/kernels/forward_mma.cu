@@ -1,5 +1,6 @@
 // Host side of the tensor-core forward: operands with vector rows, grid, choice of the compiled instance.
 #include "csat/attend_causal_mma.cuh"
+#include "csat/decode_wgmma.cuh"
 #include "csat/forward_mma.cuh"
 #include "csat/forward_mma.h"
 #include "csat/forward_wgmma.cuh"
@@ -58,6 +59,13 @@ int take_attend(ForwardMmaArgs& args, const limits::ForwardMmaPlan& plan, const 
   return 0;
 }
 
+// A panel of float32 rows where they lie, if elements lie side by side: without a launch; else a copy.
+int take_floats(Panel& panel, Carver& carver, const PackArgs& p, void* stream) {
+  if (p.dtype != DType::f32 || p.column_stride != 1) return take_panel(panel, carver, p, p.rows, p.columns, stream);
+  panel = {const_cast<float*>(static_cast<const float*>(p.source)), p.row_stride, p.stride0};  // is only read
+  return 0;
+}
+
 int take_decoder(ForwardMmaArgs& args, const DecodeParams& p, DType dtype, Carver& carver, void* stream) {
   const Decoder& d = p.decoder;
   DecoderWeights& w = args.decoder;
@@ -75,15 +83,17 @@ int take_decoder(ForwardMmaArgs& args, const DecodeParams& p, DType dtype, Carve
   CSAT_TRY(take_vector_rows(w.S, carver, dtype, d.heads, d.s_layers, P, P, stream));
   CSAT_TRY(take_vector_rows(w.B, carver, dtype, d.heads, d.b_layers, P, d.features, stream));
   CSAT_TRY(take_vector_rows(w.psi, carver, dtype, d.heads, 1, d.outputs, P, stream));
-  PackArgs theta = operand(d.theta, d.heads, 1, d.layers, P);
-  theta.row_stride = d.theta.stride[1];
-  CSAT_TRY(take_panel(w.theta, carver, theta, d.layers, P, stream));
   args.out = p.out;
   args.out_vectors = vector_stores(p.out, d.outputs);
-  return take_panel(w.step, carver, operand(d.step, d.heads, 1, 1, d.layers), 1, d.layers, stream);
+  PackArgs theta = operand(d.theta, d.heads, 1, d.layers, P);
+  theta.row_stride = d.theta.stride[1];
+  CSAT_TRY(take_floats(w.theta, carver, theta, stream));
+  return take_floats(w.step, carver, operand(d.step, d.heads, 1, 1, d.layers), stream);
 }
 
-int take_rows(ForwardMmaArgs& args, const DecodeParams& p, Carver& carver, void* stream) {
+int take_rows(ForwardMmaArgs& args, const limits::ForwardMmaPlan& plan, const DecodeParams& p, Carver& carver,
+              void* stream) {
+  args.stages = plan.stages;
   args.heads = static_cast<int>(p.heads);
   args.pairs = static_cast<int>(p.batch * p.heads);
   args.queries = p.queries;
@@ -94,7 +104,7 @@ int take_rows(ForwardMmaArgs& args, const DecodeParams& p, Carver& carver, void*
 
 int take(ForwardMmaArgs& args, const limits::ForwardMmaPlan& plan, const AttendParams* attend,
          const DecodeParams* decode, Carver& carver, void* stream) {
-  CSAT_TRY(attend ? take_attend(args, plan, *attend, carver, stream) : take_rows(args, *decode, carver, stream));
+  CSAT_TRY(attend ? take_attend(args, plan, *attend, carver, stream) : take_rows(args, plan, *decode, carver, stream));
   const int rows = plan.wgmma ? limits::kWgmmaRows : attend ? limits::kMmaRows : limits::decode_mma_rows(plan.atoms);
   args.units = static_cast<int>(ceil_div(args.queries, rows));
   return decode ? take_decoder(args, *decode, attend ? attend->q.dtype : decode->z.dtype, carver, stream) : 0;
@@ -123,8 +133,13 @@ Launch wgmma_instance(const limits::ForwardMmaPlan& plan) {
   return plan.atoms == 0 ? launch_forward_wgmma<T, 128, 0> : launch_forward_wgmma<T, 128, 64>;
 }
 template <typename T>
+Launch decode_wgmma_instance(const limits::ForwardMmaPlan& plan) {
+  if (plan.feature == 64) return plan.atoms == 64 ? launch_decode_wgmma<T, 64, 64> : launch_decode_wgmma<T, 64, 128>;
+  return plan.atoms == 64 ? launch_decode_wgmma<T, 128, 64> : launch_decode_wgmma<T, 128, 128>;
+}
+template <typename T>
 Launch instance(const limits::ForwardMmaPlan& plan, bool attend) {
-  if (plan.wgmma) return wgmma_instance<T>(plan);
+  if (plan.wgmma) return attend ? wgmma_instance<T>(plan) : decode_wgmma_instance<T>(plan);
   switch (plan.feature) {
     case 32:
       return attend ? attend_instance<T, 32>(plan.atoms) : decode_instance<T, 32>(plan.atoms);

@@ -121,9 +121,25 @@ const char* plan_wgmma(ForwardMmaPlan& plan, const AttendParams& attend, const D
                                                   : "measurements and decoder exceed the shared memory of a block";
 }
 
+const char* plan_wgmma(ForwardMmaPlan& plan, const DecodeParams& decode, const Device& device) {
+  plan = {};
+  if (device.capability != kWgmmaCapability) return "wgmma belongs to compute capability 9.0";
+  if (const char* reason = plan_sizes(plan, nullptr, &decode, decode_wgmma_feature, "R or Dv above 128")) return reason;
+  if (plan.atoms > kDecodeWgmmaAtoms) return "coefficient count P above 128";
+  if (decode.batch * decode.heads * ceil_div(decode.queries, kWgmmaRows) > kMaxBlocks || decode.queries > kMaxBlocks)
+    return "more than 2^31 tiles";
+  plan.wgmma = true;
+  for (int stages : {2, 1}) {
+    plan.stages = stages;
+    plan.shared_bytes = decode_wgmma_bytes(decode.decoder, plan.feature, plan.atoms, stages);
+    if (plan.shared_bytes <= device.shared_bytes) return nullptr;
+  }
+  return "the decoder's weights exceed the shared memory of a block";
+}
+
 const char* plan_forward(ForwardMmaPlan& plan, const AttendParams* attend, const DecodeParams* decode,
                          const Device& device) {
-  if (attend && !plan_wgmma(plan, *attend, decode, device)) return nullptr;
+  if (!(attend ? plan_wgmma(plan, *attend, decode, device) : plan_wgmma(plan, *decode, device))) return nullptr;
   return plan_mma(plan, attend, decode, device.shared_bytes);
 }
 
@@ -258,7 +274,6 @@ const char* why_not(const AttendParams& attend, const DecodeParams& decode, int6
 
 namespace {
 
-constexpr const char* kNoWgmma = "no wgmma version of this kernel";
 constexpr const char* kNoPair = "not a fused kernel";
 
 const char* can_pair(const Problem& p, const Device& device) {
@@ -275,7 +290,7 @@ const char* can_run_forward(Kernel kernel, Family family, const Problem& p, cons
   ForwardMmaPlan plan;
   switch (family) {
     case Family::wgmma:
-      return attend ? plan_wgmma(plan, *attend, decode, device) : kNoWgmma;
+      return attend ? plan_wgmma(plan, *attend, decode, device) : plan_wgmma(plan, *decode, device);
     case Family::mma:
       return plan_mma(plan, attend, decode, device.shared_bytes);
     case Family::pair:
@@ -338,9 +353,10 @@ int64_t forward_bytes(Kernel kernel, Family family, const Problem& p, const Devi
                       limit);
   }
   ForwardMmaPlan plan;
+  const AttendParams* attended = kernel == Kernel::decode ? nullptr : &a;
   const DecodeParams* decode = kernel == Kernel::attend ? nullptr : &p.decode;
-  if (family == Family::wgmma) plan_wgmma(plan, a, decode, device);
-  if (family == Family::mma) plan_mma(plan, kernel == Kernel::decode ? nullptr : &a, decode, limit);
+  if (family == Family::wgmma) attended ? plan_wgmma(plan, a, decode, device) : plan_wgmma(plan, p.decode, device);
+  if (family == Family::mma) plan_mma(plan, attended, decode, limit);
   return plan.shared_bytes;
 }
 

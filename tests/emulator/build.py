@@ -9,7 +9,8 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-BUILD_DIRECTORY = ROOT / "build" / "emulated"
+# CSAT_EMULATED_BUILD: a CMake build of this checkout with -DCSAT_EMULATE=ON that is there already.
+BUILD_DIRECTORY = Path(os.environ.get("CSAT_EMULATED_BUILD", ROOT / "build" / "emulated"))
 
 
 def why_not_buildable() -> str | None:

@@ -21,6 +21,8 @@ __global__ void elementwise(const float* x, float* y) {
   const int t = int(threadIdx.x), n = int(blockDim.x);
   const float v = x[t];
   const float2 b = unpack2<bf16>(pack2<bf16>(v, v / 3)), h = unpack2<f16>(pack2<f16>(v, v / 3));
+  const float2 soft_b = unpack2<bf16>(soft_threshold_pack2<bf16>({v, -v / 3}, {0.5f, 0.1f}));
+  const float2 soft_h = unpack2<f16>(pack2_magnitudes<f16>(v, 1 - v, -v, v));
   const float results[] = {to_float(from_float<bf16>(v)),
                            to_float(from_float<f16>(v)),
                            to_float(from_float<float>(v)),
@@ -34,8 +36,12 @@ __global__ void elementwise(const float* x, float* y) {
                            soft_threshold(v, 0.5f),
                            positive_part(v),
                            divide_approx(v, 3.f),
-                           __uint_as_float(to_tf32(v))};
-  for (int i = 0; i < 14; ++i) y[i * n + t] = results[i];
+                           __uint_as_float(to_tf32(v)),
+                           soft_b.x,
+                           soft_b.y,
+                           soft_h.x,
+                           soft_h.y};
+  for (int i = 0; i < 18; ++i) y[i * n + t] = results[i];
 }
 
 // ---- one warp
@@ -357,7 +363,7 @@ constexpr Case product(const char* name) {
 }
 
 const Case cases[] = {
-    {"elementwise", false, 256, 14 * 256, launch<elementwise, 256, 0>},
+    {"elementwise", false, 256, 18 * 256, launch<elementwise, 256, 0>},
     {"warps", false, 64, 10 * 64, launch<warps, 64, 0>},
     {"async_copies", false, 256, 256, launch<async_copies, 32, 1024>},
     {"load_matrices", false, 256, 1024, launch<load_matrices, 32, 768>},

@@ -58,11 +58,17 @@ def elementwise(x: Tensor) -> Tensor:
         return value.to(dtype).float()
 
     pairs = [rounded(v, dtype) for dtype in (torch.bfloat16, torch.float16) for v in (x, x / 3)]
-    soft = torch.where(x.abs() - 0.5 <= 0, 0.0, (x.abs() - 0.5).copysign(x))
+
+    def soft_threshold(u: Tensor, theta: float) -> Tensor:
+        return (u.abs() - theta).clamp(min=0).copysign(u)
+
+    soft, third = soft_threshold(x, 0.5), soft_threshold(-x / 3, 0.1)
+    packed = [rounded(v, torch.bfloat16) for v in (soft, third)]
+    packed += [rounded(v.clamp(min=0).copysign(sign), torch.float16) for v, sign in ((x, -x), (1 - x, x))]
     bits = x.view(torch.int32)
     tf32 = torch.where(x.isfinite(), (bits + 0x1000) & ~0x1FFF, bits).view(torch.float32)
     plain = [rounded(x, torch.bfloat16), rounded(x, torch.float16), x]
-    return torch.cat([*plain, *pairs, x.exp(), x.exp2(), x.abs().log(), soft, x.clamp(min=0), x / 3, tf32])
+    return torch.cat([*plain, *pairs, x.exp(), x.exp2(), x.abs().log(), soft, x.clamp(min=0), x / 3, tf32, *packed])
 
 
 def warps(x: Tensor) -> Tensor:

@@ -114,6 +114,10 @@ inline float2 unpack2(uint32_t pair) {
 
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float positive_part(float x) { return x <= 0.0f ? 0.0f : x; }
+template <typename T>
+inline uint32_t pack2_magnitudes(float low, float high, float low_sign, float high_sign) {
+  return pack2<T>(std::copysign(positive_part(low), low_sign), std::copysign(positive_part(high), high_sign));
+}
 inline float divide_approx(float a, float b) { return a / b; }
 
 inline void named_barrier_sync(int id, int threads, int line = __builtin_LINE()) {
