@@ -169,7 +169,7 @@ template <typename T>
 CSAT_DEVICE float2 unpack2(uint32_t pair);
 template <>
 CSAT_DEVICE float2 unpack2<bf16>(uint32_t pair) {
-  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
 }
 template <>
 CSAT_DEVICE float2 unpack2<f16>(uint32_t pair) {
