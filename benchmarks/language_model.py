@@ -50,12 +50,17 @@ def main() -> None:
     text.write_text("\n".join(topics[name] for name in sorted(topics)))
     results = {form: trained(form, text, arguments) for form in configs.ATTENTION}
     config = configs.to_dict(configs.load(CONFIG))
-    del config["data"]["text"], config["deepspeed"]
+    del config["data"]["text"], config["model"]["attention"]  # those of the runs
     first = results["sdpa"]
     result = {
         "machine": header(),
         "text": {"name": TEXT, **first["bytes"]},
-        "settings": {"steps": arguments.steps, "seed": arguments.seed, **config},
+        "settings": {
+            "steps": arguments.steps,
+            "seed": arguments.seed,
+            "model": config["model"],
+            "data": config["data"],
+        },
         "bits per byte of single bytes": round(first["bits per byte of single bytes"], 3),
         "runs": {
             form: {"parameters": own["parameters"], "bits per byte": round(own["bits per byte"], 3)}

@@ -81,6 +81,12 @@ def test_the_forms_have_equally_many_parameters() -> None:
         assert all(0 <= counts["sdpa"] - count <= base.layers * (2 * base.width + 1) for count in counts.values())
 
 
+def test_a_layer_without_room_for_its_own_parameters_is_refused() -> None:
+    tight = configs.ModelConfig(**{**vars(config("prefix").model), "attention": "prefix", "hidden": 3})
+    with pytest.raises(ValueError, match=r"model\.hidden: 3 came; the 1026 parameters that model\.prefix adds"):
+        LanguageModel(tight)
+
+
 def test_the_caches_of_csat_stay_small() -> None:
     sizes = {form: [generate(model(form), b"a" * n, 1).cache_bytes for n in (24, 240)] for form in FORMS}
     per_layer_byte = 2 * 32 * 4  # keys and values of the width, float32

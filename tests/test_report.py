@@ -188,16 +188,19 @@ def test_figures_of_decoding_and_of_the_language_model(results: Results) -> None
     text = tables.decoding(results)
     assert "| `block`: memory, full over it | 7.9 |" in text and "| `block`: time, full over it | 0.50 |" in text
     assert "| `full`: time over its own at n = 4096 | 1.00 |" in text
+    block = {"block_size": 32, "measurements": 8, "window_blocks": 1}
+    forms = {"block": block, "prefix": {"measurements": 5}}
     learnt = {
         "machine": MACHINE,
         "text": {"name": "topics", "training": 90, "held out": 10},
-        "settings": {"steps": 3, "seed": 0, "model": {"layers": 2, "width": 8, "heads": 2}}
+        "settings": {"steps": 3, "seed": 0, "model": {"layers": 2, "width": 8, "heads": 2} | forms}
         | {"data": {"batch_size": 4, "context": 16}},
         "bits per byte of single bytes": 4.5,
         "runs": {"sdpa": {"parameters": 100, "bits per byte": 3.25}},
     }
     (results.folder / "language_model.json").write_text(json.dumps(learnt))
     text = tables.language_model(results)
+    assert "blocks of 32 to 8 measurements, 1 exact before the query's own; `prefix`: m = 5." in text
     assert "| `sdpa` | 3.250 | 100 |" in text and "| *frequencies of single bytes* | 4.500 |  |" in text
 
 

@@ -398,11 +398,13 @@ def language_model(results: Results) -> str:
     """Held-out bits per byte of each attention, beside the frequencies of single bytes."""
     result = results.load("language_model")
     text, s = result["text"], result["settings"]
-    model, data = s["model"], s["data"]
+    model, data, block = s["model"], s["data"], s["model"]["block"]
     about = (
         f"Held-out bits per byte on the {text['name']}, {text['training']} bytes to train on and the last "
         f"{text['held out']} held out. {model['layers']} layers, width {model['width']}, {model['heads']} heads; "
-        f"{s['steps']} steps of {data['batch_size']} windows of {data['context']} bytes, seed {s['seed']}.\n\n"
+        f"{s['steps']} steps of {data['batch_size']} windows of {data['context']} bytes, seed {s['seed']}. "
+        f"`block`: blocks of {block['block_size']} to {block['measurements']} measurements, {block['window_blocks']} "
+        f"exact before the query's own; `prefix`: m = {model['prefix']['measurements']}.\n\n"
     )
     rows = [
         [f"`{name}`", f"{run['bits per byte']:.3f}", f"{run['parameters']}"] for name, run in result["runs"].items()

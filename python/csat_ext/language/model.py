@@ -26,9 +26,7 @@ class FullAttention(SDPAttention):
     def __init__(self, embed_dim: int, num_heads: int) -> None:
         super().__init__(embed_dim, num_heads, causal=True)
 
-    def forward(  # type: ignore[override]
-        self, x: Tensor, *, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, *, cache: KVCache | None = None) -> Tensor:  # type: ignore[override]
         """x (B, n, embed_dim), the whole sequence or, with a cache, its next n tokens -> (B, n, embed_dim)."""
         if cache is None:
             return super().forward(x)
@@ -50,7 +48,8 @@ def attention(config: ModelConfig, layer: int) -> FullAttention | CSATAttention:
     return CSATAttention(config.width, config.heads, form.replace(layer=layer))
 
 
-def _count(module: nn.Module) -> int:
+def parameters(module: nn.Module) -> int:
+    """How many numbers are trained."""
     return sum(p.numel() for p in module.parameters())
 
 
@@ -65,7 +64,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
         self.attn = attention(config, layer)
-        extra = _count(self.attn) - 4 * config.width * (config.width + 1)
+        extra = parameters(self.attn) - 4 * config.width * (config.width + 1)
         hidden = config.hidden - math.ceil(extra / (2 * config.width + 1))
         if hidden < 1:
             raise ValueError(
@@ -123,8 +122,3 @@ class LanguageModel(nn.Module):
         at = torch.arange(start, start + count, dtype=torch.float64)[:, None]
         waves = LONGEST_WAVE ** -(torch.arange(0, self.width, 2, dtype=torch.float64) / self.width)
         return torch.cat([torch.sin(at * waves), torch.cos(at * waves)], 1).float()
-
-
-def parameters(model: nn.Module) -> int:
-    """How many numbers are trained."""
-    return _count(model)
