@@ -17,9 +17,8 @@
 //
 // Order within a tile, one barrier of the team wherever a product reads what other warps wrote:
 //   forward    B z; for each layer u = B z + S a_t as lista.cuh adds them up, so that [a != 0] is the forward's
-//   backward   g_T = dc psi; for each layer, from the last, es_t -> shared, then es_t S into g, and while the next
-//   layer
-//              is at work es_t^T a_{t-1} and es_t^T z; at last dz and dpsi
+//   backward   g_T = dc psi; for each layer, from the last, es_t -> shared, then es_t S into g, and, still running
+//              while the next layer is at work, es_t^T a_t and es_t^T z; at last dz and dpsi
 //
 // Budget of a row: 2 P (F + (T - 1) P) forward, 2 P F + 2 (T - 1) P P + 2 T P F backward, 2 (T - 1) P P + 2 T P F and
 // 2 P F for the sums; z, dc, dz once through memory. Registers of a lane: (kP + kF) / 2 for the sums (kF / 2 more for

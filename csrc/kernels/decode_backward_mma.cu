@@ -2,7 +2,7 @@
 // limits::kWorkspaceCap bytes of iterates and errors, and the sums over rows are accumulated chunk by chunk, in order.
 #include "csat/decode_backward_mma.cuh"
 #include "csat/decode_backward_mma.h"
-#include "csat/workspace.h"
+#include "csat/decoder_weights.h"
 
 namespace csat {
 namespace {
@@ -45,28 +45,9 @@ struct Plan {
   }
 
   int take_weights(Carver& carver, void* stream) {
-    DecoderWeights& w = args.decoder;
-    const int64_t P = d.coefficients, R = d.features;
-    const DType dtype = params.forward.z.dtype;
-    w = {d.S,
-         d.B,
-         d.psi,
-         {},
-         {},
-         d.heads,
-         static_cast<int>(d.layers),
-         static_cast<int>(d.s_layers),
-         static_cast<int>(d.b_layers),
-         static_cast<int>(P),
-         static_cast<int>(R),
-         static_cast<int>(d.outputs)};
-    CSAT_TRY(take_vector_rows(w.S, carver, dtype, d.heads, d.s_layers, P, P, stream));
-    CSAT_TRY(take_vector_rows(w.B, carver, dtype, d.heads, d.b_layers, P, R, stream));
-    CSAT_TRY(take_vector_rows(w.psi, carver, dtype, d.heads, 1, d.outputs, P, stream));
-    PackArgs theta = operand(d.theta, d.heads, 1, d.layers, P);
-    theta.row_stride = d.theta.stride[1];
-    CSAT_TRY(take_panel(w.theta, carver, theta, d.layers, atoms, stream));
-    return take_panel(w.step, carver, operand(d.step, d.heads, 1, 1, d.layers), 1, d.layers, stream);
+    CSAT_TRY(take_matrices(args.decoder, d, params.forward.z.dtype, carver, stream));
+    CSAT_TRY(take_panel(args.decoder.theta, carver, theta_operand(d), d.layers, atoms, stream));
+    return take_panel(args.decoder.step, carver, step_operand(d), 1, d.layers, stream);
   }
 
   void take_rows(Carver& carver) {

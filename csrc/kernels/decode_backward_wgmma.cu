@@ -3,7 +3,7 @@
 #include "csat/blocks.h"
 #include "csat/decode_backward_mma.h"
 #include "csat/decode_backward_wgmma.cuh"
-#include "csat/workspace.h"
+#include "csat/decoder_weights.h"
 
 namespace csat {
 namespace {
@@ -36,7 +36,7 @@ struct Plan {
     args.dz_vectors = has_vector_rows(params.dz) && d.features % 8 == 0;
     CSAT_TRY(take_rows(args.z, params.forward.z, d.features, carver, stream));
     CSAT_TRY(take_rows(args.dout, params.dout, d.outputs, carver, stream));
-    CSAT_TRY(take_weights(carver, stream));
+    CSAT_TRY(take_decoder(args.decoder, d, params.forward.z.dtype, carver, stream));
     tiles = params.forward.batch * (d.heads == 1 ? params.forward.heads : 1) * args.query_tiles;
     const int64_t row_bytes = sums_psi ? 0 : 2 * 2 * size;
     const int64_t most = limits::kWorkspaceCap / larger(1, d.heads * limits::kWgmmaRows * row_bytes);
@@ -69,31 +69,6 @@ struct Plan {
     if (carver.sizing()) return 0;
     const auto make = rows.dtype == DType::bf16 ? make_row_boxes<bf16> : make_row_boxes<f16>;
     return make(&boxes, rows, f.batch, f.heads, f.queries, columns, limits::kWgmmaRows);
-  }
-
-  int take_weights(Carver& carver, void* stream) {
-    DecoderWeights& w = args.decoder;
-    const int64_t P = d.coefficients, R = d.features;
-    const DType dtype = params.forward.z.dtype;
-    w = {d.S,
-         d.B,
-         d.psi,
-         {},
-         {},
-         d.heads,
-         static_cast<int>(d.layers),
-         1,
-         1,
-         static_cast<int>(P),
-         static_cast<int>(R),
-         static_cast<int>(d.outputs)};
-    CSAT_TRY(take_vector_rows(w.S, carver, dtype, d.heads, 1, P, P, stream));
-    CSAT_TRY(take_vector_rows(w.B, carver, dtype, d.heads, 1, P, R, stream));
-    CSAT_TRY(take_vector_rows(w.psi, carver, dtype, d.heads, 1, d.outputs, P, stream));
-    PackArgs theta = operand(d.theta, d.heads, 1, d.layers, P);
-    theta.row_stride = d.theta.stride[1];
-    CSAT_TRY(take_panel(w.theta, carver, theta, d.layers, P, stream));
-    return take_panel(w.step, carver, operand(d.step, d.heads, 1, 1, d.layers), 1, d.layers, stream);
   }
 
   void take_parts(Carver& carver) {

@@ -1,6 +1,7 @@
 // Host side of the tensor-core forward: operands with vector rows, grid, choice of the compiled instance.
 #include "csat/attend_causal_mma.cuh"
 #include "csat/decode_wgmma.cuh"
+#include "csat/decoder_weights.h"
 #include "csat/forward_mma.cuh"
 #include "csat/forward_mma.h"
 #include "csat/forward_wgmma.cuh"
@@ -59,36 +60,10 @@ int take_attend(ForwardMmaArgs& args, const limits::ForwardMmaPlan& plan, const 
   return 0;
 }
 
-// A panel of float32 rows where they lie, if elements lie side by side: without a launch; else a copy.
-int take_floats(Panel& panel, Carver& carver, const PackArgs& p, void* stream) {
-  if (p.dtype != DType::f32 || p.column_stride != 1) return take_panel(panel, carver, p, p.rows, p.columns, stream);
-  panel = {const_cast<float*>(static_cast<const float*>(p.source)), p.row_stride, p.stride0};  // is only read
-  return 0;
-}
-
 int take_decoder(ForwardMmaArgs& args, const DecodeParams& p, DType dtype, Carver& carver, void* stream) {
-  const Decoder& d = p.decoder;
-  DecoderWeights& w = args.decoder;
-  w.heads = d.heads;
-  w.layers = static_cast<int>(d.layers);
-  w.s_layers = static_cast<int>(d.s_layers);
-  w.b_layers = static_cast<int>(d.b_layers);
-  w.coefficients = static_cast<int>(d.coefficients);
-  w.features = static_cast<int>(d.features);
-  w.outputs = static_cast<int>(d.outputs);
-  w.S = d.S;
-  w.B = d.B;
-  w.psi = d.psi;
-  const int64_t P = d.coefficients;
-  CSAT_TRY(take_vector_rows(w.S, carver, dtype, d.heads, d.s_layers, P, P, stream));
-  CSAT_TRY(take_vector_rows(w.B, carver, dtype, d.heads, d.b_layers, P, d.features, stream));
-  CSAT_TRY(take_vector_rows(w.psi, carver, dtype, d.heads, 1, d.outputs, P, stream));
   args.out = p.out;
-  args.out_vectors = vector_stores(p.out, d.outputs);
-  PackArgs theta = operand(d.theta, d.heads, 1, d.layers, P);
-  theta.row_stride = d.theta.stride[1];
-  CSAT_TRY(take_floats(w.theta, carver, theta, stream));
-  return take_floats(w.step, carver, operand(d.step, d.heads, 1, 1, d.layers), stream);
+  args.out_vectors = vector_stores(p.out, p.decoder.outputs);
+  return take_decoder(args.decoder, p.decoder, dtype, carver, stream);
 }
 
 int take_rows(ForwardMmaArgs& args, const limits::ForwardMmaPlan& plan, const DecodeParams& p, Carver& carver,
