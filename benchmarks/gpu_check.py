@@ -144,6 +144,8 @@ SANITIZED = (
     *(
         "attend_causal-no-window",
         "attend_causal_backward-grouped-masked",
+        "attend_causal_backward-D64",
+        "attend_causal_backward-D128",
         "attend-streamed",
         "attend-wide",
         "attend_backward-D80",

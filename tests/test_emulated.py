@@ -188,6 +188,10 @@ CAUSAL = [
     (1, 2, 1, 1, 33, 40, 40, 0, 40, 0, 80, 72),
     (1, 1, 1, 1, 70, 70, 33, 0, 9, 0, 90, 96),
     (1, 1, 1, 1, 20, 30, 8, 1, 2, 0, 130, 9),
+    # Of the backward on tensor cores: heads of a group one after the other, slabs, ranges of the queries.
+    (1, 4, 2, 1, 261, 333, 16, 2, 5, 3, 32, 27),
+    (2, 2, 1, 2, 139, 139, 16, 0, 16, 0, 64, 57),
+    (1, 2, 2, 1, 131, 140, 24, 2, 11, 1, 120, 128),
 ]
 
 
@@ -208,7 +212,7 @@ def _causal_inputs(generator: torch.Generator, dtype: torch.dtype, sizes: tuple[
 def test_attend_causal(
     library: Any, generator: torch.Generator, sizes: tuple[int, ...], dtype: torch.dtype, masked: bool
 ) -> None:
-    ops = EmulatedOps(library, seed=3 if masked else 0)
+    ops = EmulatedOps(library, seed=3 if masked else 0, compute_capability=90 if masked else 80)
     *inputs, size, window, rows = _causal_inputs(generator, dtype, sizes, masked)
     q, kc, vc, k, v, bias, keep, scale = inputs
     if keep is not None:  # a masked token is never read
@@ -218,12 +222,55 @@ def test_attend_causal(
     assert (ops.counters.mma > 0) == (dtype != torch.float32 and max(sizes[-2:]) <= 128)
     dz = _strided(_tokens(generator, dtype, *z.shape))
     gradients = check(ops, "attend_causal_backward", dz, *tensors, z, lse, scale, size, window, rows)
+    assert (ops.counters.mma > 0) == (dtype != torch.float32 and max(sizes[-2:]) <= 128)
     if keep is not None:
         masked_out = ~keep[:, None, :, None]
         assert all(bool((d.masked_select(masked_out) == 0).all()) for d in gradients[3:5])
 
 
 SIXTEEN_BITS = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_causal_values_that_are_alike(library: Any, generator: torch.Generator, dtype: torch.dtype) -> None:
+    """As above. dq is summed before its shift is known."""
+    *data, bias, _, scale = _causal_inputs(generator, dtype, (1, 2, 1, 1, 70, 70, 16, 1, 5, 0, 16, 16), True)[:8]
+    data[2], data[4] = ((3 + v / 32).to(dtype) for v in (data[2], data[4]))
+    numbers = scale, 16, 1, 5
+    z, lse = _composite.attend_causal(*data, bias, None, *numbers)
+    arguments = _tokens(generator, dtype, *z.shape), *data, bias, None, z, lse, *numbers
+    got = EmulatedOps(library).attend_causal_backward(*arguments)
+    exact = _composite.attend_causal_backward(*_map(Tensor.double, arguments))
+    plain = _composite.attend_causal_backward(*arguments)
+    for i in range(5):
+        assert_accurate(f"attend_causal_backward[{i}]", got[i], exact[i], plain[i])
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_order_of_threads_does_not_matter_to_the_causal_form(
+    library: Any, generator: torch.Generator, dtype: torch.dtype
+) -> None:
+    *inputs, size, window, rows = _causal_inputs(generator, dtype, (1, 4, 2, 2, 261, 270, 16, 1, 12, 3, 64, 40), True)
+    results = []
+    for seed in (0, 1, 2):
+        ops = EmulatedOps(library, seed=seed)
+        z, lse = ops.attend_causal(*inputs, size, window, rows)
+        *tensors, scale = inputs
+        results.append((z, lse, *ops.attend_causal_backward(1 - z, *tensors, z, lse, scale, size, window, rows)))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_bank_conflicts_of_the_causal_form(library: Any, generator: torch.Generator, width: int) -> None:
+    sizes = (1, 2, 1, 2, 150, 150, 16, 1, 16, 0, width, width)
+    *tensors, scale, size, window, rows = _causal_inputs(generator, torch.float16, sizes, True)
+    z, lse = _composite.attend_causal(*tensors, scale, size, window, rows)
+    ops = EmulatedOps(library, count_bank_conflicts=True)
+    _check_bank_conflicts(ops, "attend_causal", *tensors, scale, size, window, rows)
+    _check_bank_conflicts(ops, "attend_causal_backward", z, *tensors, z, lse, scale, size, window, rows)
+
+
 # Every compiled size with its padding, measurements resident, resident without a second stage, and streamed; runs of
 # units that end inside a block.
 MMA_ATTEND = [
@@ -774,7 +821,10 @@ def test_order_of_threads_does_not_matter(
 
 
 # Passes over shared memory above the least possible, as a share of all: what each operator's kernels may have.
-BANK_CONFLICTS = {"attend": 0.0, "attend_backward": 0.001, "decode": 0.0, "decode_backward": 0.0, "attend_decode": 0.0}
+BANK_CONFLICTS = {
+    **{"attend": 0.0, "attend_backward": 0.001, "decode": 0.0, "decode_backward": 0.0, "attend_decode": 0.0},
+    **{"attend_causal": 0.001, "attend_causal_backward": 0.001},
+}
 
 
 def _check_bank_conflicts(ops: EmulatedOps, name: str, *arguments: Any) -> None:

@@ -66,8 +66,10 @@ struct QueryRows {
   float *centre, *shift;  // several slabs
   int count;
 
-  CSAT_DEVICE QueryRows(const AttendBackwardMmaArgs& p, int64_t pair, int64_t first, int64_t rows) {
-    const int64_t batch = pair / p.heads, head = pair % p.heads;
+  CSAT_DEVICE QueryRows(const AttendBackwardMmaArgs& p, int64_t pair, int64_t first, int64_t rows)
+      : QueryRows(p, pair / p.heads, pair % p.heads, first, rows) {}
+  CSAT_DEVICE QueryRows(const AttendBackwardMmaArgs& p, int64_t batch, int64_t head, int64_t first, int64_t rows) {
+    const int64_t pair = batch * p.heads + head;
     q = at<const T>(p.q, batch, head, first);
     dz = at<const T>(p.dz, batch, head, first);
     z = at<const T>(p.z, batch, head, first);
@@ -279,6 +281,18 @@ CSAT_DEVICE void subtract_centre(Sums<kRows, kColumns>& dp, const Sums<kRows, kC
         subtract_centre(dp, p, centre, first);
 }
 
+// The same without sums, where the shift is known.
+template <int kRows, int kColumns>
+CSAT_DEVICE void subtract_centre(Sums<kRows, kColumns>& dp, const Sums<kRows, kColumns>& p,
+                                 const Columns<kColumns>& centre) {
+#pragma unroll
+  for (int i = 0; i < kRows / 16; ++i)
+#pragma unroll
+    for (int j = 0; j < kColumns / 8; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) dp.at[i][j][e] = p.at[i][j][e] == 0.f ? 0.f : dp.at[i][j][e] - centre.at[j][e % 2];
+}
+
 // dS^T in place of dP^T - centre, its sums over queries added to `dbias`.
 template <int kRows, int kColumns>
 CSAT_DEVICE void to_score_gradients(Sums<kRows, kColumns>& dp, const Sums<kRows, kColumns>& p,
@@ -368,28 +382,34 @@ CSAT_DEVICE void load_measurements(const AttendBackwardMmaArgs& p, const Place& 
   for (int i = lane_id(); i < kRows; i += 32) own.bias[i] = p.bias.data[at.pair * p.bias.matrix + m + i] * kLog2e;
 }
 
-// Rows of q and dz of a tile of queries, asynchronously.
+// Rows first .. first + count - 1 of q and dz, asynchronously, by `threads` threads of which this is number `thread`.
 template <typename T, int kD>
-CSAT_DEVICE void load_queries(const AttendBackwardMmaArgs& p, const QueryTiles<T, kD>& s, int buffer, int first) {
-  const QueryRows<T>& rows = s.block->rows;
+CSAT_DEVICE void load_queries(const AttendBackwardMmaArgs& p, const QueryRows<T>& rows, Tile<T, kD> q_tile,
+                              Tile<T, kD> dz_tile, int first, int count, int thread, int threads) {
   const GlobalRows<const T> q{rows.q, p.q.stride[2], rows.count, p.head_dim};
   const GlobalRows<const T> dz{rows.dz, p.dz.stride[2], rows.count, p.features};
-  load_rows_async(s.q.from_row(buffer * kQueries), q, first, kQueries, threadIdx.x, 32 * p.warps);
-  load_rows_async(s.dz.from_row(buffer * kQueries), dz, first, kQueries, threadIdx.x, 32 * p.warps);
+  load_rows_async(q_tile, q, first, count, thread, threads);
+  load_rows_async(dz_tile, dz, first, count, thread, threads);
+}
+// A tile of queries, by the whole block.
+template <typename T, int kD>
+CSAT_DEVICE void load_queries(const AttendBackwardMmaArgs& p, const QueryTiles<T, kD>& s, int buffer, int first) {
+  load_queries(p, s.block->rows, s.q.from_row(buffer * kQueries), s.dz.from_row(buffer * kQueries), first, kQueries,
+               threadIdx.x, 32 * p.warps);
   cp_async_commit();
 }
 
-// Sums over the block's queries -> its partials in the workspace.
-template <typename T, int kRows, int kD>
-CSAT_DEVICE void store_parts(const Block<T>& block, const Sums<kRows, kD>& dkc, const Sums<kRows, kD>& dvc,
-                             Rows<kRows>& dbias) {
+// Sums over the block's queries -> its partials in the workspace, from those of its first measurement on.
+template <int kRows, int kD>
+CSAT_DEVICE void store_parts(float* key_part, float* value_part, float* bias_part, const Sums<kRows, kD>& dkc,
+                             const Sums<kRows, kD>& dvc, Rows<kRows>& dbias) {
   const int m = warp_id() * kRows;
-  store_floats(block.key_part + m * kD, kD, kRows, dkc);
-  store_floats(block.value_part + m * kD, kD, kRows, dvc);
-  if (!block.bias_part) return;
+  store_floats(key_part + m * kD, kD, kRows, dkc);
+  store_floats(value_part + m * kD, kD, kRows, dvc);
+  if (!bias_part) return;
   for_each_row(dbias, [&](float& x, int r) {
     x = quad_sum(x);
-    if (lane_id() % 4 == 0) block.bias_part[m + r] = x;
+    if (lane_id() % 4 == 0) bias_part[m + r] = x;
   });
 }
 
@@ -452,7 +472,7 @@ __global__ void __launch_bounds__(limits::kMmaThreads) attend_backward_mma_kerne
   __syncthreads();
   store_query_gradient(p, s.block->rows, s.dq, last, kQueries);
 
-  store_parts(*s.block, dkc, dvc, dbias);
+  store_parts(s.block->key_part, s.block->value_part, s.block->bias_part, dkc, dvc, dbias);
 }
 
 namespace slab_backward {

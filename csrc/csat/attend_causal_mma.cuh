@@ -29,21 +29,37 @@ struct SeenColumns {
       : measured_end(static_cast<int>(window.measurements_of(last).end)),
         token_begin(static_cast<int>(window.tokens_of(first).begin)),
         token_end(static_cast<int>(window.tokens_of(last).end)) {}
-  CSAT_DEVICE int measured_chunks() const { return (measured_end + kChunk - 1) / kChunk; }
-  CSAT_DEVICE int first_token_chunk() const { return token_begin / kChunk; }
-  CSAT_DEVICE int chunks() const { return measured_chunks() + (token_end + kChunk - 1) / kChunk - first_token_chunk(); }
+};
+
+// The chunks of columns that some queries see, any of them: measurements, then tokens.
+template <int kChunk>
+struct SeenChunks {
+  int measured, count, offset;  // chunk c holds columns c kChunk .., from `measured` on tokens (c + offset) kChunk ..
+
+  CSAT_DEVICE explicit SeenChunks(const SeenColumns<kChunk>& all) {
+    const int first_token = all.token_begin / kChunk;
+    measured = (all.measured_end + kChunk - 1) / kChunk;
+    count = measured + (all.token_end + kChunk - 1) / kChunk - first_token;
+    offset = first_token - measured;
+  }
+  CSAT_DEVICE bool has_tokens(int c) const { return c >= measured; }
+  CSAT_DEVICE int column(int c) const { return (c < measured ? c : c + offset) * kChunk; }
+  // Is chunk c among what queries see whose columns are `own`?
+  CSAT_DEVICE bool seen(const SeenColumns<kChunk>& own, int c) const {
+    const int first = column(c);
+    return c < measured ? first < own.measured_end : first < own.token_end && first + kChunk > own.token_begin;
+  }
 };
 
 template <typename T, int kD>
-CSAT_DEVICE void load_token_chunk(const Chunk<T, kD>& chunk, const AttendCausalMmaArgs& p, int pair, int64_t first) {
+CSAT_DEVICE void load_token_chunk(const Chunk<T, kD>& chunk, const CausalTokens& tokens, int64_t batch, int64_t head,
+                                  int head_dim, int features, int64_t first) {
   constexpr int kRows = Chunk<T, kD>::kRows;
-  const CausalTokens& tokens = p.tokens;
-  const int batch = pair / p.rows.heads, head = pair % p.rows.heads / (p.rows.heads / static_cast<int>(tokens.heads));
   const auto rows = [&](const View& v, int columns) {
     return GlobalRows<const T>{at<const T>(v, batch, head, 0), v.stride[2], tokens.count, columns};
   };
-  load_rows_async(chunk.keys, rows(tokens.k, p.rows.head_dim), first, kRows, threadIdx.x, limits::kMmaThreads);
-  load_rows_async(chunk.values, rows(tokens.v, p.rows.features), first, kRows, threadIdx.x, limits::kMmaThreads);
+  load_rows_async(chunk.keys, rows(tokens.k, head_dim), first, kRows, threadIdx.x, limits::kMmaThreads);
+  load_rows_async(chunk.values, rows(tokens.v, features), first, kRows, threadIdx.x, limits::kMmaThreads);
   if (threadIdx.x < kRows) {
     const int64_t s = first + threadIdx.x;
     const bool kept = s < tokens.count && (!tokens.keep || tokens.keep[batch * tokens.count + s]);
@@ -90,13 +106,15 @@ __global__ void __launch_bounds__(limits::kMmaThreads, 1) attend_causal_mma_kern
       const SeenColumns<kChunk> all(window, int64_t(run.first + group) * kRows, last_row(group + kWarps - 1));
       const SeenColumns<kChunk> own(window, first, last);
       const SeenByRow by_row(seen_by_row, window, first, last - first + 1);
-      const int measured = all.measured_chunks(), chunks = all.chunks(), offset = all.first_token_chunk() - measured;
+      const SeenChunks<kChunk> chunks(all);
       const auto slot = [&](int c) { return Chunk<T, kD>::at_slot(slots, c % 2); };
       const auto load = [&](int c) {
-        if (c < measured) {
-          load_chunk(slot(c), p.rows, run.pair, int64_t(c) * kChunk);
-        } else if (c < chunks) {
-          load_token_chunk(slot(c), p, run.pair, int64_t(c + offset) * kChunk);
+        if (!chunks.has_tokens(c)) {
+          load_chunk(slot(c), p.rows, run.pair, chunks.column(c));
+        } else if (c < chunks.count) {
+          const int batch = run.pair / p.rows.heads, head = run.pair % p.rows.heads;
+          load_token_chunk(slot(c), p.tokens, batch, head / (p.rows.heads / static_cast<int>(p.tokens.heads)),
+                           p.rows.head_dim, p.rows.features, chunks.column(c));
         }
         cp_async_commit();
       };
@@ -104,20 +122,18 @@ __global__ void __launch_bounds__(limits::kMmaThreads, 1) attend_causal_mma_kern
       load(0);
       Queries<T, kD> q;
       UnitSums<T, kD> sums;
-      for (int c = 0; c < chunks; ++c) {
+      for (int c = 0; c < chunks.count; ++c) {
         load(c + 1);
         cp_async_wait<1>();
         __syncthreads();
         if (active && c == 0) q = queries_in(tile);
-        const int column = (c < measured ? c : c + offset) * kChunk;
-        const bool sees =
-            c < measured ? column < own.measured_end : column < own.token_end && column + kChunk > own.token_begin;
-        if (active && sees)
+        const int column = chunks.column(c);
+        if (active && chunks.seen(own, c))
           sums.add(q, slot(c), p.rows.scale, [&](auto& s) {
             for_each(s, [&](float& x, int row, int j) {
-              const bool seen = c < measured
-                                    ? column + j < by_row.measured_end[row]
-                                    : column + j >= by_row.token_begin[row] && column + j <= by_row.first_token + row;
+              const bool seen = chunks.has_tokens(c)
+                                    ? column + j >= by_row.token_begin[row] && column + j <= by_row.first_token + row
+                                    : column + j < by_row.measured_end[row];
               if (!seen) x = -INFINITY;
             });
           });

@@ -109,6 +109,10 @@ constexpr int kSeenFloats = 6;
 constexpr int64_t attend_causal_row(int64_t columns, int64_t D, int64_t R) {
   return attend_row(columns, D, R) + kSeenFloats;
 }
+// One softmax over measurements and tokens: the longer stretch sets the panels.
+constexpr int64_t causal_columns(const AttendParams& measured, const CausalTokens& tokens) {
+  return measured.measurements > tokens.count ? measured.measurements : tokens.count;
+}
 constexpr int64_t decode_row(int64_t P, int64_t R) { return column_pad(R) + 3 * int64_t(column_pad(P)); }
 constexpr int64_t attend_decode_row(const AttendParams& a, const DecodeParams& d) {
   const int64_t attend = attend_row(a.measurements, a.head_dim, a.features);
@@ -206,8 +210,9 @@ const char* plan_mma(ForwardMmaPlan& plan, const AttendParams* attend, const Dec
 const char* plan_wgmma(ForwardMmaPlan& plan, const AttendParams& attend, const DecodeParams* decode,
                        const Device& device);
 const char* plan_wgmma(ForwardMmaPlan& plan, const DecodeParams& decode, const Device& device);
-// attend_causal; nullptr and a plan, or the reason why there is none.
-const char* plan_causal_mma(ForwardMmaPlan& plan, const AttendCausalParams& p, int64_t shared_limit);
+// attend_causal, with `decode` fused; nullptr and a plan, or the reason why there is none.
+const char* plan_causal_mma(ForwardMmaPlan& plan, const AttendCausalParams& p, const DecodeParams* decode,
+                            int64_t shared_limit);
 // The first of both that has a plan; nullptr and the plan, or why mma has none.
 const char* plan_forward(ForwardMmaPlan& plan, const AttendParams* attend, const DecodeParams* decode,
                          const Device& device);
@@ -217,6 +222,7 @@ constexpr int kBackwardQueries = 32;      // a tile that a block walks
 constexpr int64_t kBackwardChunk = 256;   // queries that are worth a block of their own
 constexpr int kBackwardBlockBytes = 128;  // of addresses, alike for all threads of a block
 constexpr int kBackwardShiftDepth = 32;   // measurements at a time where the shift has a kernel of its own
+constexpr int kBackwardColumns = 64;      // to which a row of biases is padded: the most that a kernel takes at a time
 // Measurements a warp: its dkc and dvc are 2 rows x feature / 32 registers, of at most 255.
 constexpr int backward_warp_rows(int feature) { return feature <= 64 ? 32 : 16; }
 
@@ -277,6 +283,24 @@ const char* plan_wgmma(AttendBackwardPlan& plan, const AttendBackwardParams& p, 
 // The first of both that has a plan; nullptr and the plan, or why mma has none.
 const char* plan_backward(AttendBackwardPlan& plan, const AttendBackwardParams& p, const Device& device);
 
+// attend_causal's backward. A block of dq has 16 queries a warp, kept with their dz, and two chunks of columns; one of
+// the other gradients a slab of columns and two tiles of queries, so that two blocks share a multiprocessor.
+constexpr int kCausalQueryRows = 16, kCausalSlabWarps = 4;
+constexpr int causal_slab_rows(int feature) { return kCausalSlabWarps * backward_warp_rows(feature); }
+// lse and centre of every query.
+constexpr int64_t causal_query_backward_bytes(int feature) {
+  return 2 * mma_slot_bytes(feature) +
+         kMmaWarps * (2 * mma_tile_bytes(kCausalQueryRows, feature) + 2 * kCausalQueryRows * 4);
+}
+// lse, centre and shift of a query; bias and the ends of the queries that see it of a column.
+constexpr int64_t causal_column_backward_bytes(int feature) {
+  const int64_t rows = backward_warp_rows(feature);
+  return 4 * mma_tile_bytes(kBackwardQueries, feature) + 6 * kBackwardQueries * 4 +
+         kCausalSlabWarps * (2 * mma_tile_bytes(rows, feature) + 3 * rows * 4);
+}
+// nullptr if attend_causal's backward runs on tensor cores within `shared_limit` bytes a block, else the reason.
+const char* why_not_mma(const AttendCausalBackwardParams& p, int64_t shared_limit);
+
 // decode_backward on tensor cores. R and Dv share a size; two row blocks a warp where registers leave them room.
 constexpr int decode_backward_feature(int64_t R, int64_t Dv) { return smallest_of({64, 128}, R > Dv ? R : Dv); }
 constexpr int decode_backward_rows(int atoms, int feature) { return atoms <= 128 && feature <= 64 ? 32 : 16; }
@@ -316,17 +340,30 @@ const char* why_not(const AttendCausalBackwardParams& p, int64_t shared_limit);
 const char* why_not(const DecodeParams& p, int64_t shared_limit);
 const char* why_not(const DecodeBackwardParams& p, int64_t shared_limit);
 const char* why_not(const AttendParams& attend, const DecodeParams& decode, int64_t shared_limit);
+const char* why_not(const AttendCausalParams& attend, const DecodeParams& decode, int64_t shared_limit);
 
 // ---- the question that dispatch and csat_ext.explain ask
 
-enum class Kernel { attend, decode, attend_decode, attend_backward, decode_backward };
-// In the order of preference. A pair is attend_decode as attend and decode, one of them at least on tensor cores.
+enum class Kernel {
+  attend,
+  decode,
+  attend_decode,
+  attend_backward,
+  decode_backward,
+  attend_causal,
+  attend_causal_decode,
+  attend_causal_backward
+};
+// In the order of preference. A pair is attend_decode as attend and decode, one of them at least on tensor cores, or
+// attend_causal_decode as attend_causal and decode, which have no simt kernel together.
 enum class Family { wgmma, mma, pair, simt };
 
-// What a kernel works on. decode.z.dtype is read for decode and decode_backward alone, pointers nowhere.
+// What a kernel works on. decode.z.dtype is read for decode and decode_backward alone, tokens.count for attend_causal
+// and what is made of it, pointers nowhere.
 struct Problem {
   AttendParams attend;
   DecodeParams decode;
+  CausalTokens tokens;
 };
 
 // nullptr if the kernel runs in this family on the device, else the reason.

@@ -75,6 +75,15 @@ inline int take_vector_rows(View& v, Carver& carver, DType dtype, int64_t n0, in
   return carver.sizing() ? 0 : copy_tokens({source, target, keep, n0, n1, rows, columns}, stream);
 }
 
+// k and v of the tokens with vector rows, and zeros in place of those that are not kept.
+inline int take_token_rows(CausalTokens& tokens, Carver& carver, const AttendParams& of, void* stream) {
+  const auto take = [&](View& v, int64_t columns) {
+    return take_vector_rows(v, carver, of.q.dtype, of.batch, tokens.heads, tokens.count, columns, stream, tokens.keep);
+  };
+  const int code = take(tokens.k, of.head_dim);
+  return code ? code : take(tokens.v, of.features);
+}
+
 // Evaluates to the first non-zero error code of a sequence of launches.
 #define CSAT_TRY(expression)                        \
   do {                                              \

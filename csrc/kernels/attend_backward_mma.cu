@@ -3,7 +3,7 @@
 #include "csat/attend_backward_mma.cuh"
 #include "csat/attend_backward_mma.h"
 #include "csat/attend_backward_wgmma.cuh"
-#include "csat/workspace.h"
+#include "csat/backward_operands.h"
 
 namespace csat {
 namespace {
@@ -21,36 +21,14 @@ struct Plan {
 
   bool wgmma() const { return sizes.row_blocks > 0; }
   int take(const AttendBackwardParams& p, Carver& carver, void* stream) {
-    const AttendParams& f = p.forward;
     args.warps = static_cast<int>(sizes.warps);
     args.slabs = sizes.slabs;
-    args.heads = f.heads;
-    args.queries = f.queries;
-    args.group = f.heads / f.key_heads;
-    args.measurements = f.measurements;
-    args.head_dim = static_cast<int>(f.head_dim);
-    args.features = static_cast<int>(f.features);
-    args.scale = f.scale;
-    args.lse = f.lse;
-    args.dq = p.dq;
-    args.vector_dq = has_vector_rows(p.dq) && f.head_dim % 8 == 0;
-    CSAT_TRY(take_rows(args.q, f.q, f, f.heads, f.queries, f.head_dim, carver, stream));
-    if (!wgmma()) CSAT_TRY(take_rows(args.z, f.z, f, f.heads, f.queries, f.features, carver, stream));
-    CSAT_TRY(take_rows(args.dz, p.dz, f, f.heads, f.queries, f.features, carver, stream));
-    CSAT_TRY(take_rows(args.kc, f.kc, f, f.key_heads, f.measurements, f.head_dim, carver, stream));
-    CSAT_TRY(take_rows(args.vc, f.vc, f, f.key_heads, f.measurements, f.features, carver, stream));
-    const int64_t bias_pitch = limits::round_up(rows, limits::kBackwardShiftDepth);
-    CSAT_TRY(take_panel(args.bias, carver, bias_operand(f), 1, bias_pitch, stream));
+    CSAT_TRY(take_backward_rows(args, p, !wgmma(), rows, carver, stream));
     take_parts(p, carver);
     return 0;
   }
 
  private:
-  static int take_rows(View& target, const View& source, const AttendParams& f, int64_t heads, int64_t rows,
-                       int64_t columns, Carver& carver, void* stream) {
-    target = source;
-    return take_vector_rows(target, carver, f.q.dtype, f.batch, heads, rows, columns, stream);
-  }
   int64_t mma_chunks(int64_t pairs, int64_t queries) const {
     const int64_t blocks = pairs * args.slabs, most = ceil_div(queries, limits::kBackwardChunk);
     const int64_t chunks = blocks ? ceil_div(limits::kTargetBlocks, blocks) : 1;
@@ -183,21 +161,9 @@ int attend_backward_mma(const limits::AttendBackwardPlan& sizes, const AttendBac
   Carver carver(workspace);
   Plan plan(sizes);
   CSAT_TRY(plan.take(p, carver, stream));
-  const AttendBackwardMmaArgs& args = plan.args;
-  const int64_t pitch = plan.feature, rows = plan.rows;
   if (f.batch * f.heads > 0 && f.queries > 0)
     CSAT_TRY(f.q.dtype == DType::bf16 ? launch<bf16>(plan, p, stream) : launch<f16>(plan, p, stream));
-  const int64_t splits = args.group * args.chunks;
-  CSAT_TRY(reduce({args.key_parts, splits, splits * rows * pitch, rows * pitch, pitch, f.batch, f.key_heads,
-                   f.measurements, f.head_dim, p.dkc, f.scale, false},
-                  stream));
-  CSAT_TRY(reduce({args.value_parts, splits, splits * rows * pitch, rows * pitch, pitch, f.batch, f.key_heads,
-                   f.measurements, f.features, p.dvc, 1.f, false},
-                  stream));
-  if (!p.dbias.data) return 0;
-  return reduce({args.bias_parts, args.chunks, args.chunks * rows, rows, rows, f.batch, f.heads, 1, f.measurements,
-                 p.dbias, 1.f, false},
-                stream);
+  return reduce_backward_parts(plan.args, p, plan.rows, plan.feature, stream);
 }
 
 }  // namespace csat

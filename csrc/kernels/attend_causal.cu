@@ -1,4 +1,5 @@
 // Host side of attend_causal and its backward: the panels of attend twice, for measurements and for tokens.
+#include "csat/attend_causal_backward_mma.h"
 #include "csat/attend_panels.h"
 #include "csat/dispatch.h"
 #include "csat/forward_mma.h"
@@ -17,17 +18,15 @@ int take_tokens(AttendParams& p, const CausalTokens& tokens, Carver& carver, voi
   p.key_heads = tokens.heads;
   p.measurements = tokens.count;
   if (!tokens.keep) return 0;
-  const int64_t B = p.batch, H = tokens.heads, N = tokens.count;
-  CSAT_TRY(take_vector_rows(p.kc, carver, p.kc.dtype, B, H, N, p.head_dim, stream, tokens.keep));
-  return take_vector_rows(p.vc, carver, p.vc.dtype, B, H, N, p.features, stream, tokens.keep);
-}
-
-int64_t scored_columns(const AttendParams& p, const CausalTokens& tokens) {
-  return p.measurements > tokens.count ? p.measurements : tokens.count;
+  CausalTokens kept = tokens;
+  CSAT_TRY(take_token_rows(kept, carver, p, stream));
+  p.kc = kept.k;
+  p.vc = kept.v;
+  return 0;
 }
 
 int take(AttendCausalArgs& args, const AttendCausalParams& p, Carver& carver, void* stream) {
-  const int64_t columns = scored_columns(p.measured, p.tokens);
+  const int64_t columns = limits::causal_columns(p.measured, p.tokens);
   AttendParams tokens = p.measured;
   args.sight = p.tokens;
   CSAT_TRY(take_tokens(tokens, p.tokens, carver, stream));
@@ -40,7 +39,7 @@ struct CausalBackwardPlan {
   BackwardPlan measured, tokens;
 
   int take(const AttendCausalBackwardParams& p, Carver& carver, void* stream) {
-    const int64_t columns = scored_columns(p.measured.forward, p.tokens);
+    const int64_t columns = limits::causal_columns(p.measured.forward, p.tokens);
     token_params = p.measured;
     token_params.dkc = p.dk;
     token_params.dvc = p.dv;
@@ -55,7 +54,7 @@ struct CausalBackwardPlan {
 
 int64_t attend_causal_workspace(const AttendCausalParams& p) {
   limits::ForwardMmaPlan plan;
-  if (!limits::plan_causal_mma(plan, p, shared_memory_limit())) return attend_causal_mma_workspace(plan, p);
+  if (!limits::plan_causal_mma(plan, p, nullptr, shared_memory_limit())) return attend_causal_mma_workspace(plan, p);
   Carver carver(nullptr);
   AttendCausalArgs args{};
   take(args, p, carver, nullptr);
@@ -64,12 +63,13 @@ int64_t attend_causal_workspace(const AttendCausalParams& p) {
 
 int attend_causal_forward(const AttendCausalParams& p, void* workspace, void* stream) {
   limits::ForwardMmaPlan plan;
-  if (!limits::plan_causal_mma(plan, p, shared_memory_limit())) return attend_causal_mma(plan, p, workspace, stream);
+  if (!limits::plan_causal_mma(plan, p, nullptr, shared_memory_limit()))
+    return attend_causal_mma(plan, p, workspace, stream);
   Carver carver(workspace);
   AttendCausalArgs args{};
   CSAT_TRY(take(args, p, carver, stream));
   const AttendParams& m = p.measured;
-  const int64_t floats = limits::attend_causal_row(scored_columns(m, p.tokens), m.head_dim, m.features);
+  const int64_t floats = limits::attend_causal_row(limits::causal_columns(m, p.tokens), m.head_dim, m.features);
   const int rows = args.measured.rows = limits::row_tile(floats, shared_memory_limit());
   const int64_t blocks = m.batch * m.heads * ceil_div(m.queries, rows ? rows : 1);
   if (rows == 0 || blocks > limits::kMaxBlocks) return kUnsupported;
@@ -80,12 +80,14 @@ int attend_causal_forward(const AttendCausalParams& p, void* workspace, void* st
 }
 
 int64_t attend_causal_backward_workspace(const AttendCausalBackwardParams& p) {
+  if (!limits::why_not_mma(p, shared_memory_limit())) return attend_causal_backward_mma_workspace(p);
   Carver carver(nullptr);
   CausalBackwardPlan().take(p, carver, nullptr);
   return carver.used();
 }
 
 int attend_causal_backward(const AttendCausalBackwardParams& p, void* workspace, void* stream) {
+  if (!limits::why_not_mma(p, shared_memory_limit())) return attend_causal_backward_mma(p, workspace, stream);
   const AttendParams& f = p.measured.forward;
   Carver carver(workspace);
   CausalBackwardPlan plan;

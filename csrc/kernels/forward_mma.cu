@@ -133,10 +133,7 @@ int take(AttendCausalMmaArgs& args, const limits::ForwardMmaPlan& plan, const At
          void* stream) {
   CSAT_TRY(take(args.rows, plan, &p.measured, nullptr, carver, stream));
   args.tokens = p.tokens;
-  const AttendParams& m = p.measured;
-  CausalTokens& t = args.tokens;
-  CSAT_TRY(take_vector_rows(t.k, carver, m.q.dtype, m.batch, t.heads, t.count, m.head_dim, stream, t.keep));
-  return take_vector_rows(t.v, carver, m.q.dtype, m.batch, t.heads, t.count, m.features, stream, t.keep);
+  return take_token_rows(args.tokens, carver, p.measured, stream);
 }
 
 template <typename T>

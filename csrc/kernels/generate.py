@@ -16,6 +16,7 @@ KERNELS: dict[str, tuple[int, ...]] = {
     "forward_mma": MMA_FEATURES,
     "forward_wgmma": (64, 128),
     "attend_causal_mma": MMA_FEATURES,
+    "attend_causal_backward_mma": MMA_FEATURES,
     "decode_wgmma": (64, 128),
     "attend_backward_mma": MMA_FEATURES,
     "attend_backward_wgmma": (64, 128),

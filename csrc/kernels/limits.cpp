@@ -93,14 +93,20 @@ const char* plan_mma(ForwardMmaPlan& plan, const AttendParams* attend, const Dec
   return "two chunks of measurements and the decoder's weights exceed the shared memory of a block";
 }
 
-const char* plan_causal_mma(ForwardMmaPlan& plan, const AttendCausalParams& p, int64_t shared_limit) {
+const char* plan_causal_mma(ForwardMmaPlan& plan, const AttendCausalParams& p, const DecodeParams* decode,
+                            int64_t shared_limit) {
   plan = {};
   AttendParams of_tokens = p.measured;  // there may be no measurements
   of_tokens.measurements = p.tokens.count;
-  if (const char* reason = plan_sizes(plan, &of_tokens, nullptr, mma_feature, "D or R above 128")) return reason;
+  const char* feature_reason = decode ? "D, R or Dv above 128" : "D or R above 128";
+  if (const char* reason = plan_sizes(plan, &of_tokens, decode, mma_feature, feature_reason)) return reason;
   if (p.measured.measurements > kMaxTokens) return "more than 2^31 - 2 measurements";
+  if (decode && plan.feature > kFusedMmaFeature) return "D, R or Dv above 96 in the fused kernel";
   plan.shared_bytes = attend_causal_mma_bytes(plan.feature);
-  return plan.shared_bytes <= shared_limit ? nullptr : "two chunks of columns exceed the shared memory of a block";
+  if (decode) plan.shared_bytes += decoder_mma_bytes(decode->decoder, plan.feature, plan.atoms);
+  if (plan.shared_bytes <= shared_limit) return nullptr;
+  return decode ? "two chunks of columns and the decoder's weights exceed the shared memory of a block"
+                : "two chunks of columns exceed the shared memory of a block";
 }
 
 const char* plan_wgmma(ForwardMmaPlan& plan, const AttendParams& attend, const DecodeParams* decode,
@@ -180,13 +186,13 @@ const char* why_not(const AttendBackwardParams& p, int64_t shared_limit) {
 
 const char* why_not(const AttendCausalParams& p, int64_t shared_limit) {
   const AttendParams& m = p.measured;
-  const int64_t columns = m.measurements > p.tokens.count ? m.measurements : p.tokens.count;
+  const int64_t columns = causal_columns(m, p.tokens);
   return first_of({check_attend(m), check_row(attend_causal_row(columns, m.head_dim, m.features), shared_limit)});
 }
 
 const char* why_not(const AttendCausalBackwardParams& p, int64_t shared_limit) {
   const AttendParams& f = p.measured.forward;
-  const int64_t columns = f.measurements > p.tokens.count ? f.measurements : p.tokens.count;
+  const int64_t columns = causal_columns(f, p.tokens);
   return first_of({check_attend(f),
                    check_row(query_backward_row(columns, f.head_dim, f.features) + kSeenFloats, shared_limit),
                    check_row(measurement_backward_row(f.head_dim, f.features) + kSeenFloats, shared_limit)});
@@ -257,6 +263,21 @@ const char* plan_backward(AttendBackwardPlan& plan, const AttendBackwardParams& 
   return plan_mma(plan, p, device.shared_bytes);
 }
 
+const char* why_not_mma(const AttendCausalBackwardParams& p, int64_t shared_limit) {
+  const AttendParams& f = p.measured.forward;
+  const int feature = mma_feature(f.head_dim > f.features ? f.head_dim : f.features);
+  if (const char* reason = check_dtypes(f.q.dtype, nullptr)) return reason;
+  if (!feature) return "D or R above 128";
+  if (f.measurements > kMaxTokens) return "more than 2^31 - 2 measurements";
+  if (p.measured.dq.stride[3] != 1 || p.dk.stride[3] != 1 || p.dv.stride[3] != 1)
+    return "the rows of dq, dk or dv are not contiguous";
+  if (f.batch * f.heads * ceil_div(causal_columns(f, p.tokens) + f.queries, kMicroRows) > kMaxBlocks)
+    return "more than 2^31 tiles";
+  return causal_query_backward_bytes(feature) <= shared_limit && causal_column_backward_bytes(feature) <= shared_limit
+             ? nullptr
+             : "the tiles of this size exceed the shared memory of a block";
+}
+
 const char* why_not(const DecodeParams& p, int64_t shared_limit) {
   return first_of({check_decoder(p), check_row(decode_row(p.decoder.coefficients, p.decoder.features), shared_limit)});
 }
@@ -272,9 +293,18 @@ const char* why_not(const AttendParams& attend, const DecodeParams& decode, int6
       {check_attend(attend), check_decoder(decode), check_row(attend_decode_row(attend, decode), shared_limit)});
 }
 
+const char* why_not(const AttendCausalParams& attend, const DecodeParams& decode, int64_t shared_limit) {
+  return first_of({why_not(attend, shared_limit), why_not(decode, shared_limit)});
+}
+
 namespace {
 
 constexpr const char* kNoPair = "not a fused kernel";
+
+bool is_causal(Kernel kernel) {
+  return kernel == Kernel::attend_causal || kernel == Kernel::attend_causal_decode ||
+         kernel == Kernel::attend_causal_backward;
+}
 
 const char* can_pair(const Problem& p, const Device& device) {
   ForwardMmaPlan plan;
@@ -321,9 +351,34 @@ const char* can_run_backward(Family family, const DecodeBackwardParams& p, const
   return family == Family::mma ? why_not_mma(p, device.shared_bytes) : why_not(p, device.shared_bytes);
 }
 
+AttendCausalBackwardParams causal_backward_of(const Problem& p) {
+  AttendCausalBackwardParams backward{};
+  backward.measured = backward_of(p.attend);
+  backward.tokens = p.tokens;
+  backward.dk.stride[3] = backward.dv.stride[3] = 1;
+  return backward;
+}
+
+const char* can_run_causal(Kernel kernel, Family family, const Problem& p, const Device& device) {
+  const int64_t limit = device.shared_bytes;
+  if (family == Family::wgmma) return "no wgmma kernel of this op";
+  if (kernel == Kernel::attend_causal_backward) {
+    if (family == Family::pair) return kNoPair;
+    const AttendCausalBackwardParams backward = causal_backward_of(p);
+    return family == Family::mma ? why_not_mma(backward, limit) : why_not(backward, limit);
+  }
+  const AttendCausalParams causal{p.attend, p.tokens};
+  const bool fused = kernel == Kernel::attend_causal_decode;
+  ForwardMmaPlan plan;
+  if (family == Family::mma) return plan_causal_mma(plan, causal, fused ? &p.decode : nullptr, limit);
+  if (family == Family::pair) return fused ? why_not(causal, p.decode, limit) : kNoPair;
+  return fused ? "no simt kernel of both: they are a pair" : why_not(causal, limit);
+}
+
 }  // namespace
 
 const char* can_run(Kernel kernel, Family family, const Problem& p, const Device& device) {
+  if (is_causal(kernel)) return can_run_causal(kernel, family, p, device);
   if (kernel == Kernel::attend_backward) return can_run_backward(family, backward_of(p.attend), device);
   if (kernel == Kernel::decode_backward) {
     DecodeBackwardParams backward{};
@@ -360,10 +415,29 @@ int64_t forward_bytes(Kernel kernel, Family family, const Problem& p, const Devi
   return plan.shared_bytes;
 }
 
+int64_t causal_bytes(Kernel kernel, Family family, const Problem& p, const Device& device) {
+  const AttendParams& a = p.attend;
+  const int64_t limit = device.shared_bytes, columns = causal_columns(a, p.tokens);
+  if (kernel == Kernel::attend_causal_backward) {
+    if (family == Family::simt)
+      return simt_bytes({query_backward_row(columns, a.head_dim, a.features) + kSeenFloats,
+                         measurement_backward_row(a.head_dim, a.features) + kSeenFloats},
+                        limit);
+    const int feature = mma_feature(a.head_dim > a.features ? a.head_dim : a.features);
+    const int64_t of_queries = causal_query_backward_bytes(feature), of_columns = causal_column_backward_bytes(feature);
+    return of_queries > of_columns ? of_queries : of_columns;
+  }
+  if (family == Family::simt) return simt_bytes({attend_causal_row(columns, a.head_dim, a.features)}, limit);
+  ForwardMmaPlan plan;
+  plan_causal_mma(plan, {a, p.tokens}, kernel == Kernel::attend_causal_decode ? &p.decode : nullptr, limit);
+  return plan.shared_bytes;
+}
+
 }  // namespace
 
 int64_t shared_bytes(Kernel kernel, Family family, const Problem& p, const Device& device) {
   if (can_run(kernel, family, p, device) || family == Family::pair) return 0;
+  if (is_causal(kernel)) return causal_bytes(kernel, family, p, device);
   const int64_t M = p.attend.measurements, D = p.attend.head_dim, R = p.attend.features, limit = device.shared_bytes;
   const Decoder& d = p.decode.decoder;
   if (kernel == Kernel::attend_backward) {

@@ -254,6 +254,9 @@ def attend_causal_calls(dtype: torch.dtype) -> Iterator[Call]:
         "D80": ((1, 2, 2, 2, 70, 200, 80, 72), (32, 2, 5), 40, False),
         "D96": ((1, 1, 1, 1, 270, 270, 96, 90), (33, 0, 33), 0, True),
         "D128": ((1, 2, 1, 1, 300, 300, 128, 128), (50, 1, 7), 3, False),
+        # Several slabs of measurements, several ranges of the queries, heads of a group one after the other.
+        "slabs": ((1, 4, 2, 1, 1261, 1333, 64, 57), (16, 2, 5), 3, True),
+        "slabs-D128": ((1, 2, 2, 1, 700, 700, 120, 128), (24, 2, 11), 0, False),
     }
     for label, (shape, (size, window, rows), earlier, masked) in sizes.items():
         values = Values(dtype)
@@ -268,6 +271,12 @@ def attend_causal_calls(dtype: torch.dtype) -> Iterator[Call]:
         z, lse = _composite.attend_causal(*arguments, scale, size, window, rows)
         dz = values.strided(*z.shape)
         yield Call("attend_causal_backward", label, (dz, *arguments, z, lse, scale, size, window, rows))
+    values = Values(dtype)
+    q, kc, vc, bias, scale = _attend_arguments(values, (1, 2, 1, 70, 15, 16, 16), (1, 2))
+    k, v = values(1, 2, 70, 16), values(1, 2, 70, 16)
+    data = q, kc, (3 + 0.05 * vc.float()).to(dtype), k, (3 + 0.05 * v.float()).to(dtype), bias, None
+    z, lse = _composite.attend_causal(*data, scale, 16, 1, 5)
+    yield Call("attend_causal_backward", "alike-values", (values(*z.shape), *data, z, lse, scale, 16, 1, 5))
 
 
 def decoder_weights(
