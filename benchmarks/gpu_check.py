@@ -321,15 +321,20 @@ def attention_row(p: Problem, clock: Clock, ceiling: dict[str, float], full: dic
 
     phi = p.phi()
 
-    def whole(q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
-        return csat_attention(q, k, v, phi, decoder=SparseDecoder(*weights, check_values=False))
+    # As the module has it by default: psi is the identity. `operations` has the kernels with a matrix.
+    def whole(q: Tensor, k: Tensor, v: Tensor, S: Tensor, B: Tensor, theta: Tensor, step: Tensor) -> Tensor:
+        return csat_attention(q, k, v, phi, decoder=SparseDecoder(S, B, theta, None, step, check_values=False))
 
-    sets = [[*(p.rows(p.n) for _ in range(3)), *p.decoder()] for _ in range(p.sets())]
+    def leaves() -> list[Tensor]:
+        S, B, theta, _, step = p.decoder()
+        return [*(p.rows(p.n) for _ in range(3)), S, B, theta, step]
+
+    sets = [leaves() for _ in range(p.sets())]
     ours = forward_and_training(whole, sets, clock)
-    plain = forward_and_training(lambda q, k, v: csat_attention(q, k, v, phi), [leaves[:3] for leaves in sets], clock)
-    row: Result = p.sizes()
+    plain = forward_and_training(lambda q, k, v: csat_attention(q, k, v, phi), [own[:3] for own in sets], clock)
+    row: Result = p.sizes() | {"psi": "identity"}
     for name, parts in (("forward", FORWARD), ("training", TRAINING)):
-        asked = sum((budget(op, p.n, p.m, p.d) for op in parts), Work(0.0, 0.0))
+        asked = sum((budget(op, p.n, p.m, p.d, psi=False) for op in parts), Work(0.0, 0.0))
         row[name] = rates(asked, ours[name], ceiling) | {
             "lista_over_attention": ours[name] / plain[name] - 1,
             "speed_over_sdpa": {b: times[name] / ours[name] if times else None for b, times in full.items()},

@@ -131,9 +131,10 @@ TFLOPS, TERABYTES = (
 _BOTH = {"project": "measure", "project_backward": "measure_backward"}
 
 
-def budget(op: str, n: int, m: int, d: int) -> Work:
-    """Of one op over all pairs in 16 bits, P = D, Phi shared; project is that of k and of v."""
-    return work(_BOTH.get(op, op), Sizes(PAIRS, n, m, d, atoms=d, layers=LAYERS))
+def budget(op: str, n: int, m: int, d: int, psi: bool = True) -> Work:
+    """Of one op over all pairs in 16 bits, P = D, Phi shared, psi a matrix or the identity; project is that of k and of
+    v."""
+    return work(_BOTH.get(op, op), Sizes(PAIRS, n, m, d, atoms=d, layers=LAYERS, psi=psi))
 
 
 def floor_ms(asked: Work, tflops: float = TFLOPS, terabytes: float = TERABYTES) -> tuple[float, str]:

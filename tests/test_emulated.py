@@ -391,6 +391,42 @@ def test_decode_on_warpgroups_is_the_same_from_any_layout(
             assert torch.equal(ops.decode(view, *parameters), row.expand(2, 2, 90, sizes[6]))
 
 
+# heads, layers, layers of S, layers of B, coefficients (and outputs), features; of every family and compiled size.
+WITHOUT_PSI = [(1, 3, 1, 1, 64, 64), (2, 2, 1, 1, 33, 24), (1, 3, 3, 3, 100, 60), (1, 2, 1, 1, 128, 128)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("sizes", WITHOUT_PSI, ids=str)
+def test_without_psi_it_is_the_identity(
+    library: Any, generator: torch.Generator, sizes: tuple[int, ...], capability: int, dtype: torch.dtype
+) -> None:
+    """Bit for bit what the identity matrix gives, and every gradient but that of psi."""
+    ops = EmulatedOps(library, seed=5, compute_capability=capability)
+    atoms = sizes[4]
+    S, B, theta, psi, step = _decoder(generator, (*sizes, atoms))
+    identity = torch.eye(atoms).expand_as(psi)
+    z, dc = _tokens(generator, dtype, 1, 2, 70, sizes[5]), _tokens(generator, dtype, 1, 2, 70, atoms)
+    assert torch.equal(ops.decode(z, S, B, theta, None, step), ops.decode(z, S, B, theta, identity, step))
+    pairs = [ops.decode_backward(dc, z, S, B, theta, own, step) for own in (None, identity)]
+    for name, a, b in zip(("dz", "dS", "dB", "dtheta", "dpsi", "dstep"), *pairs, strict=True):
+        assert a.shape == (0,) if name == "dpsi" else torch.equal(a, b), name
+    inputs = _attend_inputs(generator, dtype, (1, 2, 1, 40, 20, sizes[5], sizes[5]), "finite")
+    for need_z in (True, False):
+        fused = [ops.attend_decode(*inputs, S, B, theta, own, step, need_z) for own in (None, identity)]
+        assert all(torch.equal(a, b) for a, b in zip(*fused, strict=True))
+
+
+def test_without_psi_its_products_are_not_made(library: Any, generator: torch.Generator) -> None:
+    """Of 64 rows, P = 64, two layers: B z, S a_1, each 4 of 64 x 64 x 16; back all but g and dpsi, 2 of 10."""
+    ops = EmulatedOps(library, compute_capability=90)
+    dc, z, S, B, theta, _, step = _settled_decode(generator, torch.bfloat16, (1, 1, 64), (1, 2, 1, 1, 64, 64, 64))
+    ops.decode(z, S, B, theta, None, step)
+    assert ops.counters.mma == 8
+    ops.decode_backward(dc, z, S, B, theta, None, step)
+    assert ops.counters.mma == 32
+
+
 # sizes of attend, of the decoder: one kernel; a pair, because z leaves no registers; a pair whose decoder is too large;
 # one kernel that keeps B z on Hopper; one that does not
 FUSED = [

@@ -57,10 +57,12 @@ def products(run: Callable[..., Any], *arguments: Any) -> int:
     return counter.get_total_flops()
 
 
-def test_flops_of_backward_operators_are_those_of_plain_torch() -> None:
+@pytest.mark.parametrize("psi", [True, False])
+def test_flops_of_backward_operators_are_those_of_plain_torch(psi: bool) -> None:
     n, m, d = 96, 32, 64
     p = gpu_check.Problem(n, m, d, device="meta")
     q, kc, phi, decoder, lse = p.rows(n), p.rows(m), p.phi(), p.decoder(), torch.empty(4, 16, n, device="meta")
+    decoder = decoder if psi else (*decoder[:3], None, decoder[4])
     counted = {
         "project_backward": 2 * products(_composite.project_backward, kc, q, phi, None, True, False),  # K and V
         "attend_backward": products(_composite.attend_backward, q, q, kc, kc, None, q, lse, 0.1),
@@ -68,7 +70,7 @@ def test_flops_of_backward_operators_are_those_of_plain_torch() -> None:
     }
     of_zero = 3 * 2 * p.pairs * n * d * d  # S a_0 and its two products, which kernels leave out: a_0 = 0
     for op, flops in counted.items():
-        assert flops == budget(op, n, m, d).flops + (of_zero if op == "decode_backward" else 0), op
+        assert flops == budget(op, n, m, d, psi).flops + (of_zero if op == "decode_backward" else 0), op
 
 
 def test_bytes_are_every_tensor_once() -> None:
@@ -133,7 +135,7 @@ def test_row_of_the_whole_and_what_lista_adds() -> None:
     assert row["training"]["lista_over_attention"] == pytest.approx(0.5)
     assert row["forward"]["speed_over_sdpa"] == {"flash": pytest.approx(2), "cudnn": None}
     assert row["training"]["speed_over_sdpa"] == {"flash": pytest.approx(0.5), "cudnn": None}
-    forward = sum(budget(op, 24, 5, 16).flops for op in ("project", "attend_decode"))
+    forward = sum(budget(op, 24, 5, 16, psi=False).flops for op in ("project", "attend_decode"))
     assert row["forward"]["tflops"] == pytest.approx(forward / 4e9)
     json.dumps(row)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from csat_ext import CSATAttention, CSATConfig, SparseDecoder
+from csat_ext import CSATAttention, CSATConfig, SparseDecoder, csat_attention, measurement_matrix, reference
 from csat_ext.config import DECODERS
 from csat_ext.measurements import ENSEMBLES
 from csat_ext.module import parameter_groups
@@ -225,6 +226,20 @@ def test_the_decoder_is_float32_under_autocast_and_float64_in_a_float64_module(d
         assert torch.equal(getattr(under_autocast, name), getattr(plain, name)), name
         assert getattr(wide, name).dtype == torch.float64
         torch.testing.assert_close(getattr(wide, name).float(), getattr(plain, name), rtol=1e-4, atol=1e-5)
+
+
+def test_the_identity_dictionary_costs_no_product() -> None:
+    module, x = attention(dictionary="identity"), torch.randn(2, 20, E)
+    decoder = module.decoder()
+    assert isinstance(decoder, SparseDecoder) and decoder.psi is None
+    explicit = dataclasses.replace(decoder, psi=torch.eye(E // H))
+    q, k, v = torch.randn(3, 1, H, 20, E // H)
+    phi = measurement_matrix("pool", 8, 20, seed=0)
+    ours, theirs = (csat_attention(q, k, v, phi, decoder=d) for d in (decoder, explicit))
+    assert torch.equal(ours, theirs)
+    torch.testing.assert_close(ours, reference.csat_attention(q, k, v, phi, decoder=decoder))
+    assert attention(dictionary="overcomplete").decoder().psi is not None
+    assert bool(module(x).isfinite().all())
 
 
 @pytest.mark.parametrize("decoder", ["lista", "alista"])

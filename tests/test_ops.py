@@ -263,6 +263,36 @@ def test_attend_decode(dtype: torch.dtype, need_z: bool) -> None:
     assert torch.equal(z, separate_z) if need_z else z.shape == (0,)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tied", [True, False])
+def test_without_psi_it_is_the_identity(dtype: torch.dtype, tied: bool) -> None:
+    layers = 1 if tied else 3
+    S, B, theta, _, step = decoder(14, 21, 21, heads=2, s_layers=layers, b_layers=layers, dtype=dtype)
+    identity = torch.eye(21, dtype=dtype).expand(2, -1, -1)
+    z, dc = randn(2, 2, 50, 14, seed=1, dtype=dtype), randn(2, 2, 50, 21, seed=2, dtype=dtype)
+    assert torch.equal(csat.decode(z, S, B, theta, None, step), csat.decode(z, S, B, theta, identity, step))
+    pairs = [csat.decode_backward(dc, z, S, B, theta, psi, step) for psi in (None, identity)]
+    for name, a, b in zip(("dz", "dS", "dB", "dtheta", "dpsi", "dstep"), *pairs, strict=True):
+        assert a.shape == (0,) if name == "dpsi" else torch.equal(a, b), name
+    leaves = [t.clone().requires_grad_() for t in (z, S, B, theta, step)]
+    out = csat.decode(*leaves[:4], None, leaves[4])
+    for gradient, expected in zip(torch.autograd.grad(out, leaves, dc), [*pairs[0][:4], pairs[0][5]], strict=True):
+        assert torch.equal(gradient, expected.to(dtype))
+    q, kc, vc = attend_inputs(b=2, h=2, hk=1, r=14, dtype=dtype)
+    fused = [csat.attend_decode(q, kc, vc, None, 0.25, S, B, theta, psi, step, True) for psi in (None, identity)]
+    assert all(torch.equal(a, b) for a, b in zip(*fused, strict=True))
+
+
+def test_without_psi_the_registrations_hold() -> None:
+    S, B, theta, _, step = (w.requires_grad_() for w in decoder(3, 4, 4, 2))
+    z = randn(1, 2, 5, 3, seed=1).requires_grad_()
+    torch.library.opcheck(torch.ops.csat.decode.default, (z, S, B, theta, None, step))
+    q, kc, vc = (t.requires_grad_() for t in attend_inputs(1, 2, 1, 5, 4, 3, 3))
+    arguments = (q, kc, vc, None, 0.5, S, B, theta, None, step, True)
+    torch.library.opcheck(torch.ops.csat.attend_decode.default, arguments)
+    assert torch.autograd.gradcheck(lambda *w: csat.decode(*w[:4], None, w[4]), (z, S, B, theta, step))
+
+
 def test_parameters_may_mix_dtypes() -> None:
     q, kc, vc = attend_inputs(r=12, dtype=torch.bfloat16)
     S, B, theta, psi, step = decoder(12, 21, 14)

@@ -26,7 +26,7 @@ struct DecodeBackwardArgs {
   int layers, s_layers, b_layers, features, outputs;
   int wide_pitch, a_pitch, z_depth, features_pitch, outputs_pitch;
   View z, dout, dz;
-  Panel S_t, B_t, S, B, psi, theta, step;  // transposed (as in forward), then as they are; theta, step
+  Panel S_t, B_t, S, B, psi, theta, step;  // transposed (as in forward), then as they are; psi.data null: identity
   // Workspace of this launch; `rows_g` = group_tiles * rows rows a group.
   float* iterates;     // (groups, T + 1, rows_g, a_pitch): a_0 .. a_T
   float* errors;       // (groups, T, rows_g, a_pitch): v_t, then e'_t
@@ -154,7 +154,11 @@ __global__ void __launch_bounds__(limits::kThreads) decode_backward_kernel(Decod
   // g_T = dc psi. From here on: g, e' and the sum of e' take the places of a, next and B z.
   float *g = b.a, *scaled = b.next, *sum = b.bz;
   take_rows<T>(b, p.dout, tile, p.outputs, p.outputs_pitch, p.dout_rows);
-  multiply_rows<false>(g, p.a_pitch, b.wide, p.outputs_pitch, p.psi, group, p.rows);
+  if (p.psi.data) {
+    multiply_rows<false>(g, p.a_pitch, b.wide, p.outputs_pitch, p.psi, group, p.rows);
+  } else {
+    for (int i = threadIdx.x; i < b.size(); i += limits::kThreads) g[i] = b.wide[i];  // rows of one pitch
+  }
   __syncthreads();
   fill(b.wide, p.rows * p.features_pitch, 0.f);  // dz
   for (int t = p.layers - 1; t >= 0; --t) {

@@ -104,7 +104,7 @@ struct LayerTiles {
     arrive();
   }
   CSAT_DEVICE void want_psi(const DecoderWeights& w, int64_t group) {
-    if (psi_held) return;
+    if (psi_held || !w.synthesises()) return;
     __syncthreads();
     load(psi, w, w.psi, group, 0, kF, w.outputs, w.coefficients);
     psi_held = true;
@@ -190,7 +190,7 @@ CSAT_DEVICE void recompute_layer(Operand<T, kRows, kP>& a, const Operand<T, kRow
   a = load_blocks<T, kRows, kP, kP>(rows.iterate(t));
 }
 
-// g_T = dc psi, then e_{T-1}.
+// g_T = dc psi (dc where psi is the identity), then e_{T-1}.
 template <typename T, int kRows, int kP, int kF>
 CSAT_DEVICE void first_error(const BackwardRows<kRows, kP, kF>& rows, Tile<T, kP> psi) {
   const int last = rows.p.decoder.layers - 1;
@@ -199,7 +199,10 @@ CSAT_DEVICE void first_error(const BackwardRows<kRows, kP, kF>& rows, Tile<T, kP
   for (int first = 0; first < kP; first += kGroup<kRows>) {
     const auto a = load_blocks<T, kRows, kGroup<kRows>, kP>(rows.iterate(last), first);
     Sums<kRows, kGroup<kRows>> g = {};
-    multiply(g, dout, psi, first);
+    if (rows.p.decoder.synthesises())
+      multiply(g, dout, psi, first);
+    else if (first < kF)
+      g = to_sums<kGroup<kRows>>(load_blocks<T, kRows, kGroup<kRows>, kF>(rows.dout(), first), 0);
     store_error<T>(rows, last, first, g, to_sums<kGroup<kRows>>(a, 0));
   }
 }

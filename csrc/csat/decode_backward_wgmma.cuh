@@ -1,7 +1,8 @@
 // Backward of decode on Hopper's warpgroup products (wgmma, sm_90a), for bf16 and fp16, S and B tied: the formulas of
 // decode_backward_mma.cuh with es_t = step_t e_t, rounded to T, as what is multiplied:
 //
-//   g_t = e_t - es_t + es_t S;  dz = sum_t es_t B;  dS = sum_t es_t^T a_t;  dB = sum_t es_t^T z;  dpsi = dc^T a_T
+//   g_t = e_t - es_t + es_t S;  dz = sum_t es_t B;  dS = sum_t es_t^T a_t;  dB = sum_t es_t^T z;  dpsi = dc^T a_T,
+//   where psi is the identity g_T = dc and there is no dpsi
 //   dtheta_t = -colsum(e_t sign(a_{t+1}));  dstep_t = sum e_t . v_t with v_t = S a_t + B z - a_t, rounded to T
 //
 // A team of kP / 64 warpgroups takes a tile of 64 rows through all layers, each warpgroup with 64 of the coefficients;
@@ -292,10 +293,15 @@ struct TileOfRows {
   CSAT_DEVICE void propagate(Operand<T, 16, kOwn> x, WeightSums<kP, kF, kPsi>& sums) const {
     const int warp = warp_id();
     Sums<16, kOwn> g;
-    wgmma_fence(g.at[0], sums.S.at[0], sums.B.at[0]);
-    start_columns(g, dout(), s.psi(), column(), false);
-    wgmma_commit();
-    wgmma_wait<0>(g.at[0]);
+    if (s.p.decoder.synthesises()) {
+      wgmma_fence(g.at[0]);
+      start_columns(g, dout(), s.psi(), column(), false);
+      wgmma_commit();
+      wgmma_wait<0>(g.at[0]);
+    } else {
+      g = to_sums<kOwn>(load_own(dout(), at.warp, column()), 0);
+    }
+    wgmma_fence(sums.S.at[0], sums.B.at[0]);
 #pragma unroll 1
     for (int t = s.layers() - 1; t >= 0; --t) {
       const LayerSums layer = layer_errors(g, x, lane_words(error(t), at.warp, column()), s.step()[t]);
@@ -329,10 +335,12 @@ struct TileOfRows {
     for (int t = 0; t < s.layers(); ++t) start_columns(dz, error(t), s.B(), column(), t > 0);
     wgmma_commit();
     if constexpr (kPsi) {
-      wgmma_fence(sums.psi.at[0]);
-      start_outer(sums.psi, dout(), 0, iterate(s.layers() - 1), column());
-      wgmma_commit();
-      wgmma_wait<0>(sums.psi.at[0]);
+      if (s.p.decoder.synthesises()) {
+        wgmma_fence(sums.psi.at[0]);
+        start_outer(sums.psi, dout(), 0, iterate(s.layers() - 1), column());
+        wgmma_commit();
+        wgmma_wait<0>(sums.psi.at[0]);
+      }
     }
     wgmma_wait<0>(dz.at[0]);
     return dz;
@@ -395,7 +403,8 @@ CSAT_DEVICE void load_weights(const Layout<T, kP, kF>& s, int group) {
   const int thread = threadIdx.x, threads = limits::kMmaThreads;
   load_rows_async(s.S(), weight_rows<T>(w, w.S, group, 0, w.coefficients, w.coefficients), kP, thread, threads);
   load_rows_async(s.B(), weight_rows<T>(w, w.B, group, 0, w.coefficients, w.features), kP, thread, threads);
-  load_rows_async(s.psi(), weight_rows<T>(w, w.psi, group, 0, w.outputs, w.coefficients), kF, thread, threads);
+  if (w.synthesises())
+    load_rows_async(s.psi(), weight_rows<T>(w, w.psi, group, 0, w.outputs, w.coefficients), kF, thread, threads);
   load_thresholds<kP>(s.theta(), s.step(), w, group, thread, threads);
   for (int i = thread; i < w.layers * limits::kMmaWarps * (kOwn + 1); i += threads) s.theta_sums(0)[i] = 0.f;
   cp_async_commit();
@@ -412,7 +421,8 @@ CSAT_DEVICE void store_parts(const Layout<T, kP, kF>& s, const Place<kP>& at, in
   store_floats(p.S_parts + (part * kP + row) * kP, kP, 16, sums.S.at[0]);
   store_floats(p.B_parts + (part * kP + row) * kF, kF, 16, sums.B.at[0]);
   if constexpr (kPsi)
-    store_floats(p.psi_parts + (part * kF + 16 * at.warp) * kP + at.own * kOwn, kP, 16, sums.psi.at[0]);
+    if (p.decoder.synthesises())
+      store_floats(p.psi_parts + (part * kF + 16 * at.warp) * kP + at.own * kOwn, kP, 16, sums.psi.at[0]);
   at.team_barrier();  // the sums of all its warps
   const int first = at.team * warps, thread = threadIdx.x % (2 * kP);
   for (int i = thread; i < layers * kP; i += 2 * kP) {
@@ -458,7 +468,8 @@ __global__ void __launch_bounds__(limits::kMmaThreads, 1)
     const TileOfRows<T, kP, kF> tile{s, at, stage};
     const Operand<T, 16, kOwn> last = tile.recompute();
     if constexpr (!Shared::kSumsPsi)
-      store_for_psi<T, kP, kF>(p, at, int64_t(group) * p.group_tiles + index, tile.dout(), last);
+      if (p.decoder.synthesises())
+        store_for_psi<T, kP, kF>(p, at, int64_t(group) * p.group_tiles + index, tile.dout(), last);
     tile.propagate(last, sums);
     const Sums<16, kOwn> dz = tile.features(sums);
     at.team_barrier();  // every product of this tile has read what it reads

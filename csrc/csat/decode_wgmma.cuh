@@ -11,9 +11,9 @@
 // has its left operand there, u = B z + S a and psi a in registers. c -> the place of z -> global in 16-byte pieces.
 // One barrier of the warpgroup a tile, when z has been read: until then its rows before are stored, too.
 //
-// Budget of a row: 2 P R + 2 (T - 1) P P + 2 P Dv FLOP, B z once where B is tied; z and c once through memory.
-// Registers of a lane: P / 2 for B z, P / 2 for u (then Dv / 2 for c), P / 4 for the iterate; shared memory:
-// limits::decode_wgmma_bytes. Limits: limits::plan_wgmma.
+// Budget of a row: 2 P R + 2 (T - 1) P P + 2 P Dv FLOP (the last where psi is not the identity), B z once where B is
+// tied; z and c once through memory. Registers of a lane: P / 2 for B z, P / 2 for u (then Dv / 2 for c), P / 4 for the
+// iterate; shared memory: limits::decode_wgmma_bytes. Limits: limits::plan_wgmma.
 #pragma once
 #include "csat/forward_mma.cuh"
 #include "csat/warpgroup.cuh"
@@ -66,7 +66,8 @@ CSAT_DEVICE void load_weights(const Layout<T, kD, kP>& to, int64_t head) {
     load_rows_async(to.S(t), weight_rows<T>(w, w.S, head, t, w.coefficients, w.coefficients), kP, thread, threads);
   for (int t = 0; t < w.b_layers; ++t)
     load_rows_async(to.B(t), weight_rows<T>(w, w.B, head, t, w.coefficients, w.features), kP, thread, threads);
-  load_rows_async(to.psi(), weight_rows<T>(w, w.psi, head, 0, w.outputs, w.coefficients), kD, thread, threads);
+  if (w.synthesises())
+    load_rows_async(to.psi(), weight_rows<T>(w, w.psi, head, 0, w.outputs, w.coefficients), kD, thread, threads);
   load_thresholds<kP>(to.theta(), to.step(), w, head, thread, threads);
   cp_async_commit();
   cp_async_wait<0>();
@@ -107,7 +108,7 @@ struct Tiles {
   }
   // psi a_T of the rows that have arrived. `then` is called once the rows of the tile before have been stored.
   template <typename F>
-  CSAT_DEVICE Sums<16, kD> decode(SwizzledTile<T, kD> z, F then) const {
+  CSAT_DEVICE Operand<T, 16, kD> decode(SwizzledTile<T, kD> z, F then) const {
     const DecoderWeights& w = s.decoder();
     Operand<T, 16, kP> a = {};
     Sums<16, kP> bz;
@@ -129,17 +130,16 @@ struct Tiles {
       if (w.layers == w.b_layers) measure(bz, z, w.layers - 1);
       layer(bz, w.layers - 1);
     }
-    Sums<16, kD> c;
-    product_transposed(c, a, s.psi(), false);
+    const Operand<T, 16, kD> c = synthesised<kD>(a, s.psi(), !w.synthesises());
     if (w.b_layers > 1) barrier();  // z has been read
     return c;
   }
 
   // The warp's 16 rows of c, through its rows of the tile.
-  CSAT_DEVICE void store(int i, SwizzledTile<T, kD> tile, const Sums<16, kD>& c) const {
+  CSAT_DEVICE void store(int i, SwizzledTile<T, kD> tile, const Operand<T, 16, kD>& c) const {
     const int row = warp_id() % 4 * 16;
     const SwizzledTile<T, kD> own_rows{tile.data + row * 64, kRows};
-    store_tile(own_rows, to_operand<T>(c));
+    store_tile(own_rows, c);
     sync_warp();
     const RowTile rows = rows_of(i);
     const GlobalRows<T> all{at<T>(p().out, rows.batch, rows.head, rows.first), p().out.stride[2], rows.valid,
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(128 * limits::decode_wgmma_groups(kP), 1)
       const int stage = turn & (stages - 1);
       const SwizzledTile<T, kD> tile = s.rows(own, stage);
       mbarrier_wait(s.arrived(own, stage), turn >> (stages - 1) & 1);
-      const Sums<16, kD> c = tiles.decode(tile, [&] {
+      const Operand<T, 16, kD> c = tiles.decode(tile, [&] {
         if (stages == 2) tiles.request(i + Shared::kGroups, stage ^ 1);
       });
       tiles.store(i, tile, c);

@@ -5,7 +5,7 @@
 
 namespace csat {
 
-// Sizes, and S, B and psi in the 16-bit dtype of the rows, with vector rows.
+// Sizes, and S, B and psi (where it is not the identity) in the 16-bit dtype of the rows, with vector rows.
 inline int take_matrices(DecoderWeights& w, const Decoder& d, DType dtype, Carver& carver, void* stream) {
   const int64_t P = d.coefficients, R = d.features;
   w = {d.S,
@@ -22,6 +22,7 @@ inline int take_matrices(DecoderWeights& w, const Decoder& d, DType dtype, Carve
        static_cast<int>(d.outputs)};
   CSAT_TRY(take_vector_rows(w.S, carver, dtype, d.heads, d.s_layers, P, P, stream));
   CSAT_TRY(take_vector_rows(w.B, carver, dtype, d.heads, d.b_layers, P, R, stream));
+  if (!w.synthesises()) return 0;
   return take_vector_rows(w.psi, carver, dtype, d.heads, 1, d.outputs, P, stream);
 }
 

@@ -30,7 +30,8 @@ struct ForwardArgs {
   float scale;
   // decode
   View out;
-  Panel S, B, psi, theta, step;  // transposed S (Hd Ts), B (Hd Tb), psi (Hd); theta (Hd)(T, P); step (Hd)(1, T)
+  // Transposed S (Hd Ts), B (Hd Tb), psi (Hd; data null: the identity); theta (Hd)(T, P); step (Hd)(1, T).
+  Panel S, B, psi, theta, step;
   int64_t decoder_heads;
   int layers, s_layers, b_layers, outputs;
   int a_pitch, z_depth, output_columns;
@@ -212,6 +213,9 @@ CSAT_DEVICE void decode_rows(const ForwardArgs& p, const RowTile& tile, const fl
     next = swap;
   }
 
+  if (!p.psi.data)
+    return store_rows(at<T>(p.out, tile.batch, tile.head, tile.first), p.out.stride[2], p.out.stride[3], a, pitch,
+                      tile.valid, p.outputs);
   const float* psi = p.psi.data + head * p.psi.matrix + lane;
   for_each_micro_tile(rows, p.output_columns, [&](int row, int column) {
     Accumulator acc = {};

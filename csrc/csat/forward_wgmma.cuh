@@ -92,7 +92,8 @@ CSAT_DEVICE void load_decoder(const Resident<T, kD, kP>& to, int64_t head) {
     load_rows_async(to.S(t), weight_rows<T>(w, w.S, head, t, w.coefficients, w.coefficients), kP, thread, threads);
   for (int t = 0; t < w.b_layers; ++t)
     load_rows_async(to.B(t), weight_rows<T>(w, w.B, head, t, w.coefficients, w.features), kP, thread, threads);
-  load_rows_async(to.psi(), weight_rows<T>(w, w.psi, head, 0, w.outputs, w.coefficients), kD, thread, threads);
+  if (w.synthesises())
+    load_rows_async(to.psi(), weight_rows<T>(w, w.psi, head, 0, w.outputs, w.coefficients), kD, thread, threads);
   load_thresholds<kP>(to.theta(), to.step(), w, head, thread, threads);
 }
 
@@ -236,7 +237,7 @@ CSAT_DEVICE void attend_chunk(const Resident<T, kD, kP>& resident, int c, UnitSt
 // psi a_T of the rows of z in the warp's tile: the layers of lista.cuh. B z of a tied B is kept where registers hold it
 // beside u; else z is read again.
 template <typename T, int kD, int kP>
-CSAT_DEVICE Sums<16, kD> decode_rows(const Resident<T, kD, kP>& resident, SwizzledTile<T, kD> tile) {
+CSAT_DEVICE Operand<T, 16, kD> decode_rows(const Resident<T, kD, kP>& resident, SwizzledTile<T, kD> tile) {
   constexpr bool kKeep = kP <= 64;
   const DecoderWeights& w = resident.shapes().decoder;
   const auto measured = [&](Sums<16, kP>& bz, int t) {
@@ -263,9 +264,7 @@ CSAT_DEVICE Sums<16, kD> decode_rows(const Resident<T, kD, kP>& resident, Swizzl
     product_transposed(u, a, resident.S(t), true);
     next_iterate<false>(a, u, resident.theta() + t * kP, resident.step()[t]);
   }
-  Sums<16, kD> c = {};
-  product_transposed(c, a, resident.psi(), false);
-  return c;
+  return synthesised<kD>(a, resident.psi(), !w.synthesises());
 }
 
 // This warp's rows of the units of a run.
@@ -298,8 +297,8 @@ struct WarpRows {
     const int lane = lane_id(), r = row(unit) + lane / 4 + lane % 2 * 8;
     if (lane % 4 < 2 && r < static_cast<int>(p().queries)) lse[r * p().lse.stride[2]] = value;
   }
-  CSAT_DEVICE void fill_tile(const Sums<16, kD>& x) const {
-    store_tile(tile(), to_operand<T>(x));
+  CSAT_DEVICE void fill_tile(const Operand<T, 16, kD>& x) const {
+    store_tile(tile(), x);
     sync_warp();
   }
   CSAT_DEVICE void store_tile_rows(int unit, T* to, int64_t stride, int columns, bool vectors) const {
@@ -329,13 +328,13 @@ CSAT_DEVICE void run_unit(const WarpRows<T, kD, kP>& rows, int unit, int next, i
   start_values(resident, p.chunks - 1, state);
   wgmma_wait<0>(state.z.at[0]);
   rows.store_lse(unit, finish_softmax(state.softmax, state.z));
-  rows.fill_tile(state.z);
+  rows.fill_tile(to_operand<T>(state.z));
   if (p.z.data) {
     T* z = kP ? at<T>(p.z, rows.batch, rows.head, 0) : rows.last;
     rows.store_tile_rows(unit, z, p.z.stride[2], p.features, p.z_vectors);
   }
   if constexpr (kP > 0) {
-    const Sums<16, kD> c = decode_rows(resident, rows.tile());
+    const Operand<T, 16, kD> c = decode_rows(resident, rows.tile());
     sync_warp();  // z has been read
     rows.fill_tile(c);
     rows.store_tile_rows(unit, rows.last, p.out.stride[2], p.decoder.outputs, p.out_vectors);

@@ -198,13 +198,14 @@ CSAT_DEVICE void store_tile(Tile<T, kTileColumns> tile, int column, const Sums<k
         *reinterpret_cast<uint32_t*>(tile.row(16 * i + 8 * h + g) + column + 8 * j + t) =
             pack2<T>(x.at[i][j][2 * h], x.at[i][j][2 * h + 1]);
 }
-template <typename T, int kColumns, int kRows>
-CSAT_DEVICE void store_tile(Tile<T, kColumns> tile, const Operand<T, kRows, kColumns>& x) {
+// The columns that both have.
+template <typename T, int kTileColumns, int kRows, int kColumns>
+CSAT_DEVICE void store_tile(Tile<T, kTileColumns> tile, const Operand<T, kRows, kColumns>& x) {
   const int lane = pinned(lane_id()), g = lane / 4, t = lane % 4 * 2;
 #pragma unroll
   for (int i = 0; i < kRows / 16; ++i)
 #pragma unroll
-    for (int k = 0; k < kColumns / 16; ++k)
+    for (int k = 0; k < (kColumns < kTileColumns ? kColumns : kTileColumns) / 16; ++k)
 #pragma unroll
       for (int r = 0; r < 4; ++r)
         *reinterpret_cast<uint32_t*>(tile.row(16 * i + r % 2 * 8 + g) + 16 * k + r / 2 * 8 + t) = x.at[i][k][r];

@@ -65,7 +65,7 @@ struct Decoder {
   View S;      // (Hd, Ts, P, P), Ts is 1 or T
   View B;      // (Hd, Tb, P, R), Tb is 1 or T
   View theta;  // (Hd, T, P) in axes 0, 1, 3 of the view
-  View psi;    // (Hd, Dv, P) in axes 0, 2, 3 of the view
+  View psi;    // (Hd, Dv, P) in axes 0, 2, 3 of the view; data null: the identity, Dv = P
   View step;   // (Hd, T) in axes 0, 3 of the view
   int64_t heads, layers, s_layers, b_layers, coefficients, features, outputs;  // Hd, T, Ts, Tb, P, R, Dv
 };
@@ -81,7 +81,7 @@ struct DecodeBackwardParams {
   DecodeParams forward;                    // out is not read
   View dout;                               // (B, H, Nq, Dv), T
   View dz;                                 // (B, H, Nq, R), T
-  float *dS, *dB, *dtheta, *dpsi, *dstep;  // contiguous, in the weights' shapes
+  float *dS, *dB, *dtheta, *dpsi, *dstep;  // contiguous, in the weights' shapes; dpsi null as psi
 };
 
 // project: y = phi x over the tokens; head h of y reads head h / (H / Hx) of x and head h (or 0) of phi.

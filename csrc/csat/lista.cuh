@@ -7,7 +7,8 @@
 // threshold -> the next a, packed to T: an iterate is a left operand and is defined as rounded to T, for the backward
 // pass too. B z is computed anew in every layer: kept beside u (64 coefficients, 32 rows) it made the fused kernel
 // spill 260 to 520 bytes, by nvcc 13.0.
-// Budget of a row: 2 T P (P + R) + 2 P Dv FLOP; registers: 2 (P / 16) + (R / 16) + 8 a row block of 16, times 4.
+// Budget of a row: 2 T P (P + R) + 2 P Dv FLOP, the last only where psi is not the identity; registers: 2 (P / 16) + (R
+// / 16) + 8 a row block of 16, times 4.
 #pragma once
 #include "csat/fragments.cuh"
 #include "csat/limits.h"
@@ -17,10 +18,11 @@ namespace csat {
 
 // Where the weights of all heads lie: 16-bit matrices with vector rows, float32 vectors.
 struct DecoderWeights {
-  View S, B, psi;     // (Hd, Ts, P, P), (Hd, Tb, P, R), (Hd, 1, Dv, P)
+  View S, B, psi;     // (Hd, Ts, P, P), (Hd, Tb, P, R), (Hd, 1, Dv, P); psi.data null: the identity
   Panel theta, step;  // (Hd)(T, P), (Hd)(1, T)
   int64_t heads;      // Hd
   int layers, s_layers, b_layers, coefficients, features, outputs;
+  constexpr bool synthesises() const { return psi.data != nullptr; }
 };
 
 // Weights of one head in shared memory, padded with zeros to kP coefficients and kD features: S, B, psi as tiles, then
@@ -128,9 +130,10 @@ CSAT_DEVICE Operand<T, kRows, kP> recover(const Measured& z, const DecoderTiles<
   return a;
 }
 
-// out = psi a, rounded to T.
+// out = psi a, rounded to T; a itself where psi is the identity.
 template <typename T, int kRows, int kD, int kP>
 CSAT_DEVICE void synthesise(Tile<T, kD> out, const Operand<T, kRows, kP>& a, const DecoderTiles<T, kD, kP>& w) {
+  if (!w.w.synthesises()) return store_tile(out, a);
 #pragma unroll
   for (int first = 0; first < kD; first += kColumnGroup) {
     Sums<kRows, kColumnGroup> c = {};
@@ -183,7 +186,8 @@ CSAT_DEVICE void load_decoder(const DecoderTiles<T, kD, kP>& to, int64_t head, i
     load_rows_async(to.S(t), weight_rows<T>(w, w.S, head, t, w.coefficients, w.coefficients), 0, kP, thread, threads);
   for (int t = 0; t < w.b_layers; ++t)
     load_rows_async(to.B(t), weight_rows<T>(w, w.B, head, t, w.coefficients, w.features), 0, kP, thread, threads);
-  load_rows_async(to.psi(), weight_rows<T>(w, w.psi, head, 0, w.outputs, w.coefficients), 0, kD, thread, threads);
+  if (w.synthesises())
+    load_rows_async(to.psi(), weight_rows<T>(w, w.psi, head, 0, w.outputs, w.coefficients), 0, kD, thread, threads);
   load_thresholds<kP>(to.theta(), to.step(), w, head, thread, threads);
 }
 

@@ -142,6 +142,22 @@ CSAT_DEVICE void product_transposed(Sums<16, kColumns>& sums, Operand<T, 16, kDe
   wgmma_commit();
   wgmma_wait<0>(sums.at[0]);
 }
+// The rows of c = psi a: a b^T with all rows of b = psi, rounded to T; a itself where psi is the identity.
+template <int kColumns, typename T, int kDepth>
+CSAT_DEVICE Operand<T, 16, kColumns> synthesised(Operand<T, 16, kDepth>& a, SwizzledTile<T, kDepth> psi,
+                                                 bool identity) {
+  if (identity) {
+    Operand<T, 16, kColumns> c = {};
+#pragma unroll
+    for (int k = 0; k < (kDepth < kColumns ? kDepth : kColumns) / 16; ++k)
+#pragma unroll
+      for (int r = 0; r < 4; ++r) c.at[0][k][r] = a.at[0][k][r];
+    return c;
+  }
+  Sums<16, kColumns> c;
+  product_transposed(c, a, psi, false);
+  return to_operand<T>(c);
+}
 // sums = a b^T, where a is the rows of its tile from `row` on, and b all of its tile.
 template <int kRows, int kColumns, typename T, int kDepth>
 CSAT_DEVICE void start_product_transposed(Sums<kRows, kColumns>& sums, SwizzledTile<T, kDepth> a, int row,

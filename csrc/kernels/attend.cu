@@ -28,7 +28,7 @@ int take_decoder(ForwardArgs& args, const DecodeParams& p, Carver& carver, void*
   CSAT_TRY(take_panel(args.B, carver, transposed(operand(d.B, d.heads, d.b_layers, P, d.features)), args.z_depth, pitch,
                       stream));
   PackArgs psi = operand(d.psi, d.heads, 1, d.outputs, P);
-  CSAT_TRY(take_panel(args.psi, carver, transposed(psi), pitch, args.output_columns, stream));
+  if (d.psi.data) CSAT_TRY(take_panel(args.psi, carver, transposed(psi), pitch, args.output_columns, stream));
   PackArgs theta = operand(d.theta, d.heads, 1, d.layers, P);
   theta.row_stride = d.theta.stride[1];
   CSAT_TRY(take_panel(args.theta, carver, theta, d.layers, pitch, stream));

@@ -48,7 +48,8 @@ struct Plan {
     CSAT_TRY(take_panel(args.B_t, carver, transposed(B), args.z_depth, pitch, stream));
     CSAT_TRY(take_panel(args.S, carver, S, pitch, pitch, stream));
     CSAT_TRY(take_panel(args.B, carver, B, pitch, args.features_pitch, stream));
-    CSAT_TRY(take_panel(args.psi, carver, operand(d.psi, d.heads, 1, d.outputs, P), args.outputs_pitch, pitch, stream));
+    const PackArgs psi = operand(d.psi, d.heads, 1, d.outputs, P);
+    if (d.psi.data) CSAT_TRY(take_panel(args.psi, carver, psi, args.outputs_pitch, pitch, stream));
     PackArgs theta = operand(d.theta, d.heads, 1, d.layers, P);
     theta.row_stride = d.theta.stride[1];
     CSAT_TRY(take_panel(args.theta, carver, theta, d.layers, pitch, stream));
@@ -177,7 +178,7 @@ int decode_backward(const DecodeBackwardParams& p, void* workspace, void* stream
     const bool more = first > 0;
     CSAT_TRY(add_outer_sum(plan.S_sum(d, chunk), p.dS, more, stream));
     CSAT_TRY(add_outer_sum(plan.B_sum(d, chunk), p.dB, more, stream));
-    CSAT_TRY(add_outer_sum(plan.psi_sum(d, chunk), p.dpsi, more, stream));
+    if (d.psi.data) CSAT_TRY(add_outer_sum(plan.psi_sum(d, chunk), p.dpsi, more, stream));
     const View theta{p.dtheta, DType::f32, {T * P, 0, P, 1}}, step{p.dstep, DType::f32, {T, 0, 0, 1}};
     CSAT_TRY(reduce({args.theta_parts, chunk, chunk * T * pitch, T * pitch, pitch, d.heads, 1, T, P, theta, 1.f, more},
                     stream));

@@ -196,7 +196,7 @@ int decode_backward_mma(const DecodeBackwardParams& p, void* workspace, void* st
     const bool more = first > 0;
     CSAT_TRY(add_outer_sum(plan.S_sum(), more, stream));
     CSAT_TRY(add_outer_sum(plan.B_sum(), more, stream));
-    CSAT_TRY(add_outer_sum(plan.psi_sum(), more, stream));
+    if (d.psi.data) CSAT_TRY(add_outer_sum(plan.psi_sum(), more, stream));
     const int64_t slots = plan.slots(plan.chunk), atoms = plan.atoms;
     const View theta{p.dtheta, DType::f32, {T * P, 0, P, 1}}, step{p.dstep, DType::f32, {T, 0, 0, 1}};
     CSAT_TRY(

@@ -19,7 +19,7 @@ struct Plan {
   const Decoder& d;
   const int size;  // compile-time P, R and Dv
   const int64_t teams = 128 / size;
-  const bool sums_psi = size == 64;
+  const bool sums_psi = size == 64, keeps_rows = !sums_psi && params.forward.decoder.psi.data;
   DecodeBackwardWgmmaArgs args{};
   int64_t tiles = 0, chunk_tiles = 0;  // of a group: in all, and in one launch
   float* outer_parts = nullptr;
@@ -38,9 +38,9 @@ struct Plan {
     CSAT_TRY(take_rows(args.dout, params.dout, d.outputs, carver, stream));
     CSAT_TRY(take_decoder(args.decoder, d, params.forward.z.dtype, carver, stream));
     tiles = params.forward.batch * (d.heads == 1 ? params.forward.heads : 1) * args.query_tiles;
-    const int64_t row_bytes = sums_psi ? 0 : 2 * 2 * size;
+    const int64_t row_bytes = keeps_rows ? 2 * 2 * size : 0;
     const int64_t most = limits::kWorkspaceCap / larger(1, d.heads * limits::kWgmmaRows * row_bytes);
-    chunk_tiles = sums_psi ? tiles : smaller(tiles, larger(1, most));
+    chunk_tiles = !keeps_rows ? tiles : smaller(tiles, larger(1, most));
     take_parts(carver);
     return 0;
   }
@@ -77,6 +77,7 @@ struct Plan {
     args.B_parts = carver.take(parts * matrix);
     args.theta_parts = carver.take(parts * d.layers * size);
     args.step_parts = carver.take(parts * d.layers);
+    if (!d.psi.data) return;
     if (sums_psi) {
       args.psi_parts = carver.take(parts * matrix);
       return;
@@ -107,6 +108,7 @@ struct Plan {
     CSAT_TRY(add(args.B_parts, P, d.features, size, matrix, params.dB, more, stream));
     CSAT_TRY(add(args.theta_parts, T, P, size, T * size, params.dtheta, more, stream));
     CSAT_TRY(add(args.step_parts, 1, T, T, T, params.dstep, more, stream));
+    if (!d.psi.data) return 0;
     if (sums_psi) return add(args.psi_parts, d.outputs, P, size, matrix, params.dpsi, more, stream);
     BlockOuterArgs sum = psi_sum(args.group_tiles);
     sum.accumulate = more;

@@ -24,6 +24,7 @@ namespace csat {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
 
 // Sizes, in the letters of docs/architecture.md.
 struct ProjectSizes {
@@ -159,9 +160,8 @@ struct Argument {
 };
 
 inline void check_decoder(const char* op, const Argument& z, const Tensor& S, const Tensor& B, const Tensor& theta,
-                          const Tensor& psi, const Tensor& step, DecodeSizes& n) {
-  const Argument S_arg{op, "S", S}, B_arg{op, "B", B}, theta_arg{op, "theta", theta}, psi_arg{op, "psi", psi},
-      step_arg{op, "step", step};
+                          const MaybeTensor& psi, const Tensor& step, DecodeSizes& n) {
+  const Argument S_arg{op, "S", S}, B_arg{op, "B", B}, theta_arg{op, "theta", theta}, step_arg{op, "step", step};
   constexpr const char *S_shape = "(Hd, 1 or T, P, P)", *B_shape = "(Hd, 1 or T, P, R)", *theta_shape = "(Hd, T, P)",
                        *psi_shape = "(Hd, Dv, P)", *step_shape = "(Hd, T)";
   theta_arg.dims(3, theta_shape);
@@ -180,17 +180,22 @@ inline void check_decoder(const char* op, const Argument& z, const Tensor& S, co
   B_arg.axis(1, {1, n.T}, B_shape);
   B_arg.axis(2, {n.P}, B_shape);
   B_arg.axis(3, {n.R}, B_shape);
-  psi_arg.dims(3, psi_shape);
-  psi_arg.axis(0, {n.Hd}, psi_shape);
-  psi_arg.axis(2, {n.P}, psi_shape);
   step_arg.shape({n.Hd, n.T}, step_shape);
   n.Ts = S.size(1);
   n.Tb = B.size(1);
-  n.Dv = psi.size(1);
-  for (const Argument* parameter : {&S_arg, &B_arg, &theta_arg, &psi_arg, &step_arg}) {
-    parameter->same_device(z);
-    parameter->parameter_dtype(z.tensor.scalar_type());
-  }
+  n.Dv = n.P;  // psi = I
+  const auto check_parameter = [&](const Argument& parameter) {
+    parameter.same_device(z);
+    parameter.parameter_dtype(z.tensor.scalar_type());
+  };
+  for (const Argument* parameter : {&S_arg, &B_arg, &theta_arg, &step_arg}) check_parameter(*parameter);
+  if (!psi) return;
+  const Argument psi_arg{op, "psi", *psi};
+  psi_arg.dims(3, psi_shape);
+  psi_arg.axis(0, {n.Hd}, psi_shape);
+  psi_arg.axis(2, {n.P}, psi_shape);
+  check_parameter(psi_arg);
+  n.Dv = psi->size(1);
 }
 
 }  // namespace detail
@@ -200,8 +205,7 @@ inline ScalarType accumulate_dtype(ScalarType data) {
   return data == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline ProjectSizes check_project(const char* op, const Tensor& x, const Tensor& phi,
-                                  const std::optional<Tensor>& key_mask) {
+inline ProjectSizes check_project(const char* op, const Tensor& x, const Tensor& phi, const MaybeTensor& key_mask) {
   const detail::Argument x_arg{op, "x", x}, phi_arg{op, "phi", phi};
   constexpr const char *x_shape = "(B, Hx, N, D)", *phi_shape = "(1 or B, Hp, M, N)";
   x_arg.dims(4, x_shape);
@@ -234,7 +238,7 @@ inline ProjectSizes check_project(const char* op, const Tensor& x, const Tensor&
 }
 
 inline ProjectSizes check_project_backward(const char* op, const Tensor& dy, const Tensor& x, const Tensor& phi,
-                                           const std::optional<Tensor>& key_mask) {
+                                           const MaybeTensor& key_mask) {
   const ProjectSizes n = check_project(op, x, phi, key_mask);
   const detail::Argument dy_arg{op, "dy", dy};
   dy_arg.shape({n.B, n.Hout, n.M, n.D}, "(B, max(Hx, Hp), M, D)");
@@ -254,8 +258,8 @@ inline void check_ensemble(const char* op, const std::string& ensemble, int64_t 
   if (layer < 0 || layer >> 32) detail::fail(op, "layer must be in [0, 2^32); got ", layer);
 }
 
-inline void check_places(const detail::Argument& like, int64_t batch, int64_t tokens,
-                         const std::optional<Tensor>& counts, const std::optional<Tensor>& anchors) {
+inline void check_places(const detail::Argument& like, int64_t batch, int64_t tokens, const MaybeTensor& counts,
+                         const MaybeTensor& anchors) {
   const auto check = [&](const char* name, const Tensor& t, const char* letters) {
     const detail::Argument argument{like.op, name, t};
     argument.dims(2, letters);
@@ -268,9 +272,9 @@ inline void check_places(const detail::Argument& like, int64_t batch, int64_t to
   if (anchors) check("anchors", *anchors, "(1 or B, A)");
 }
 
-inline ImplicitSizes check_project_implicit(const char* op, const Tensor& x, const std::optional<Tensor>& counts,
-                                            const std::optional<Tensor>& anchors, const std::string& ensemble,
-                                            int64_t rows, int64_t heads, int64_t layer) {
+inline ImplicitSizes check_project_implicit(const char* op, const Tensor& x, const MaybeTensor& counts,
+                                            const MaybeTensor& anchors, const std::string& ensemble, int64_t rows,
+                                            int64_t heads, int64_t layer) {
   const detail::Argument x_arg{op, "x", x};
   constexpr const char* x_shape = "(B, Hx, N, D)";
   x_arg.dims(4, x_shape);
@@ -282,9 +286,8 @@ inline ImplicitSizes check_project_implicit(const char* op, const Tensor& x, con
           rows,      x.size(3)};
 }
 
-inline ImplicitSizes check_project_implicit_backward(const char* op, const Tensor& dy,
-                                                     const std::optional<Tensor>& counts,
-                                                     const std::optional<Tensor>& anchors, const std::string& ensemble,
+inline ImplicitSizes check_project_implicit_backward(const char* op, const Tensor& dy, const MaybeTensor& counts,
+                                                     const MaybeTensor& anchors, const std::string& ensemble,
                                                      int64_t heads, int64_t layer, int64_t x_heads, int64_t tokens) {
   const detail::Argument dy_arg{op, "dy", dy};
   constexpr const char* dy_shape = "(B, max(Hx, heads), A + rows, D)";
@@ -298,7 +301,7 @@ inline ImplicitSizes check_project_implicit_backward(const char* op, const Tenso
 }
 
 inline AttendSizes check_attend(const char* op, const Tensor& q, const Tensor& kc, const Tensor& vc,
-                                const std::optional<Tensor>& score_bias, double scale) {
+                                const MaybeTensor& score_bias, double scale) {
   const detail::Argument q_arg{op, "q", q}, kc_arg{op, "kc", kc}, vc_arg{op, "vc", vc};
   constexpr const char *q_shape = "(B, H, Nq, D)", *kc_shape = "(B, Hk, M, D)", *vc_shape = "(B, Hk, M, R)";
   q_arg.dims(4, q_shape);
@@ -341,7 +344,7 @@ inline AttendSizes check_attend(const char* op, const Tensor& q, const Tensor& k
 }
 
 inline AttendSizes check_attend_backward(const char* op, const Tensor& dz, const Tensor& q, const Tensor& kc,
-                                         const Tensor& vc, const std::optional<Tensor>& score_bias, const Tensor& z,
+                                         const Tensor& vc, const MaybeTensor& score_bias, const Tensor& z,
                                          const Tensor& lse, double scale) {
   const AttendSizes n = check_attend(op, q, kc, vc, score_bias, scale);
   const detail::Argument q_arg{op, "q", q}, dz_arg{op, "dz", dz}, z_arg{op, "z", z}, lse_arg{op, "lse", lse};
@@ -362,8 +365,8 @@ struct CausalNumbers {
 };
 
 inline CausalSizes check_attend_causal(const char* op, const Tensor& q, const Tensor& kc, const Tensor& vc,
-                                       const Tensor& k, const Tensor& v, const std::optional<Tensor>& score_bias,
-                                       const std::optional<Tensor>& key_mask, const CausalNumbers& numbers) {
+                                       const Tensor& k, const Tensor& v, const MaybeTensor& score_bias,
+                                       const MaybeTensor& key_mask, const CausalNumbers& numbers) {
   CausalSizes n{};
   n.measured = check_attend(op, q, kc, vc, score_bias, numbers.scale);
   const detail::Argument q_arg{op, "q", q}, k_arg{op, "k", k}, v_arg{op, "v", v};
@@ -407,15 +410,14 @@ inline CausalSizes check_attend_causal(const char* op, const Tensor& q, const Te
 
 inline CausalSizes check_attend_causal_backward(const char* op, const Tensor& dz, const Tensor& q, const Tensor& kc,
                                                 const Tensor& vc, const Tensor& k, const Tensor& v,
-                                                const std::optional<Tensor>& score_bias,
-                                                const std::optional<Tensor>& key_mask, const Tensor& z,
-                                                const Tensor& lse, const CausalNumbers& numbers) {
+                                                const MaybeTensor& score_bias, const MaybeTensor& key_mask,
+                                                const Tensor& z, const Tensor& lse, const CausalNumbers& numbers) {
   check_attend_backward(op, dz, q, kc, vc, score_bias, z, lse, numbers.scale);
   return check_attend_causal(op, q, kc, vc, k, v, score_bias, key_mask, numbers);
 }
 
 inline DecodeSizes check_decode(const char* op, const Tensor& z, const Tensor& S, const Tensor& B, const Tensor& theta,
-                                const Tensor& psi, const Tensor& step) {
+                                const MaybeTensor& psi, const Tensor& step) {
   const detail::Argument z_arg{op, "z", z};
   constexpr const char* z_shape = "(B, H, Nq, R)";
   z_arg.dims(4, z_shape);
@@ -431,7 +433,8 @@ inline DecodeSizes check_decode(const char* op, const Tensor& z, const Tensor& S
 }
 
 inline DecodeSizes check_decode_backward(const char* op, const Tensor& dc, const Tensor& z, const Tensor& S,
-                                         const Tensor& B, const Tensor& theta, const Tensor& psi, const Tensor& step) {
+                                         const Tensor& B, const Tensor& theta, const MaybeTensor& psi,
+                                         const Tensor& step) {
   const DecodeSizes n = check_decode(op, z, S, B, theta, psi, step);
   const detail::Argument dc_arg{op, "dc", dc};
   dc_arg.shape({n.B, n.H, n.Nq, n.Dv}, "(B, H, Nq, Dv)");
@@ -441,7 +444,8 @@ inline DecodeSizes check_decode_backward(const char* op, const Tensor& dc, const
 
 // The decoder's part of attend_decode; z is the output of attend and exists only inside the kernel.
 inline DecodeSizes check_attend_decode(const char* op, const AttendSizes& attend, const Tensor& q, const Tensor& S,
-                                       const Tensor& B, const Tensor& theta, const Tensor& psi, const Tensor& step) {
+                                       const Tensor& B, const Tensor& theta, const MaybeTensor& psi,
+                                       const Tensor& step) {
   DecodeSizes n{};
   n.B = attend.B;
   n.H = attend.H;

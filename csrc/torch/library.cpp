@@ -45,13 +45,13 @@ STABLE_TORCH_LIBRARY(csat, library) {
       "attend_causal_backward(Tensor dz, Tensor q, Tensor kc, Tensor vc, Tensor k, Tensor v, Tensor? score_bias, "
       "Tensor? key_mask, Tensor z, Tensor lse, float scale, int block_size, int window_blocks, "
       "SymInt measurements_per_block) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  library.def("decode(Tensor z, Tensor S, Tensor B, Tensor theta, Tensor psi, Tensor step) -> Tensor");
+  library.def("decode(Tensor z, Tensor S, Tensor B, Tensor theta, Tensor? psi, Tensor step) -> Tensor");
   library.def(
-      "decode_backward(Tensor dc, Tensor z, Tensor S, Tensor B, Tensor theta, Tensor psi, Tensor step) -> "
+      "decode_backward(Tensor dc, Tensor z, Tensor S, Tensor B, Tensor theta, Tensor? psi, Tensor step) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def(
       "attend_decode(Tensor q, Tensor kc, Tensor vc, Tensor? score_bias, float scale, Tensor S, Tensor B, "
-      "Tensor theta, Tensor psi, Tensor step, bool need_z) -> (Tensor, Tensor, Tensor)");
+      "Tensor theta, Tensor? psi, Tensor step, bool need_z) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(csat, CPU, library) {

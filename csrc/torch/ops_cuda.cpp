@@ -20,8 +20,6 @@
 namespace csat::cuda {
 namespace {
 
-using MaybeTensor = std::optional<Tensor>;
-
 // Makes the tensor's device current and knows its stream.
 class Device {
  public:
@@ -97,14 +95,14 @@ AttendParams attend_params(const AttendSizes& n, const Tensor& q, const Tensor& 
 }
 
 DecodeParams decode_params(const DecodeSizes& n, const Tensor& S, const Tensor& B, const Tensor& theta,
-                           const Tensor& psi, const Tensor& step) {
+                           const MaybeTensor& psi, const Tensor& step) {
   DecodeParams p{};
   Decoder& d = p.decoder;
   d.S = view_of(S);
   d.B = view_of(B);
   d.theta = view_of(theta, {0, 1, 3});
   d.theta.stride[1] = theta.stride(1);
-  d.psi = view_of(psi, {0, 2, 3});
+  if (psi) d.psi = view_of(*psi, {0, 2, 3});
   d.step = view_of(step, {0, 3});
   d.heads = n.Hd;
   d.layers = n.T;
@@ -326,7 +324,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attend_causal_backwar
   return {dq, dkc, dvc, dk, dv, dbias};
 }
 
-Tensor decode(const Tensor& z, const Tensor& S, const Tensor& B, const Tensor& theta, const Tensor& psi,
+Tensor decode(const Tensor& z, const Tensor& S, const Tensor& B, const Tensor& theta, const MaybeTensor& psi,
               const Tensor& step) {
   const DecodeSizes n = check_decode("decode", z, S, B, theta, psi, step);
   const Device device("decode", z);
@@ -342,7 +340,7 @@ Tensor decode(const Tensor& z, const Tensor& S, const Tensor& B, const Tensor& t
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> decode_backward(const Tensor& dc, const Tensor& z,
                                                                            const Tensor& S, const Tensor& B,
-                                                                           const Tensor& theta, const Tensor& psi,
+                                                                           const Tensor& theta, const MaybeTensor& psi,
                                                                            const Tensor& step) {
   const DecodeSizes n = check_decode_backward("decode_backward", dc, z, S, B, theta, psi, step);
   const Device device("decode_backward", z);
@@ -351,7 +349,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> decode_backward(const
   };
   Tensor dz = torch::stable::new_empty(z, {n.B, n.H, n.Nq, n.R});
   Tensor dS = gradient({n.Hd, n.Ts, n.P, n.P}), dB = gradient({n.Hd, n.Tb, n.P, n.R});
-  Tensor dtheta = gradient({n.Hd, n.T, n.P}), dpsi = gradient({n.Hd, n.Dv, n.P}), dstep = gradient({n.Hd, n.T});
+  Tensor dtheta = gradient({n.Hd, n.T, n.P}), dstep = gradient({n.Hd, n.T});
+  Tensor dpsi = psi ? gradient({n.Hd, n.Dv, n.P}) : nothing(z, ScalarType::Float);
   DecodeBackwardParams p{};
   p.forward = decode_params(n, S, B, theta, psi, step);
   p.forward.z = view_of(z);
@@ -361,7 +360,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> decode_backward(const
   p.dS = floats(dS);
   p.dB = floats(dB);
   p.dtheta = floats(dtheta);
-  p.dpsi = floats(dpsi);
+  if (psi) p.dpsi = floats(dpsi);
   p.dstep = floats(dstep);
   device.supported(limits::why_not(p, shared_memory_limit()));
   Tensor space = workspace(z, decode_backward_workspace(p));
@@ -371,7 +370,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> decode_backward(const
 
 std::tuple<Tensor, Tensor, Tensor> attend_decode(const Tensor& q, const Tensor& kc, const Tensor& vc,
                                                  const MaybeTensor& score_bias, double scale, const Tensor& S,
-                                                 const Tensor& B, const Tensor& theta, const Tensor& psi,
+                                                 const Tensor& B, const Tensor& theta, const MaybeTensor& psi,
                                                  const Tensor& step, bool need_z) {
   const AttendSizes n = check_attend("attend_decode", q, kc, vc, score_bias, scale);
   const DecodeSizes d = check_attend_decode("attend_decode", n, q, S, B, theta, psi, step);

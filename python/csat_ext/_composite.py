@@ -37,8 +37,8 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _accumulate(like: Tensor, *tensors: Tensor) -> list[Tensor]:
-    return [t.to(accumulate_dtype(like.dtype)) for t in tensors]
+def _accumulate(like: Tensor, *tensors: Any) -> list[Any]:
+    return [None if t is None else t.to(accumulate_dtype(like.dtype)) for t in tensors]
 
 
 def _to_heads(x: Tensor, heads: int) -> Tensor:
@@ -252,13 +252,14 @@ def _iterates(z: Tensor, S: Tensor, B: Tensor, theta: Tensor, step: Tensor) -> t
     return iterates, changes
 
 
-def decode(z: Tensor, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor, step: Tensor) -> Tensor:
+def decode(z: Tensor, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor | None, step: Tensor) -> Tensor:
     rows, S, B, theta, psi, step = _accumulate(z, z, S, B, theta, psi, step)
-    return (_iterates(rows, S, B, theta, step)[0][-1] @ psi.mT).to(z.dtype)
+    last = _iterates(rows, S, B, theta, step)[0][-1]
+    return (last if psi is None else last @ psi.mT).to(z.dtype)
 
 
 def decode_backward(
-    dc: Tensor, z: Tensor, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor, step: Tensor
+    dc: Tensor, z: Tensor, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor | None, step: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     grad, rows, S, B, theta, psi, step = _accumulate(z, dc, z, S, B, theta, psi, step)
     iterates, changes = _iterates(rows, S, B, theta, step)
@@ -268,8 +269,8 @@ def decode_backward(
         return per_head.sum(head_axis).reshape(S.shape[0], *per_head.shape[2:])
 
     dS, dB, dtheta, dstep = (torch.zeros_like(t) for t in (S, B, theta, step))
-    dpsi = summed(grad.mT @ iterates[-1])
-    g, dz = grad @ psi, torch.zeros_like(rows)
+    dpsi = grad.new_empty(0) if psi is None else summed(grad.mT @ iterates[-1])
+    g, dz = grad if psi is None else grad @ psi, torch.zeros_like(rows)
     for t in reversed(range(theta.shape[1])):
         e = g * (iterates[t + 1] != 0)
         dtheta[:, t] = -summed((e * iterates[t + 1].sign()).sum(-2))
@@ -291,7 +292,7 @@ def attend_decode(
     S: Tensor,
     B: Tensor,
     theta: Tensor,
-    psi: Tensor,
+    psi: Tensor | None,
     step: Tensor,
     need_z: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -34,7 +34,7 @@ class SparseDecoder:
         S: (1 or T, P, P). First axis 1: tied over the layers.
         B: (1 or T, P, R).
         theta: (T, P), soft thresholds, not negative.
-        psi: (Dv, P), the dictionary.
+        psi: (Dv, P), the dictionary; None: the identity, Dv = P, without its product.
         step: (T,), 1 when absent.
 
     All tensors share one device and are contiguous; each is float32 or has the dtype of the query.
@@ -49,24 +49,25 @@ class SparseDecoder:
     S: Tensor
     B: Tensor
     theta: Tensor
-    psi: Tensor
+    psi: Tensor | None
     step: Tensor | None = None
     check_values: bool = True
 
     def __post_init__(self) -> None:
         for name, dims in (("S", 3), ("B", 3), ("theta", 2), ("psi", 2), ("step", 1)):
             value = getattr(self, name)
-            if name == "step" and value is None:
+            if name in ("psi", "step") and value is None:
                 continue
             _check_parameter(f"decoder.{name}", value, (dims, dims + 1))
         layers, atoms = self.theta.shape[-2:]
-        dv, rank = self.psi.shape[-2], self.B.shape[-1]
+        rank = self.B.shape[-1]
         _check_sizes("decoder.theta", self.theta, 2, {-2: ("T", None), -1: ("P", None)}, least=1)
         _check_sizes("decoder.S", self.S, 3, {-3: ("1 or T", (1, layers)), -2: ("P", (atoms,)), -1: ("P", (atoms,))})
         _check_sizes(
             "decoder.B", self.B, 3, {-3: ("1 or T", (1, layers)), -2: ("P", (atoms,)), -1: ("R", (rank,))}, least=1
         )
-        _check_sizes("decoder.psi", self.psi, 2, {-2: ("Dv", (dv,)), -1: ("P", (atoms,))}, least=1)
+        if self.psi is not None:
+            _check_sizes("decoder.psi", self.psi, 2, {-2: ("Dv", None), -1: ("P", (atoms,))}, least=1)
         if self.step is not None:
             _check_sizes("decoder.step", self.step, 1, {-1: ("T", (layers,))})
         _check_heads(self)
@@ -85,18 +86,19 @@ class SparseDecoder:
         return max(t.shape[0] if t.dim() > d else 1 for t, d in self._with_dims())
 
     def _with_dims(self) -> list[tuple[Tensor, int]]:
-        pairs = [(self.S, 3), (self.B, 3), (self.theta, 2), (self.psi, 2)]
-        return pairs if self.step is None else [*pairs, (self.step, 1)]
+        pairs = (self.S, 3), (self.B, 3), (self.theta, 2), (self.psi, 2), (self.step, 1)
+        return [(t, d) for t, d in pairs if t is not None]
 
-    def with_head_axis(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def with_head_axis(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
         """(S, B, theta, psi, step), each with a head axis of one common size, step filled in: what the ops take."""
         heads = self.heads
-        step = self.step if self.step is not None else torch.ones_like(self.theta[..., 0])
-        pairs = [(self.S, 3), (self.B, 3), (self.theta, 2), (self.psi, 2), (step, 1)]
-        s, b, theta, psi, step = (
-            (t if t.dim() > d else t.unsqueeze(0)).expand(heads, *t.shape[t.dim() - d :]) for t, d in pairs
-        )
-        return s, b, theta, psi, step
+
+        def expanded(t: Tensor, d: int) -> Tensor:
+            return (t if t.dim() > d else t.unsqueeze(0)).expand(heads, *t.shape[t.dim() - d :])
+
+        psi = None if self.psi is None else expanded(self.psi, 2)
+        step = torch.ones_like(self.theta[..., 0]) if self.step is None else self.step
+        return expanded(self.S, 3), expanded(self.B, 3), expanded(self.theta, 2), psi, expanded(step, 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -115,7 +115,7 @@ def explain(
     if sparse:
         S, B, theta, psi, _ = decoder.with_head_axis()  # type: ignore[union-attr]
         sizes |= {"Hd": S.shape[0], "T": theta.shape[1], "Ts": S.shape[1], "Tb": B.shape[1], "P": S.shape[2]}
-        sizes |= {"Dv": psi.shape[1]}
+        sizes |= {"Dv": S.shape[2] if psi is None else psi.shape[1]}
         dtypes["weights"] = _name(S.dtype)
 
     def choose(op: str) -> KernelChoice:

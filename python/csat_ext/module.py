@@ -235,7 +235,8 @@ class CSATCore(nn.Module):
         raw = self._wide(self._own(self.threshold))
         theta = raw + (raw.clamp(min=0) - raw).detach()
         s, b, theta, psi, step = (weight.contiguous() for weight in self._decoder_weights(theta))
-        return SparseDecoder(s, b, theta, psi, step, check_values=False)
+        identity = config.dictionary == "identity" and config.atoms in (None, self.head_dim)
+        return SparseDecoder(s, b, theta, None if identity else psi, step, check_values=False)
 
     def _decoder_weights(self, theta: Tensor) -> DecoderWeights:
         config, a = self.config, self._sensing_matrix()

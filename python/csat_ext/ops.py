@@ -136,16 +136,23 @@ def _(
 
 
 @_register_fake("decode")
-def _(z: Tensor, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor, step: Tensor) -> Tensor:
-    return z.new_empty((*z.shape[:3], psi.shape[1]))
+def _(z: Tensor, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor | None, step: Tensor) -> Tensor:
+    return z.new_empty((*z.shape[:3], _outputs(theta, psi)))
+
+
+def _outputs(theta: Tensor, psi: Tensor | None) -> int:
+    """Dv; without a psi it is the identity."""
+    return theta.shape[2] if psi is None else psi.shape[1]
 
 
 @_register_fake("decode_backward")
 def _(
-    dc: Tensor, z: Tensor, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor, step: Tensor
+    dc: Tensor, z: Tensor, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor | None, step: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = accumulate_dtype(z.dtype)
-    dS, dB, dtheta, dpsi, dstep = (t.new_empty(t.shape, dtype=dtype) for t in (S, B, theta, psi, step))
+    dS, dB, dtheta, dpsi, dstep = (
+        z.new_empty(0 if t is None else t.shape, dtype=dtype) for t in (S, B, theta, psi, step)
+    )
     return z.new_empty(z.shape), dS, dB, dtheta, dpsi, dstep
 
 
@@ -159,21 +166,19 @@ def _(
     S: Tensor,
     B: Tensor,
     theta: Tensor,
-    psi: Tensor,
+    psi: Tensor | None,
     step: Tensor,
     need_z: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = q.shape[:3]
     z = q.new_empty((*rows, vc.shape[3]) if need_z else 0)
-    return q.new_empty((*rows, psi.shape[1])), z, q.new_empty(rows, dtype=accumulate_dtype(q.dtype))
+    return q.new_empty((*rows, _outputs(theta, psi))), z, q.new_empty(rows, dtype=accumulate_dtype(q.dtype))
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
 
 
-def _if_needed(
-    needs: tuple[bool, ...], gradients: tuple[Tensor, ...], inputs: tuple[Tensor, ...]
-) -> list[Tensor | None]:
+def _if_needed(needs: tuple[bool, ...], gradients: tuple[Tensor, ...], inputs: tuple[Any, ...]) -> list[Tensor | None]:
     """Gradients in the dtype of their inputs, None where nobody asked."""
     return [g.to(x.dtype) if need else None for need, g, x in zip(needs, gradients, inputs, strict=True)]
 

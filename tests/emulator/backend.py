@@ -261,12 +261,12 @@ class EmulatedOps:
             scale,
         )
 
-    def _decoder(self, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor, step: Tensor) -> Decoder:
+    def _decoder(self, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor | None, step: Tensor) -> Decoder:
         heads, layers, coefficients = theta.shape
         return Decoder(
             *(self._input(S), self._input(B), self._input(theta, _NO_ROW), self._input(psi, _NO_LAYER)),
             self._input(step, _ENDS),
-            *(heads, layers, S.shape[1], B.shape[1], coefficients, B.shape[-1], psi.shape[1]),
+            *(heads, layers, S.shape[1], B.shape[1], coefficients, B.shape[-1], _outputs(theta, psi)),
         )
 
     def _project_params(self, x: Tensor, phi: Tensor, key_mask: Tensor | None) -> ProjectParams:
@@ -443,22 +443,22 @@ class EmulatedOps:
         known = zip(gradients, views, strict=True)
         return self._results(*known, (dbias, None if score_bias is None else bias))
 
-    def decode(self, z: Tensor, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor, step: Tensor) -> Tensor:
+    def decode(self, z: Tensor, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor | None, step: Tensor) -> Tensor:
         self._reset()
-        out = z.new_empty(*z.shape[:-1], psi.shape[1])
+        out = z.new_empty(*z.shape[:-1], _outputs(theta, psi))
         view = self._output(out)
         params = DecodeParams(self._decoder(S, B, theta, psi, step), self._input(z), view, *z.shape[:3])
         self._launch("decode", params)
         return self._results((out, view))[0]
 
     def decode_backward(
-        self, dc: Tensor, z: Tensor, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor, step: Tensor
+        self, dc: Tensor, z: Tensor, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor | None, step: Tensor
     ) -> tuple[Tensor, ...]:
         self._reset()
         forward = DecodeParams(self._decoder(S, B, theta, psi, step), self._input(z), View(), *z.shape[:3])
         dz = torch.empty(z.shape, dtype=z.dtype)
-        weights = [torch.empty(t.shape) for t in (S, B, theta, psi, step)]
-        addresses = [self._allocate(t.numel() * t.element_size()) for t in weights]
+        weights = [torch.empty(0 if t is None else t.shape) for t in (S, B, theta, psi, step)]
+        addresses = [self._allocate(t.numel() * t.element_size()) if t.numel() else None for t in weights]
         view = self._output(dz)
         self._launch("decode_backward", DecodeBackwardParams(forward, self._input(dc), view, *addresses))
         return self._results((dz, view), *zip(weights, addresses, strict=True))
@@ -473,13 +473,13 @@ class EmulatedOps:
         S: Tensor,
         B: Tensor,
         theta: Tensor,
-        psi: Tensor,
+        psi: Tensor | None,
         step: Tensor,
         need_z: bool,
     ) -> tuple[Tensor, ...]:
         self._reset()
         attend = self._attend_params(q, kc, vc, score_bias, scale)
-        out = q.new_empty(*q.shape[:-1], psi.shape[1])
+        out = q.new_empty(*q.shape[:-1], _outputs(theta, psi))
         z = q.new_empty(*q.shape[:-1], vc.shape[-1]) if need_z else q.new_empty(0)
         lse, view = torch.empty(q.shape[:-1]), self._output(out)
         attend.lse = self._output(lse, _NO_LAST)
@@ -488,6 +488,10 @@ class EmulatedOps:
         decode = DecodeParams(self._decoder(S, B, theta, psi, step), View(), view, *q.shape[:3])
         self._launch("attend_decode", attend, decode)
         return self._results((out, view), (z, attend.z if need_z else None), (lse, attend.lse))
+
+
+def _outputs(theta: Tensor, psi: Tensor | None) -> int:
+    return theta.shape[2] if psi is None else psi.shape[1]
 
 
 OPERATORS = (

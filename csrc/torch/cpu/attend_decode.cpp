@@ -36,7 +36,7 @@ void forward(const AttendOperands<R>& attend, const DecodeOperands<R>& decoder, 
 
 std::tuple<Tensor, Tensor, Tensor> attend_decode(const Tensor& q, const Tensor& kc, const Tensor& vc,
                                                  const MaybeTensor& score_bias, double scale, const Tensor& S,
-                                                 const Tensor& B, const Tensor& theta, const Tensor& psi,
+                                                 const Tensor& B, const Tensor& theta, const MaybeTensor& psi,
                                                  const Tensor& step, bool need_z) {
   const AttendSizes n = check_attend("attend_decode", q, kc, vc, score_bias, scale);
   const DecodeSizes d = check_attend_decode("attend_decode", n, q, S, B, theta, psi, step);

@@ -48,6 +48,12 @@ void clear(Block<R> block, int64_t rows, int64_t columns) {
   for (int64_t i = 0; i < rows; ++i) std::fill_n(block.row(i), padded<R>(columns), R(0));
 }
 
+// to = from, whole padded rows.
+template <class R>
+void copy(Block<R> from, int64_t rows, int64_t columns, Block<R> to) {
+  for (int64_t i = 0; i < rows; ++i) std::copy_n(from.row(i), padded<R>(columns), to.row(i));
+}
+
 // `count` blocks of (rows, columns), zero at first. The leading dimension is an odd number of cache lines: a column
 // of panels then touches every set of the cache instead of a few.
 template <class R>

@@ -33,11 +33,11 @@ template <class R>
 struct ParameterGradients {
   Stack<R> S, B, theta, psi, step;
   int64_t Ts, Tb;
-  ParameterGradients(const DecodeSizes& n, int64_t count)
+  ParameterGradients(const DecodeSizes& n, bool synthesises, int64_t count)
       : S(count * n.Ts, n.P, n.P),
         B(count * n.Tb, n.P, n.R),
         theta(count, n.T, n.P),
-        psi(count, n.Dv, n.P),
+        psi(synthesises ? count : 0, n.Dv, n.P),
         step(count, 1, n.T),
         Ts(n.Ts),
         Tb(n.Tb) {}
@@ -47,12 +47,12 @@ struct ParameterGradients {
 template <class R>
 struct BackwardOperands {
   Stack<R> S, B, psi;
-  BackwardOperands(const DecodeSizes& n, const Tensor& S_in, const Tensor& B_in, const Tensor& psi_in)
-      : S(n.Hd * n.Ts, n.P, n.P), B(n.Hd * n.Tb, n.P, n.R), psi(n.Hd, n.Dv, n.P) {
-    const Array S_array(S_in), B_array(B_in), psi_array(psi_in);
+  BackwardOperands(const DecodeSizes& n, const Tensor& S_in, const Tensor& B_in, const MaybeTensor& psi_in)
+      : S(n.Hd * n.Ts, n.P, n.P), B(n.Hd * n.Tb, n.P, n.R), psi(psi_in ? n.Hd : 0, n.Dv, n.P) {
+    const Array S_array(S_in), B_array(B_in);
     for (int64_t i = 0; i < n.Hd * n.Ts; ++i) load(S_array.matrix(i / n.Ts, i % n.Ts), n.P, n.P, S[i]);
     for (int64_t i = 0; i < n.Hd * n.Tb; ++i) load(B_array.matrix(i / n.Tb, i % n.Tb), n.P, n.R, B[i]);
-    for (int64_t i = 0; i < n.Hd; ++i) load(psi_array.matrix(i, 0), n.Dv, n.P, psi[i]);
+    for (int64_t i = 0; psi_in && i < n.Hd; ++i) load(Array(*psi_in).matrix(i, 0), n.Dv, n.P, psi[i]);
   }
 };
 
@@ -77,8 +77,12 @@ void backward_tile(const DecodeOperands<R>& operands, const BackwardOperands<R>&
   const Block<R> z = tile.z[0], e = tile.e[0], g = tile.g[0], drive = tile.drive[0];
   for (int64_t t = 0; t < n.T; ++t)
     decode_layer(operands, hd, t, rows, z, tile.iterates[t], drive, tile.changes[t], tile.iterates[t + 1]);
-  multiply(rows, n.P, n.Dv, as_is(tile.dc[0]), right.psi[hd], g);
-  multiply_add(n.Dv, n.P, rows, transposed(tile.dc[0]), tile.iterates[n.T], sum.psi[slot]);
+  if (operands.synthesises) {
+    multiply(rows, n.P, n.Dv, as_is(tile.dc[0]), right.psi[hd], g);
+    multiply_add(n.Dv, n.P, rows, transposed(tile.dc[0]), tile.iterates[n.T], sum.psi[slot]);
+  } else {
+    copy(tile.dc[0], rows, n.P, g);
+  }
   clear(tile.dz[0], rows, n.R);
   clear(drive, rows, n.P);
   for (int64_t t = n.T - 1; t >= 0; --t) {
@@ -102,12 +106,13 @@ void backward_tile(const DecodeOperands<R>& operands, const BackwardOperands<R>&
 
 // Adds the partials of one decoder head into the first of them.
 template <class R>
-void reduce(const ParameterGradients<R>& partial, const DecodeSizes& n, int64_t first, int64_t count) {
+void reduce(const ParameterGradients<R>& partial, const DecodeSizes& n, bool synthesises, int64_t first,
+            int64_t count) {
   for (int64_t i = first + 1; i < first + count; ++i) {
     for (int64_t t = 0; t < n.Ts; ++t) add(partial.S[i * n.Ts + t], n.P, n.P, partial.S[first * n.Ts + t]);
     for (int64_t t = 0; t < n.Tb; ++t) add(partial.B[i * n.Tb + t], n.P, n.R, partial.B[first * n.Tb + t]);
     add(partial.theta[i], n.T, n.P, partial.theta[first]);
-    add(partial.psi[i], n.Dv, n.P, partial.psi[first]);
+    if (synthesises) add(partial.psi[i], n.Dv, n.P, partial.psi[first]);
     add(partial.step[i], 1, n.T, partial.step[first]);
   }
 }
@@ -123,7 +128,7 @@ void backward(const DecodeOperands<R>& operands, const BackwardOperands<R>& righ
   const int64_t heads = n.Hd == 1 ? n.H : 1;  // heads that share a decoder
   const int64_t tiles = divide_up(n.Nq, kBackwardRows);
   const Groups groups(n.B * heads * tiles, n.Hd);
-  const ParameterGradients<R> partial(n, n.Hd * groups.count);
+  const ParameterGradients<R> partial(n, operands.synthesises, n.Hd * groups.count);
   const Array dz(out.dz);
   const int64_t work = divide_up(groups.items, groups.count) * kBackwardRows * n.P * (n.R + n.T * n.P) * 3;
   parallel(n.Hd * groups.count, work, [&](int64_t first, int64_t last) {
@@ -141,15 +146,15 @@ void backward(const DecodeOperands<R>& operands, const BackwardOperands<R>& righ
       }
     }
   });
-  const Array dS(out.dS), dB(out.dB), dtheta(out.dtheta), dpsi(out.dpsi), dstep(out.dstep);
+  const Array dS(out.dS), dB(out.dB), dtheta(out.dtheta), dstep(out.dstep);
   parallel(n.Hd, groups.count * n.P * (n.Ts * n.P + n.Tb * n.R), [&](int64_t first, int64_t last) {
     for (int64_t hd = first; hd < last; ++hd) {
       const int64_t slot = hd * groups.count;
-      reduce(partial, n, slot, groups.count);
+      reduce(partial, n, operands.synthesises, slot, groups.count);
       for (int64_t t = 0; t < n.Ts; ++t) store(partial.S[slot * n.Ts + t], n.P, n.P, dS.matrix(hd, t));
       for (int64_t t = 0; t < n.Tb; ++t) store(partial.B[slot * n.Tb + t], n.P, n.R, dB.matrix(hd, t));
       store(partial.theta[slot], n.T, n.P, dtheta.matrix(hd, 0));
-      store(partial.psi[slot], n.Dv, n.P, dpsi.matrix(hd, 0));
+      if (operands.synthesises) store(partial.psi[slot], n.Dv, n.P, Array(out.dpsi).matrix(hd, 0));
       store(partial.step[slot], 1, n.T, dstep.row(hd, 0));
     }
   });
@@ -157,7 +162,7 @@ void backward(const DecodeOperands<R>& operands, const BackwardOperands<R>& righ
 
 }  // namespace
 
-Tensor decode(const Tensor& z, const Tensor& S, const Tensor& B, const Tensor& theta, const Tensor& psi,
+Tensor decode(const Tensor& z, const Tensor& S, const Tensor& B, const Tensor& theta, const MaybeTensor& psi,
               const Tensor& step) {
   const DecodeSizes n = check_decode("decode", z, S, B, theta, psi, step);
   Tensor c = torch::stable::new_empty(z, {n.B, n.H, n.Nq, n.Dv});
@@ -168,7 +173,7 @@ Tensor decode(const Tensor& z, const Tensor& S, const Tensor& B, const Tensor& t
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> decode_backward(const Tensor& dc, const Tensor& z,
                                                                            const Tensor& S, const Tensor& B,
-                                                                           const Tensor& theta, const Tensor& psi,
+                                                                           const Tensor& theta, const MaybeTensor& psi,
                                                                            const Tensor& step) {
   const DecodeSizes n = check_decode_backward("decode_backward", dc, z, S, B, theta, psi, step);
   const ScalarType accumulate = accumulate_dtype(z.scalar_type());
@@ -179,7 +184,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> decode_backward(const
                       gradient({n.Hd, n.Ts, n.P, n.P}),
                       gradient({n.Hd, n.Tb, n.P, n.R}),
                       gradient({n.Hd, n.T, n.P}),
-                      gradient({n.Hd, n.Dv, n.P}),
+                      psi ? gradient({n.Hd, n.Dv, n.P}) : gradient({0}),
                       gradient({n.Hd, n.T})};
   with_accumulator(z, [&](auto zero) {
     using R = decltype(zero);

@@ -11,25 +11,27 @@ namespace csat::cpu {
 template <class R>
 struct DecodeOperands {
   DecodeSizes n;
-  Stack<R> S_t;    // (P, P) = S^T
-  Stack<R> B_t;    // (R, P) = B^T
-  Stack<R> psi_t;  // (P, Dv) = psi^T
-  Stack<R> theta;  // (T, P)
-  Stack<R> step;   // (1, T)
+  Stack<R> S_t;      // (P, P) = S^T
+  Stack<R> B_t;      // (R, P) = B^T
+  bool synthesises;  // psi is not the identity
+  Stack<R> psi_t;    // (P, Dv) = psi^T
+  Stack<R> theta;    // (T, P)
+  Stack<R> step;     // (1, T)
 
-  DecodeOperands(const DecodeSizes& n, const Tensor& S, const Tensor& B, const Tensor& theta_in, const Tensor& psi,
+  DecodeOperands(const DecodeSizes& n, const Tensor& S, const Tensor& B, const Tensor& theta_in, const MaybeTensor& psi,
                  const Tensor& step_in)
       : n(n),
         S_t(n.Hd * n.Ts, n.P, n.P),
         B_t(n.Hd * n.Tb, n.R, n.P),
-        psi_t(n.Hd, n.P, n.Dv),
+        synthesises(psi.has_value()),
+        psi_t(psi ? n.Hd : 0, n.P, n.Dv),
         theta(n.Hd, n.T, n.P),
         step(n.Hd, 1, n.T) {
-    const Array S_array(S), B_array(B), theta_array(theta_in), psi_array(psi), step_array(step_in);
+    const Array S_array(S), B_array(B), theta_array(theta_in), step_array(step_in);
     for (int64_t i = 0; i < n.Hd * n.Ts; ++i) load(S_array.matrix(i / n.Ts, i % n.Ts).transposed(), n.P, n.P, S_t[i]);
     for (int64_t i = 0; i < n.Hd * n.Tb; ++i) load(B_array.matrix(i / n.Tb, i % n.Tb).transposed(), n.R, n.P, B_t[i]);
     for (int64_t i = 0; i < n.Hd; ++i) {
-      load(psi_array.matrix(i, 0).transposed(), n.P, n.Dv, psi_t[i]);
+      if (psi) load(Array(*psi).matrix(i, 0).transposed(), n.P, n.Dv, psi_t[i]);
       load(theta_array.matrix(i, 0), n.T, n.P, theta[i]);
       load(step_array.row(i, 0), 1, n.T, step[i]);
     }
@@ -70,7 +72,10 @@ void decode_tile(const DecodeOperands<R>& operands, int64_t h, int64_t rows, Blo
   clear(tile.a[0], rows, n.P);
   for (int64_t t = 0; t < n.T; ++t)
     decode_layer(operands, hd, t, rows, z, tile.a[0], tile.drive[0], tile.change[0], tile.a[0]);
-  multiply(rows, n.Dv, n.P, as_is(tile.a[0]), operands.psi_t[hd], c);
+  if (operands.synthesises)
+    multiply(rows, n.Dv, n.P, as_is(tile.a[0]), operands.psi_t[hd], c);
+  else
+    copy(tile.a[0], rows, n.P, c);
 }
 
 }  // namespace csat::cpu

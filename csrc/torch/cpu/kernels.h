@@ -1,17 +1,13 @@
 // The csat ops on CPU tensors; shapes and meaning in docs/architecture.md.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstdint>
-#include <optional>
 #include <string>
 #include <tuple>
 
-namespace csat::cpu {
+#include "torch/checks.h"
 
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
+namespace csat::cpu {
 
 Tensor project(const Tensor& x, const Tensor& phi, const MaybeTensor& key_mask);
 std::tuple<Tensor, Tensor> project_backward(const Tensor& dy, const Tensor& x, const Tensor& phi,
@@ -39,16 +35,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attend_causal_backwar
     const MaybeTensor& score_bias, const MaybeTensor& key_mask, const Tensor& z, const Tensor& lse, double scale,
     int64_t block_size, int64_t window_blocks, int64_t measurements_per_block);
 
-Tensor decode(const Tensor& z, const Tensor& S, const Tensor& B, const Tensor& theta, const Tensor& psi,
+Tensor decode(const Tensor& z, const Tensor& S, const Tensor& B, const Tensor& theta, const MaybeTensor& psi,
               const Tensor& step);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> decode_backward(const Tensor& dc, const Tensor& z,
                                                                            const Tensor& S, const Tensor& B,
-                                                                           const Tensor& theta, const Tensor& psi,
+                                                                           const Tensor& theta, const MaybeTensor& psi,
                                                                            const Tensor& step);
 
 std::tuple<Tensor, Tensor, Tensor> attend_decode(const Tensor& q, const Tensor& kc, const Tensor& vc,
                                                  const MaybeTensor& score_bias, double scale, const Tensor& S,
-                                                 const Tensor& B, const Tensor& theta, const Tensor& psi,
+                                                 const Tensor& B, const Tensor& theta, const MaybeTensor& psi,
                                                  const Tensor& step, bool need_z);
 
 }  // namespace csat::cpu

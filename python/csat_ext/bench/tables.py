@@ -220,9 +220,10 @@ def gpu(results: Results) -> str:
 
 
 def _gpu_attention(stage: dict[str, Any]) -> str:
+    psi = "the identity as dictionary, " if stage["rows"][0].get("psi") == "identity" else ""
     text = (
         "Time of full attention (the faster of torch's flash and cuDNN backends) over that of CSAT with LISTA (T = 3), "
-        "64 pairs of batch and head, bfloat16; above 1 CSAT is faster:\n\n"
+        f"{psi}64 pairs of batch and head, bfloat16; above 1 CSAT is faster:\n\n"
     )
     head = ["n", "m", "D", "forward", "ms", "forward and backward", "ms"]
     return text + table(head, [_gpu_row(row) for row in stage["rows"]])

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 class Sizes:
     """pairs: B H. n, m, d: tokens, measurements, D = R = Dv. atoms, layers: P and T of the decoder, its S and B tied.
 
-    size: bytes of a number; Phi and the decoder are shared by all pairs.
+    size: bytes of a number; Phi and the decoder are shared by all pairs. psi: whether the dictionary is a matrix, False
+    for the identity.
     """
 
     pairs: int
@@ -23,6 +24,7 @@ class Sizes:
     atoms: int
     layers: int
     size: int = 2
+    psi: bool = True
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,12 @@ class Work:
 
 
 def _lista(s: Sizes) -> float:
-    """FLOPs of one pair: B z and psi a in every layer and once, S a in every layer but the first, where a is 0."""
-    return 2 * s.n * (s.layers * s.atoms * s.d + (s.layers - 1) * s.atoms * s.atoms + s.d * s.atoms)
+    """FLOPs of one pair: B z in every layer, S a in every layer but the first, where a is 0, and psi a once."""
+    return 2 * s.n * (s.layers * s.atoms * s.d + (s.layers - 1) * s.atoms * s.atoms) + _synthesis(s)
+
+
+def _synthesis(s: Sizes) -> float:
+    return 2 * s.n * s.d * s.atoms if s.psi else 0.0
 
 
 def work(op: str, s: Sizes) -> Work:
@@ -52,7 +58,8 @@ def work(op: str, s: Sizes) -> Work:
     Raises:
         KeyError: an unknown op.
     """
-    row, measured, weights, lse = s.n * s.d, s.m * s.d, s.atoms * s.atoms + 2 * s.atoms * s.d, 4 * s.n
+    row, measured, lse = s.n * s.d, s.m * s.d, 4 * s.n
+    weights = s.atoms * s.atoms + (2 if s.psi else 1) * s.atoms * s.d
     product, phi, decoder = 2 * s.m * row, s.m * s.n, weights / s.pairs
     transforms = 10 * -(-s.m // 512) + s.m / 1024
     counts = {
@@ -66,7 +73,7 @@ def work(op: str, s: Sizes) -> Work:
         "attend": (2 * product, s.size * (2 * row + 2 * measured) + lse),
         "attend_backward": (5 * product, s.size * (4 * row + 4 * measured) + lse),
         "decode": (_lista(s), s.size * (2 * row + decoder)),
-        "decode_backward": (3 * _lista(s) - 2 * row * s.atoms, s.size * 3 * row + 4 * decoder),
+        "decode_backward": (3 * _lista(s) - _synthesis(s), s.size * 3 * row + 4 * decoder),
         "attend_decode": (2 * product + _lista(s), s.size * (3 * row + 2 * measured + decoder) + lse),
     }
     flops, moved = counts[op]

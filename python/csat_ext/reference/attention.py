@@ -134,7 +134,7 @@ def decode(
     S: Tensor,  # (1 or T, P, P) or (1 or H, 1 or T, P, P)
     B: Tensor,  # (1 or T, P, R) or (1 or H, 1 or T, P, R)
     theta: Tensor,  # (T, P) or (1 or H, T, P)
-    psi: Tensor,  # (Dv, P) or (1 or H, Dv, P)
+    psi: Tensor | None,  # (Dv, P) or (1 or H, Dv, P); None: the identity
     step: Tensor | None = None,  # (T,) or (1 or H, T); 1 where absent
 ) -> Tensor:  # (B, H, Nq, Dv), dtype of z
     """Recover: a_0 = 0; u_t = a_t + step_t ((S_t - I) a_t + B_t z); a_{t+1} = soft(u_t, theta_t); c = Psi a_T.
@@ -142,7 +142,7 @@ def decode(
     S or B with first axis 1 are tied over the T layers. With step 1: the paper's a_{t+1} = soft(S a_t + B z, theta_t).
     """
     dtype, (layers, atoms) = compute_dtype(z), theta.shape[-2:]
-    S, B, theta, psi = (_head_axis(t.to(dtype), dims) for t, dims in ((S, 3), (B, 3), (theta, 2), (psi, 2)))
+    S, B, theta = (_head_axis(t.to(dtype), dims) for t, dims in ((S, 3), (B, 3), (theta, 2)))
     step = torch.ones_like(theta[..., 0]) if step is None else _head_axis(step.to(dtype), 1)
     rows = z.to(dtype)
     a = rows.new_zeros(*rows.shape[:-1], atoms)
@@ -150,7 +150,7 @@ def decode(
         S_t, B_t = S[:, t if S.shape[1] > 1 else 0], B[:, t if B.shape[1] > 1 else 0]  # (1 or H, P, P), (1 or H, P, R)
         u = a + step[:, t, None, None] * (a @ S_t.mT - a + rows @ B_t.mT)
         a = soft_threshold(u, theta[:, t, None, :])
-    return (a @ psi.mT).to(z.dtype)
+    return (a if psi is None else a @ _head_axis(psi.to(dtype), 2).mT).to(z.dtype)
 
 
 def csat_attention(
