@@ -146,6 +146,7 @@ SANITIZED = (
         "attend_causal_backward-grouped-masked",
         "attend_causal_backward-D64",
         "attend_causal_backward-D128",
+        "attend_causal_decode-D64-P128",
         "attend-streamed",
         "attend-wide",
         "attend_backward-D80",

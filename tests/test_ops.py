@@ -313,6 +313,7 @@ def samples(dtype: torch.dtype = torch.float64, grad: bool = True) -> dict[str, 
         "attend_causal": (csat.attend_causal.default, causal),
         "decode": (csat.decode.default, (leaf(randn(1, 2, 5, 3, seed=5)), *weights)),
         "attend_decode": (csat.attend_decode.default, (q, kc, vc, bias, 0.5, *weights, True)),
+        "attend_causal_decode": (csat.attend_causal_decode.default, (*causal, *weights, True)),
     }
 
 
@@ -511,6 +512,7 @@ def full_calls() -> dict[str, dict[str, Any]]:
         "decode": decode,
         "decode_backward": {"dc": randn(1, 2, 5, 3, seed=9).float(), **decode},
         "attend_decode": {**attend, **{n: decode[n] for n in names}, "need_z": True},
+        "attend_causal_decode": {**causal, **{n: decode[n] for n in names}, "need_z": True},
     }
 
 
@@ -539,11 +541,13 @@ FREE_AXES = {
     ("decode", "psi", 1),
     ("attend_decode", "q", 2),
     ("attend_decode", "psi", 1),
+    ("attend_causal_decode", "psi", 1),
 }
 # The first tensor of an op sets the dtype, so that another argument is named when it differs.
 SETS_DTYPE = {
     *(("project", "x"), ("project_implicit", "x"), ("project_implicit_backward", "dy")),
     *(("attend", "q"), ("attend_causal", "q"), ("decode", "z"), ("attend_decode", "q")),
+    ("attend_causal_decode", "q"),
 }
 
 
