@@ -38,7 +38,7 @@ from machine import header
 from torch import Tensor
 
 from csat_ext.bench.clock import COLD, Clock, CUDAClock, cache_bytes, measure
-from csat_ext.bench.work import Work
+from csat_ext.bench.work import Work, causal_block
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONPATH = os.pathsep.join(filter(None, (str(ROOT / "python"), os.environ.get("PYTHONPATH"))))
@@ -146,6 +146,7 @@ SANITIZED = (
         "attend_causal_backward-grouped-masked",
         "attend_causal_backward-D64",
         "attend_causal_backward-D128",
+        "attend_causal_decode-D64-P128",
         "attend-streamed",
         "attend-wide",
         "attend_backward-D80",
@@ -242,6 +243,10 @@ def operations(p: Problem) -> dict[str, Run]:
     q, k, v, dz = (p.rows(p.n) for _ in range(4))
     kc, vc = p.rows(p.m), p.rows(p.m)
     z, lse = csat.attend(q, kc, vc, None, tau)
+    blocks = p.n // p.m * causal_block(p.m)
+    causal = (q, p.rows(blocks), p.rows(blocks), k, v, None, None)
+    numbers = tau, p.m, 0, causal_block(p.m)
+    z_causal, lse_causal = csat.attend_causal(*causal, *numbers)
     return {
         "project": lambda: [csat.project(x, phi, None) for x in (k, v)],
         "project_backward": lambda: [
@@ -251,6 +256,8 @@ def operations(p: Problem) -> dict[str, Run]:
         "attend_decode": lambda: csat.attend_decode(q, kc, vc, None, tau, *decoder, True),
         "attend_backward": lambda: csat.attend_backward(dz, q, kc, vc, None, z, lse, tau),
         "decode_backward": lambda: csat.decode_backward(dz, z, *decoder),
+        "attend_causal": lambda: csat.attend_causal(*causal, *numbers),
+        "attend_causal_backward": lambda: csat.attend_causal_backward(dz, *causal, z_causal, lse_causal, *numbers),
     }
 
 

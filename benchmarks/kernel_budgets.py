@@ -23,7 +23,7 @@ import torch
 from machine import header
 from readme_tables import table
 
-from csat_ext.bench.work import Sizes, Work, work
+from csat_ext.bench.work import Sizes, Work, causal_block, work
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "benchmarks" / "results" / "kernel_registers.json"
@@ -130,6 +130,11 @@ TFLOPS, TERABYTES = (
 # What `project` counts here: k and v in one pass over Phi.
 _BOTH = {"project": "measure", "project_backward": "measure_backward"}
 
+BUDGETED = (
+    *("project", "attend", "attend_decode", "attend_backward", "decode_backward"),
+    *("attend_causal", "attend_causal_backward"),
+)
+
 
 def budget(op: str, n: int, m: int, d: int, psi: bool = True) -> Work:
     """Of one op over all pairs in 16 bits, P = D, Phi shared, psi a matrix or the identity; project is that of k and of
@@ -161,6 +166,8 @@ def choices(m: int, d: int, atoms: int, capability: str) -> dict[str, tuple[str,
     phi = meta(m, TOKENS[0], dtype=f32)
     explained = [*explain(tokens, tokens, tokens, phi, device=capability)]
     explained += [*explain(tokens, tokens, tokens, phi, decoder=decoder, device=capability)]
+    block = meta(causal_block(m), m, dtype=f32)
+    explained += [*explain(tokens, tokens, tokens, block, causal="block", device=capability)]
     return {choice.op: (choice.family, choice.shared_bytes) for choice in explained}
 
 
@@ -168,7 +175,7 @@ def budget_rows() -> Iterator[list[str]]:
     for d in WIDTHS:
         for m in MEASUREMENTS:
             chosen = {capability: choices(m, d, d, capability) for capability in ("sm_80", "sm_90")}
-            for op in ("project", "attend", "attend_decode", "attend_backward", "decode_backward"):
+            for op in BUDGETED:
                 kernels = []
                 for capability in ("sm_80", "sm_90"):
                     family, shared = chosen[capability][op]

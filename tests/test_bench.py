@@ -21,7 +21,7 @@ from csat_ext import cli
 from csat_ext.bench import compare, kernels, machine, revision, roofline
 from csat_ext.bench.clock import Call, CPUClock, CUDAClock, clock_for, measure, rotations
 from csat_ext.bench.kernels import OPS, PASSES, Grid, Problem
-from csat_ext.bench.work import Sizes, work
+from csat_ext.bench.work import Sizes, causal_block, causal_scores, work
 
 CPU = torch.device("cpu")
 TINY = Grid((64, 32), (16, 8), (16,), ("float32",), (2, 1), heads=2, turns=4, copied=1 << 16, side=32)
@@ -133,6 +133,21 @@ def test_work_is_that_of_the_formulas() -> None:
     assert work("measure", s).moved == pytest.approx(4 * (2 * tokens + 2 * measured + phi))
     fused, apart = work("attend_decode", s).moved, work("attend", s).moved + work("decode", s).moved
     assert apart - fused == pytest.approx(4 * tokens)  # z written and read again, less the z that is kept for backward
+
+
+@pytest.mark.parametrize("n,m", [(96, 32), (100, 32), (20, 32), (40, 1)])
+def test_work_of_the_causal_form_is_that_of_the_scores_that_are_seen(n: int, m: int) -> None:
+    from csat_ext import _composite
+
+    rows = causal_block(m)
+    q, kc = torch.zeros(1, 1, n, 2), torch.zeros(1, 1, n // m * rows, 2)
+    bias = _composite._of_tokens(q, kc, q, q, None, None, (m, 0, rows))[2]
+    assert int(bias.isfinite().sum()) == causal_scores(n, m)
+    s = Sizes(pairs=3, n=n, m=m, d=4, atoms=1, layers=1, size=2)
+    forward, backward = work("attend_causal", s), work("attend_causal_backward", s)
+    assert forward.flops == 3 * 2 * 2 * causal_scores(n, m) * 4 and 2 * backward.flops == 5 * forward.flops
+    assert forward.moved == 3 * (2 * 4 * (4 * n + 2 * (n // m) * rows) + 4 * n)
+    assert 2 * forward.moved - backward.moved == 3 * 4 * n  # both read what the other writes, but for lse
 
 
 @pytest.mark.parametrize("op", ["project", "attend", "decode", "attend_decode"])

@@ -140,6 +140,27 @@ def test_decodes_every_row(form: str, decoder: str) -> None:
     torch.testing.assert_close(got, oracle(q, k, v, make_phi(), decoder=weights, **options))
 
 
+@pytest.mark.parametrize("sensed", [False, True])
+def test_a_sparse_decoder_is_fused_where_no_feature_is_sensed(sensed: bool) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    called: list[str] = []
+    q, k, v = tokens()
+    weights = make_inputs(Case(decoder="sparse", dv=DV, heads=H, kv_heads=HK, phi_heads=HK, decoder_heads=H)).decoder()
+    sensing = torch.eye(DV, dtype=torch.float64) if sensed else None
+    with Names():
+        got = csat_attention(q, k, v, block_phi(), decoder=weights, feature_sensing=sensing, causal="block")
+    torch.testing.assert_close(got, reference.causal_block(q, k, v, block_phi(), decoder=weights))
+    assert [name for name in called if name.startswith("csat::") and "project" not in name] == (
+        ["csat::attend_causal", "csat::decode"] if sensed else ["csat::attend_causal_decode"]
+    )
+
+
 def test_independent_measurements_of_keys_and_values() -> None:
     (q, k, v), phis = tokens(), (block_phi(), block_phi(H, R) + 0.1)
     got = csat_attention(q, k, v, *phis, causal="block")

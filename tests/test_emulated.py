@@ -647,6 +647,51 @@ def test_fused_equals_the_pair(ops: EmulatedOps, generator: torch.Generator, dty
     assert ops.attend_decode(*inputs, *weights, False)[1].shape == (0,)
 
 
+# Sizes of CAUSAL, then heads, layers, layers of S, layers of B, coefficients, outputs of the decoder; whether it is one
+# kernel in 16 bits.
+CAUSAL_DECODE = [
+    ((1, 2, 1, 2, 150, 150, 16, 0, 3, 0, 20, 24), (1, 3, 1, 1, 33, 16), True),
+    ((2, 2, 2, 1, 70, 90, 8, 2, 2, 5, 64, 60), (2, 3, 1, 3, 128, 50), True),
+    ((1, 2, 1, 1, 300, 300, 16, 1, 3, 0, 64, 64), (2, 3, 3, 1, 64, 64), True),
+    ((1, 1, 1, 1, 33, 40, 40, 0, 40, 0, 80, 72), (1, 2, 1, 1, 70, 80), True),
+    ((1, 1, 1, 1, 1, 41, 8, 1, 8, 130, 90, 96), (1, 1, 1, 1, 100, 96), True),
+    ((1, 2, 1, 1, 50, 50, 16, 1, 3, 0, 64, 64), (1, 2, 1, 1, 256, 64), False),
+    ((1, 1, 1, 1, 50, 60, 16, 1, 3, 2, 128, 100), (1, 2, 1, 1, 64, 128), False),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes,decoder,fused", CAUSAL_DECODE, ids=str)
+def test_attend_causal_decode(
+    library: Any,
+    generator: torch.Generator,
+    sizes: tuple[int, ...],
+    decoder: tuple[int, ...],
+    fused: bool,
+    dtype: torch.dtype,
+) -> None:
+    """What attend_causal and decode give one after the other, to the bit, from one kernel where it is fused."""
+    ops = EmulatedOps(library, seed=11, compute_capability=90 if sizes[5] % 20 else 80)
+    inputs = _causal_inputs(generator, dtype, sizes, True)
+    heads, layers, s_layers, b_layers, coefficients, outputs = decoder
+    weights = _decoder(generator, (heads, layers, s_layers, b_layers, coefficients, sizes[-1], outputs))
+    out, z, lse = check(ops, "attend_causal_decode", *inputs, *weights, True)
+    fused_launches = ops.counters.launches
+    expected = ops.attend_causal(*inputs)
+    attend_launches = ops.counters.launches
+    assert torch.equal(z, expected[0]) and torch.equal(lse, expected[1])
+    plain = EmulatedOps(library, compute_capability=80)  # on 90 decode alone sums in the order of warpgroups
+    if fused and dtype != torch.float32:
+        assert torch.equal(out, plain.decode(z, *weights))
+        weights_packed = fused_launches - attend_launches  # copies to vector rows: no kernel beyond
+        assert weights_packed < plain.counters.launches
+    else:
+        assert torch.equal(out, ops.decode(z, *weights))
+        assert fused_launches == attend_launches + ops.counters.launches
+    again = ops.attend_causal_decode(*inputs, *weights, False)
+    assert torch.equal(again[0], out) and again[1].shape == (0,) and torch.equal(again[2], lse)
+
+
 # batch, heads of x, batch of phi, heads of phi, tokens, measurements, head dim
 PROJECT = [(2, 2, 1, 1, 45, 13, 20), (2, 1, 2, 3, 11, 5, 7), (1, 2, 1, 4, 33, 3, 9), (1, 1, 1, 1, 1, 1, 1)]
 # Products in parts of their depth: tokens (one head; a batch and heads that share; groups), and in the backward pass

@@ -82,6 +82,79 @@ def test_decode_alone_on_hopper(sizes: dict[str, int], reason: str | None) -> No
     assert _C.can_run(*call, 80, 163 * 1024)[0] == "wgmma belongs to compute capability 9.0"
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    "dtype,width,family",
+    [
+        (torch.bfloat16, 64, "mma"),
+        (torch.float16, 120, "mma"),
+        (torch.float16, 130, "simt"),
+        (torch.float32, 64, "simt"),
+    ],
+)
+def test_the_causal_block_form(dtype: torch.dtype, width: int, family: str, capability: int) -> None:
+    """What is said of attend_causal and of its backward is what the launch functions do."""
+    if reason := build.why_not_buildable():
+        pytest.skip(reason)
+    q, k, v = (torch.randn(1, 2, 36, width).to(dtype) for _ in range(3))
+    said = explain(q, k, v, causal="block", block_size=8, measurements_per_block=3, device=f"sm_{capability}")
+    assert [choice.op for choice in said] == ["project_implicit", "attend_causal", "attend_causal_backward"]
+    ops = EmulatedOps(build.build(), compute_capability=capability)
+    kc, vc = k[:, :, :12], v[:, :, :12]
+    arguments = q, kc, vc, k, v, None, None
+    z, lse = ops.attend_causal(*arguments, 0.1, 8, 0, 3)
+    for op in ("attend_causal", "attend_causal_backward"):
+        assert said[op].family == family and said[op].shared_bytes > 0
+        assert dict(said[op].refused)["wgmma"] == "no wgmma kernel of this op"
+        assert (ops.counters.mma > 0) == (family == "mma")
+        ops.attend_causal_backward(z, *arguments, z, lse, 0.1, 8, 0, 3)
+    if family == "simt":
+        reason = "float32: the tensor cores take bf16 and fp16" if width == 64 else "D or R above 128"
+        assert dict(said["attend_causal_backward"].refused)["mma"] == reason
+
+
+def test_causal_backward_needs_room_for_its_tiles() -> None:
+    q = torch.empty(1, 2, 36, 128, dtype=torch.bfloat16, device="meta")
+    phi = torch.empty(3, 8, device="meta")
+    choice = explain(q, q, q, phi, causal="block", window_blocks=1, device="sm_89")["attend_causal_backward"]
+    assert choice.family == "simt" and "exceed the shared memory" in dict(choice.refused)["mma"]
+
+
+def test_the_causal_forms_decoder() -> None:
+    q, k, v, _ = _inputs(36, 12, 96, 96)
+    phi, decoder = torch.rand(3, 8), _decoder(2, 128, 96, 96)
+    fused = explain(q, k, v, phi, decoder=decoder, causal="block", device="sm_90")
+    backward = ["attend_causal_backward", "decode_backward"]
+    assert [choice.op for choice in fused] == ["project", "attend_causal_decode", *backward]
+    assert fused["attend_causal_decode"].family == "mma"
+    smaller = explain(q, k, v, phi, decoder=decoder, causal="block", device="sm_80")["attend_causal_decode"]
+    assert smaller.family == "pair" and "weights exceed the shared memory" in dict(smaller.refused)["mma"]
+    wide = explain(q, k, v, phi, decoder=_decoder(2, 200, 96, 96), causal="block", device="sm_80")
+    assert [choice.op for choice in wide] == ["project", "attend_causal_decode", "attend_causal", "decode", *backward]
+    assert dict(wide["attend_causal_decode"].refused)["mma"] == "coefficient count P above 128 in the fused kernel"
+    sensed = {"decoder": _decoder(2, 64, 40, 96), "feature_sensing": torch.rand(40, 96)}
+    apart = explain(q, k, v, phi, causal="block", device="sm_80", **sensed)
+    assert [choice.op for choice in apart] == ["project", "attend_causal", "decode", *backward]
+
+
+@pytest.mark.parametrize(
+    "changes,error,message",
+    [
+        ({}, TypeError, "phi_k must be a torch.Tensor"),
+        ({"causal": "prefix"}, ValueError, "causal = 'prefix' came; accepted: None, 'block'"),
+        ({"causal": "blocks"}, ValueError, "causal = 'blocks' came"),
+        ({"causal": "block"}, ValueError, "needs 1 <= measurements_per_block <= block_size"),
+        ({"causal": "block", "block_size": 4, "measurements_per_block": 5}, ValueError, "measurements_per_block = 5"),
+        ({"causal": "block", "block_size": 4, "phi_k": torch.rand(2, 8)}, ValueError, "block_size = 4 came with"),
+        ({"window_blocks": 1, "phi_k": torch.rand(2, 8)}, ValueError, "window_blocks = 1 belongs to causal='block'"),
+    ],
+)
+def test_causal_arguments_that_do_not_fit(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    q, k, v, _ = _inputs(36, 12, 32, 32)
+    with pytest.raises(error, match=message):
+        explain(q, k, v, **{"phi_k": None, "device": "sm_80", **changes})
+
+
 def test_every_family_before_the_chosen_one_has_a_reason() -> None:
     q, k, v, phi = _inputs(9, 12, 200, 200, torch.float32)
     choice = explain(q, k, v, phi, device="sm_90")["attend"]

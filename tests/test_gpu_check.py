@@ -76,6 +76,7 @@ def test_flops_of_backward_operators_are_those_of_plain_torch(psi: bool) -> None
 def test_bytes_are_every_tensor_once() -> None:
     n, m, d = 96, 32, 64
     rows, measured, weights, lse = 2 * PAIRS * n * d, 2 * PAIRS * m * d, 3 * 2 * d * d, 4 * PAIRS * n
+    blocks = 2 * PAIRS * (n // m) * (m // 16) * d
     moved = {op: budget(op, n, m, d).moved for op in gpu_check.operations(SMALL)}
     assert moved == {
         "project": 2 * rows + 2 * measured + 2 * m * n,
@@ -84,6 +85,8 @@ def test_bytes_are_every_tensor_once() -> None:
         "attend_decode": 3 * rows + 2 * measured + lse + weights,
         "attend_backward": 4 * rows + 4 * measured + lse,
         "decode_backward": 3 * rows + 2 * weights,
+        "attend_causal": 4 * rows + 2 * blocks + lse,
+        "attend_causal_backward": 8 * rows + 4 * blocks + lse,
     }
 
 

@@ -188,6 +188,35 @@ def test_attend_causal_of_the_last_queries(dtype: torch.dtype) -> None:
             torch.testing.assert_close(last[1], lse[:, :, -count:])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attend_causal_decode(dtype: torch.dtype) -> None:
+    """attend_causal and decode one after the other, to the bit; gradients too, whether z is kept or computed again."""
+    q, kc, vc = attend_inputs(b=2, h=4, hk=2, nq=90, m=23, d=17, r=12, dtype=dtype)
+    k, v = randn(2, 1, 100, 17, seed=4, dtype=dtype), randn(2, 1, 100, 12, seed=5, dtype=dtype)
+    bias, mask = randn(1, 4, 23, seed=7).to(lse_dtype(dtype)), randn(2, 100, seed=8) > -1
+    weights = decoder(12, 21, 14, 3, 4, 3, 1, lse_dtype(dtype))
+    numbers = 0.3, 16, 1, 4  # 5 blocks have left the window, 3 measurements are of earlier tokens
+
+    def fused(*leaves: Tensor, need_z: bool) -> tuple[Tensor, Tensor, Tensor]:
+        return csat.attend_causal_decode(*leaves[:6], mask, *numbers, *leaves[6:], need_z)
+
+    def apart(*leaves: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z, lse = csat.attend_causal(*leaves[:6], mask, *numbers)
+        return csat.decode(z, *leaves[6:]), z, lse
+
+    leaves = [t.requires_grad_() for t in (q, kc, vc, k, v, bias, *weights)]
+    expected = apart(*leaves)
+    weight = randn(*expected[0].shape, seed=99, dtype=dtype)
+    gradients = torch.autograd.grad(expected[0], leaves, weight)
+    for need_z in (True, False):
+        out, z, lse = fused(*leaves, need_z=need_z)
+        assert torch.equal(out, expected[0]) and torch.equal(lse, expected[2])
+        assert torch.equal(z, expected[1]) if need_z else z.shape == (0,)
+        assert not z.requires_grad and not lse.requires_grad
+        for a, b in zip(torch.autograd.grad(out, leaves, weight), gradients, strict=True):
+            assert torch.equal(a, b)
+
+
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -343,6 +372,7 @@ def samples(dtype: torch.dtype = torch.float64, grad: bool = True) -> dict[str, 
         "attend_causal": (csat.attend_causal.default, causal),
         "decode": (csat.decode.default, (leaf(randn(1, 2, 5, 3, seed=5)), *weights)),
         "attend_decode": (csat.attend_decode.default, (q, kc, vc, bias, 0.5, *weights, True)),
+        "attend_causal_decode": (csat.attend_causal_decode.default, (*causal, *weights, True)),
     }
 
 
@@ -541,6 +571,7 @@ def full_calls() -> dict[str, dict[str, Any]]:
         "decode": decode,
         "decode_backward": {"dc": randn(1, 2, 5, 3, seed=9).float(), **decode},
         "attend_decode": {**attend, **{n: decode[n] for n in names}, "need_z": True},
+        "attend_causal_decode": {**causal, **{n: decode[n] for n in names}, "need_z": True},
     }
 
 
@@ -569,11 +600,13 @@ FREE_AXES = {
     ("decode", "psi", 1),
     ("attend_decode", "q", 2),
     ("attend_decode", "psi", 1),
+    ("attend_causal_decode", "psi", 1),
 }
 # The first tensor of an op sets the dtype, so that another argument is named when it differs.
 SETS_DTYPE = {
     *(("project", "x"), ("project_implicit", "x"), ("project_implicit_backward", "dy")),
     *(("attend", "q"), ("attend_causal", "q"), ("decode", "z"), ("attend_decode", "q")),
+    ("attend_causal_decode", "q"),
 }
 
 

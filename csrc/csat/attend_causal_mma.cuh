@@ -1,6 +1,8 @@
-// attend_causal on tensor cores, bf16 and fp16: the chunk loop of forward_mma.cuh over two stretches of columns.
+// attend_causal on tensor cores, bf16 and fp16: the chunk loop of forward_mma.cuh over two stretches of columns, and
+// its epilogue, the decoder (lista.cuh), where both are fused.
 //
 //   s = scale q kc^T + bias, scale q k^T; online softmax over the chunks of both; z = softmax(s) (vc, v), lse
+//   c = psi a_T of z rounded to T, so that the op equals attend_causal followed by decode bit for bit
 //
 // A block of eight warps owns runs of consecutive units of 32 queries and takes eight of them at a time through the
 // chunks that any of them sees: measurements 0 .. of the last query, then tokens from the window of the first. A warp
@@ -84,16 +86,23 @@ struct SeenByRow {
   }
 };
 
-template <typename T, int kD>
+// kP: coefficients; 0: no decoder.
+template <typename T, int kD, int kP>
 __global__ void __launch_bounds__(limits::kMmaThreads, 1) attend_causal_mma_kernel(AttendCausalMmaArgs p) {
   constexpr int kRows = limits::kMmaRows, kWarps = limits::kMmaWarps, kChunk = Chunk<T, kD>::kRows;
   static_assert(kRows == 32, "a lane writes what a row sees");
-  CSAT_DYN_SMEM(T, slots);
+  CSAT_DYN_SMEM(T, shared);
+  const DecoderTiles<T, kD, kP ? kP : 16> weights{shared, p.rows.decoder};
+  T* slots = kP > 0 ? weights.end() : shared;
   T* tiles = slots + 2 * (limits::mma_slot_bytes(kD) / 2);
   const Tile<T, kD> tile{tiles + warp_id() * tile_elements(kRows, kD)};
   int* seen_by_row = reinterpret_cast<int*>(tiles + kWarps * tile_elements(kRows, kD)) + warp_id() * 2 * kRows;
   const CausalWindow& window = p.tokens.window;
   for_each_run(p.rows, [&](const UnitRun& run) {
+    if constexpr (kP > 0) {
+      __syncthreads();  // nobody decodes the run before
+      load_decoder(weights, run.pair % p.rows.heads, limits::kMmaThreads);
+    }
     const auto last_row = [&](int unit) {  // the last query of a unit, of the run's last one behind its end
       const int64_t end = int64_t(run.first + (unit < run.count ? unit + 1 : run.count)) * kRows;
       return (end < p.rows.queries ? end : p.rows.queries) - 1;
@@ -139,38 +148,42 @@ __global__ void __launch_bounds__(limits::kMmaThreads, 1) attend_causal_mma_kern
           });
         __syncthreads();  // everybody is done with the slot that comes next
       }
-      if (active) {
-        write_softmax(p.rows, run.pair, first, sums.softmax, sums.z, tile);
-        sync_warp();  // before the tile is filled again
-      }
+      if (active) finish_unit<kP>(p.rows, weights, run.pair, first, sums.softmax, sums.z, tile);
     }
     cp_async_wait<0>();
   });
 }
 
-template <typename T, int kD>
+template <typename T, int kD, int kP>
 int launch_attend_causal_mma(const AttendCausalMmaArgs& p, int64_t blocks, int64_t shared_bytes, void* stream) {
-  auto kernel = attend_causal_mma_kernel<T, kD>;
+  auto kernel = attend_causal_mma_kernel<T, kD, kP>;
   CSAT_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(limits::kMmaThreads), static_cast<size_t>(shared_bytes),
               stream, p);
   return last_error();
 }
 
-// csrc/kernels/attend_causal_mma_<dtype>_<feature>.cu instantiate these; everything else refers to them.
-#define CSAT_ATTEND_CAUSAL_MMA(prefix, T, kD) \
-  prefix template int launch_attend_causal_mma<T, kD>(const AttendCausalMmaArgs&, int64_t, int64_t, void*);
-#define CSAT_ATTEND_CAUSAL_MMA_INSTANCE(T, kD) CSAT_ATTEND_CAUSAL_MMA(, T, kD)
+// csrc/kernels/attend_causal_mma_<dtype>_<feature>.cu instantiate these; everything else refers to them. Above
+// limits::kFusedMmaFeature there is no fused kernel.
+#define CSAT_CAUSAL_MMA(prefix, T, kD, kP) \
+  prefix template int launch_attend_causal_mma<T, kD, kP>(const AttendCausalMmaArgs&, int64_t, int64_t, void*);
+#define CSAT_ALL_CAUSAL_MMA(prefix, T, kD) \
+  CSAT_CAUSAL_MMA(prefix, T, kD, 0) CSAT_CAUSAL_MMA(prefix, T, kD, 64) CSAT_CAUSAL_MMA(prefix, T, kD, 128)
 
 #ifndef CSAT_INSTANTIATE
-#define CSAT_EXTERN_CAUSAL_MMA(kD)         \
-  CSAT_ATTEND_CAUSAL_MMA(extern, bf16, kD) \
-  CSAT_ATTEND_CAUSAL_MMA(extern, f16, kD)
-CSAT_EXTERN_CAUSAL_MMA(32)
-CSAT_EXTERN_CAUSAL_MMA(64)
-CSAT_EXTERN_CAUSAL_MMA(80)
-CSAT_EXTERN_CAUSAL_MMA(96)
-CSAT_EXTERN_CAUSAL_MMA(128)
+#define CSAT_EXTERN_CAUSAL_MMA(T)    \
+  CSAT_ALL_CAUSAL_MMA(extern, T, 32) \
+  CSAT_ALL_CAUSAL_MMA(extern, T, 64) \
+  CSAT_ALL_CAUSAL_MMA(extern, T, 80) CSAT_ALL_CAUSAL_MMA(extern, T, 96) CSAT_CAUSAL_MMA(extern, T, 128, 0)
+CSAT_EXTERN_CAUSAL_MMA(bf16)
+CSAT_EXTERN_CAUSAL_MMA(f16)
 #undef CSAT_EXTERN_CAUSAL_MMA
 #endif
+
+#define CSAT_ATTEND_CAUSAL_MMA_INSTANCE(T, kD) CSAT_ATTEND_CAUSAL_MMA_INSTANCE_##kD(T)
+#define CSAT_ATTEND_CAUSAL_MMA_INSTANCE_32(T) CSAT_ALL_CAUSAL_MMA(, T, 32)
+#define CSAT_ATTEND_CAUSAL_MMA_INSTANCE_64(T) CSAT_ALL_CAUSAL_MMA(, T, 64)
+#define CSAT_ATTEND_CAUSAL_MMA_INSTANCE_80(T) CSAT_ALL_CAUSAL_MMA(, T, 80)
+#define CSAT_ATTEND_CAUSAL_MMA_INSTANCE_96(T) CSAT_ALL_CAUSAL_MMA(, T, 96)
+#define CSAT_ATTEND_CAUSAL_MMA_INSTANCE_128(T) CSAT_CAUSAL_MMA(, T, 128, 0)
 
 }  // namespace csat

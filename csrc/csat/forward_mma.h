@@ -10,8 +10,10 @@ int64_t forward_mma_workspace(const limits::ForwardMmaPlan& plan, const AttendPa
 int forward_mma(const limits::ForwardMmaPlan& plan, const AttendParams* attend, const DecodeParams* decode,
                 void* workspace, void* stream);
 
-// Where limits::plan_causal_mma has a plan.
-int64_t attend_causal_mma_workspace(const limits::ForwardMmaPlan& plan, const AttendCausalParams& p);
-int attend_causal_mma(const limits::ForwardMmaPlan& plan, const AttendCausalParams& p, void* workspace, void* stream);
+// attend_causal, or both as one kernel, where limits::plan_causal_mma has a plan.
+int64_t attend_causal_mma_workspace(const limits::ForwardMmaPlan& plan, const AttendCausalParams& p,
+                                    const DecodeParams* decode);
+int attend_causal_mma(const limits::ForwardMmaPlan& plan, const AttendCausalParams& p, const DecodeParams* decode,
+                      void* workspace, void* stream);
 
 }  // namespace csat

@@ -137,6 +137,11 @@ int decode_backward(const DecodeBackwardParams& p, void* workspace, void* stream
 int64_t attend_decode_workspace(const AttendParams& attend, const DecodeParams& decode);
 int attend_decode_forward(const AttendParams& attend, const DecodeParams& decode, void* workspace, void* stream);
 
+// attend_causal and decode, in one kernel where limits::plan_causal_mma has a plan for both; decode.z and z as above.
+int64_t attend_causal_decode_workspace(const AttendCausalParams& attend, const DecodeParams& decode);
+int attend_causal_decode_forward(const AttendCausalParams& attend, const DecodeParams& decode, void* workspace,
+                                 void* stream);
+
 // `blas` is a cublasHandle_t bound to `stream` (see gemm.h).
 int64_t project_workspace(const ProjectParams& p);
 int project_forward(const ProjectParams& p, void* workspace, void* blas, void* stream);

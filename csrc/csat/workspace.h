@@ -84,6 +84,14 @@ inline int take_token_rows(CausalTokens& tokens, Carver& carver, const AttendPar
   return code ? code : take(tokens.v, of.features);
 }
 
+// z of attend, or rows in the workspace where the caller does not want it.
+inline View take_z_rows(const AttendParams& p, Carver& carver) {
+  if (p.z.data) return p.z;
+  const int64_t pitch = limits::round_up(p.features, 8), head = p.queries * pitch;
+  return {
+      carver.take<char>(p.batch * p.heads * head * size_of(p.q.dtype)), p.q.dtype, {p.heads * head, head, pitch, 1}};
+}
+
 // Evaluates to the first non-zero error code of a sequence of launches.
 #define CSAT_TRY(expression)                        \
   do {                                              \

@@ -67,13 +67,7 @@ struct AttendDecodePair {
   DecodeParams decode;
 
   AttendDecodePair(const AttendParams& a, const DecodeParams& d, Carver& carver) : attend(a), decode(d) {
-    if (!attend.z.data) {
-      const int64_t pitch = limits::round_up(a.features, 8), head = a.queries * pitch;
-      attend.z = {carver.take<char>(a.batch * a.heads * head * size_of(a.q.dtype)),
-                  a.q.dtype,
-                  {a.heads * head, head, pitch, 1}};
-    }
-    decode.z = attend.z;
+    decode.z = attend.z = take_z_rows(a, carver);
   }
 };
 

@@ -34,6 +34,16 @@ int take(AttendCausalArgs& args, const AttendCausalParams& p, Carver& carver, vo
   return take_attend(args.tokens, tokens, columns, carver, stream);
 }
 
+// attend_causal and decode one after the other, with z in the workspace where the caller does not want it.
+struct AttendCausalDecodePair {
+  AttendCausalParams attend;
+  DecodeParams decode;
+
+  AttendCausalDecodePair(const AttendCausalParams& a, const DecodeParams& d, Carver& carver) : attend(a), decode(d) {
+    decode.z = attend.measured.z = take_z_rows(a.measured, carver);
+  }
+};
+
 struct CausalBackwardPlan {
   AttendBackwardParams token_params{};
   BackwardPlan measured, tokens;
@@ -54,7 +64,8 @@ struct CausalBackwardPlan {
 
 int64_t attend_causal_workspace(const AttendCausalParams& p) {
   limits::ForwardMmaPlan plan;
-  if (!limits::plan_causal_mma(plan, p, nullptr, shared_memory_limit())) return attend_causal_mma_workspace(plan, p);
+  if (!limits::plan_causal_mma(plan, p, nullptr, shared_memory_limit()))
+    return attend_causal_mma_workspace(plan, p, nullptr);
   Carver carver(nullptr);
   AttendCausalArgs args{};
   take(args, p, carver, nullptr);
@@ -64,7 +75,7 @@ int64_t attend_causal_workspace(const AttendCausalParams& p) {
 int attend_causal_forward(const AttendCausalParams& p, void* workspace, void* stream) {
   limits::ForwardMmaPlan plan;
   if (!limits::plan_causal_mma(plan, p, nullptr, shared_memory_limit()))
-    return attend_causal_mma(plan, p, workspace, stream);
+    return attend_causal_mma(plan, p, nullptr, workspace, stream);
   Carver carver(workspace);
   AttendCausalArgs args{};
   CSAT_TRY(take(args, p, carver, stream));
@@ -77,6 +88,28 @@ int attend_causal_forward(const AttendCausalParams& p, void* workspace, void* st
   return with_dtype(m.q.dtype, [&](auto element) {
     return launch_attend_causal<decltype(element)>(args, blocks, rows * floats * 4, stream);
   });
+}
+
+int64_t attend_causal_decode_workspace(const AttendCausalParams& attend, const DecodeParams& decode) {
+  limits::ForwardMmaPlan plan;
+  if (!limits::plan_causal_mma(plan, attend, &decode, shared_memory_limit()))
+    return attend_causal_mma_workspace(plan, attend, &decode);
+  Carver carver(nullptr);
+  const AttendCausalDecodePair pair(attend, decode, carver);
+  const int64_t first = attend_causal_workspace(pair.attend), second = decode_workspace(pair.decode);
+  return carver.used() + (first > second ? first : second);
+}
+
+int attend_causal_decode_forward(const AttendCausalParams& attend, const DecodeParams& decode, void* workspace,
+                                 void* stream) {
+  limits::ForwardMmaPlan plan;
+  if (!limits::plan_causal_mma(plan, attend, &decode, shared_memory_limit()))
+    return attend_causal_mma(plan, attend, &decode, workspace, stream);
+  Carver carver(workspace);
+  const AttendCausalDecodePair pair(attend, decode, carver);
+  void* rest = static_cast<char*>(workspace) + carver.used();
+  CSAT_TRY(attend_causal_forward(pair.attend, rest, stream));
+  return decode_forward(pair.decode, rest, stream);
 }
 
 int64_t attend_causal_backward_workspace(const AttendCausalBackwardParams& p) {

@@ -129,26 +129,35 @@ Launch instance(const limits::ForwardMmaPlan& plan, bool attend) {
   }
 }
 
-int take(AttendCausalMmaArgs& args, const limits::ForwardMmaPlan& plan, const AttendCausalParams& p, Carver& carver,
-         void* stream) {
-  CSAT_TRY(take(args.rows, plan, &p.measured, nullptr, carver, stream));
+int take(AttendCausalMmaArgs& args, const limits::ForwardMmaPlan& plan, const AttendCausalParams& p,
+         const DecodeParams* decode, Carver& carver, void* stream) {
+  CSAT_TRY(take(args.rows, plan, &p.measured, decode, carver, stream));
   args.tokens = p.tokens;
   return take_token_rows(args.tokens, carver, p.measured, stream);
 }
 
+using CausalLaunch = int (*)(const AttendCausalMmaArgs&, int64_t, int64_t, void*);
+
+template <typename T, int kD>
+CausalLaunch causal_instance(int atoms) {
+  if (atoms == 0) return launch_attend_causal_mma<T, kD, 0>;
+  if constexpr (kD <= limits::kFusedMmaFeature)
+    return atoms == 64 ? launch_attend_causal_mma<T, kD, 64> : launch_attend_causal_mma<T, kD, 128>;
+  return nullptr;
+}
 template <typename T>
-auto causal_instance(int feature) {
-  switch (feature) {
+CausalLaunch causal_instance(const limits::ForwardMmaPlan& plan) {
+  switch (plan.feature) {
     case 32:
-      return launch_attend_causal_mma<T, 32>;
+      return causal_instance<T, 32>(plan.atoms);
     case 64:
-      return launch_attend_causal_mma<T, 64>;
+      return causal_instance<T, 64>(plan.atoms);
     case 80:
-      return launch_attend_causal_mma<T, 80>;
+      return causal_instance<T, 80>(plan.atoms);
     case 96:
-      return launch_attend_causal_mma<T, 96>;
+      return causal_instance<T, 96>(plan.atoms);
     default:
-      return launch_attend_causal_mma<T, 128>;
+      return causal_instance<T, 128>(plan.atoms);
   }
 }
 
@@ -175,21 +184,23 @@ int forward_mma(const limits::ForwardMmaPlan& plan, const AttendParams* attend, 
   return launch(args, blocks, plan.shared_bytes, stream);
 }
 
-int64_t attend_causal_mma_workspace(const limits::ForwardMmaPlan& plan, const AttendCausalParams& p) {
+int64_t attend_causal_mma_workspace(const limits::ForwardMmaPlan& plan, const AttendCausalParams& p,
+                                    const DecodeParams* decode) {
   Carver carver(nullptr);
   AttendCausalMmaArgs args{};
-  take(args, plan, p, carver, nullptr);
+  take(args, plan, p, decode, carver, nullptr);
   return carver.used();
 }
 
-int attend_causal_mma(const limits::ForwardMmaPlan& plan, const AttendCausalParams& p, void* workspace, void* stream) {
+int attend_causal_mma(const limits::ForwardMmaPlan& plan, const AttendCausalParams& p, const DecodeParams* decode,
+                      void* workspace, void* stream) {
   Carver carver(workspace);
   AttendCausalMmaArgs args{};
-  CSAT_TRY(take(args, plan, p, carver, stream));
+  CSAT_TRY(take(args, plan, p, decode, carver, stream));
   const int64_t units = int64_t(args.rows.pairs) * args.rows.units;
   if (units == 0) return 0;
-  const auto launch =
-      p.measured.q.dtype == DType::bf16 ? causal_instance<bf16>(plan.feature) : causal_instance<f16>(plan.feature);
+  const CausalLaunch launch =
+      p.measured.q.dtype == DType::bf16 ? causal_instance<bf16>(plan) : causal_instance<f16>(plan);
   return launch(args, units < multiprocessors() ? units : multiprocessors(), plan.shared_bytes, stream);
 }
 

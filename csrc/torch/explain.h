@@ -27,8 +27,8 @@ inline DType dtype_named(const char* argument, const std::string& name) {
   return named<DType>(argument, name, {{"float32", DType::f32}, {"bfloat16", DType::bf16}, {"float16", DType::f16}});
 }
 
-// Sizes by their letters in launch.h: B, H, Hk, Nq, M, D, R, and of a decoder Hd, T, Ts, Tb, P, Dv. What is absent
-// is 1.
+// Sizes by their letters in launch.h: B, H, Hk, Nq, M, D, R, of the tokens of attend_causal Hn, N, and of a decoder Hd,
+// T, Ts, Tb, P, Dv. What is absent is 1.
 inline limits::Problem problem_of(const ProblemSizes& sizes, DType dtype, DType weights) {
   const auto size = [&](const char* letter) {
     const auto found = sizes.find(letter);
@@ -43,6 +43,8 @@ inline limits::Problem problem_of(const ProblemSizes& sizes, DType dtype, DType 
   p.attend.measurements = size("M");
   p.attend.head_dim = size("D");
   p.attend.features = size("R");
+  p.tokens.heads = size("Hn");
+  p.tokens.count = size("N");
   Decoder& d = p.decode.decoder;
   d.S.dtype = d.B.dtype = d.psi.dtype = weights;
   d.heads = size("Hd");
@@ -66,7 +68,10 @@ inline std::pair<std::optional<std::string>, int64_t> can_run(const std::string&
                                       {"decode", Kernel::decode},
                                       {"attend_decode", Kernel::attend_decode},
                                       {"attend_backward", Kernel::attend_backward},
-                                      {"decode_backward", Kernel::decode_backward}});
+                                      {"decode_backward", Kernel::decode_backward},
+                                      {"attend_causal", Kernel::attend_causal},
+                                      {"attend_causal_decode", Kernel::attend_causal_decode},
+                                      {"attend_causal_backward", Kernel::attend_causal_backward}});
   const Family of =
       named<Family>("family", family,
                     {{"wgmma", Family::wgmma}, {"mma", Family::mma}, {"pair", Family::pair}, {"simt", Family::simt}});

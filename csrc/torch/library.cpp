@@ -52,6 +52,10 @@ STABLE_TORCH_LIBRARY(csat, library) {
   library.def(
       "attend_decode(Tensor q, Tensor kc, Tensor vc, Tensor? score_bias, float scale, Tensor S, Tensor B, "
       "Tensor theta, Tensor? psi, Tensor step, bool need_z) -> (Tensor, Tensor, Tensor)");
+  library.def(
+      "attend_causal_decode(Tensor q, Tensor kc, Tensor vc, Tensor k, Tensor v, Tensor? score_bias, Tensor? key_mask, "
+      "float scale, int block_size, int window_blocks, SymInt measurements_per_block, Tensor S, Tensor B, "
+      "Tensor theta, Tensor? psi, Tensor step, bool need_z) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(csat, CPU, library) {
@@ -66,6 +70,7 @@ STABLE_TORCH_LIBRARY_IMPL(csat, CPU, library) {
   library.impl("decode", TORCH_BOX(&cpu::decode));
   library.impl("decode_backward", TORCH_BOX(&cpu::decode_backward));
   library.impl("attend_decode", TORCH_BOX(&cpu::attend_decode));
+  library.impl("attend_causal_decode", TORCH_BOX(&cpu::attend_causal_decode));
 }
 
 py::object op(const char* name) {
@@ -97,9 +102,9 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CSAT operators on the CPU; every function is torch.ops.csat.* of the same name.";
-  for (const char* name :
-       {"project", "project_backward", "project_implicit", "project_implicit_backward", "attend", "attend_backward",
-        "attend_causal", "attend_causal_backward", "decode", "decode_backward", "attend_decode"})
+  for (const char* name : {"project", "project_backward", "project_implicit", "project_implicit_backward", "attend",
+                           "attend_backward", "attend_causal", "attend_causal_backward", "decode", "decode_backward",
+                           "attend_decode", "attend_causal_decode"})
     expose(m, name);
   m.def(
       "can_run", &csat::can_run, py::arg("kernel"), py::arg("family"), py::arg("sizes"), py::arg("dtype"),

@@ -389,6 +389,32 @@ std::tuple<Tensor, Tensor, Tensor> attend_decode(const Tensor& q, const Tensor& 
   return {out, z, lse};
 }
 
+std::tuple<Tensor, Tensor, Tensor> attend_causal_decode(const Tensor& q, const Tensor& kc, const Tensor& vc,
+                                                        const Tensor& k, const Tensor& v, const MaybeTensor& score_bias,
+                                                        const MaybeTensor& key_mask, double scale, int64_t block_size,
+                                                        int64_t window_blocks, int64_t measurements_per_block,
+                                                        const Tensor& S, const Tensor& B, const Tensor& theta,
+                                                        const MaybeTensor& psi, const Tensor& step, bool need_z) {
+  const CausalSizes sizes = check_attend_causal("attend_causal_decode", q, kc, vc, k, v, score_bias, key_mask,
+                                                {scale, block_size, window_blocks, measurements_per_block});
+  const AttendSizes& n = sizes.measured;
+  const DecodeSizes d = check_attend_decode("attend_causal_decode", n, q, S, B, theta, psi, step);
+  const Device device("attend_causal_decode", q);
+  const MaybeTensor keep = contiguous(key_mask);
+  Tensor out = torch::stable::new_empty(q, {n.B, n.H, n.Nq, d.Dv});
+  Tensor z = need_z ? torch::stable::new_empty(q, {n.B, n.H, n.Nq, n.R}) : nothing(q, q.scalar_type());
+  Tensor lse = torch::stable::new_empty(q, {n.B, n.H, n.Nq}, ScalarType::Float);
+  AttendCausalParams a{attend_params(n, q, kc, vc, score_bias, scale), causal_tokens(sizes, k, v, keep)};
+  if (need_z) a.measured.z = view_of(z);
+  a.measured.lse = view_of(lse, {0, 1, 2});
+  DecodeParams p = decode_params(d, S, B, theta, psi, step);
+  p.out = view_of(out);
+  device.supported(limits::why_not(a, p, shared_memory_limit()));
+  Tensor space = workspace(q, attend_causal_decode_workspace(a, p));
+  device.done(attend_causal_decode_forward(a, p, space.data_ptr(), device.stream()));
+  return {out, z, lse};
+}
+
 std::string cuda_build_info() {
 #ifdef NDEBUG
   return std::string(build_info()) + ", release build";
@@ -415,6 +441,7 @@ STABLE_TORCH_LIBRARY_IMPL(csat, CUDA, library) {
   library.impl("decode", TORCH_BOX(&decode));
   library.impl("decode_backward", TORCH_BOX(&decode_backward));
   library.impl("attend_decode", TORCH_BOX(&attend_decode));
+  library.impl("attend_causal_decode", TORCH_BOX(&attend_causal_decode));
 }
 
 }  // namespace

@@ -300,9 +300,34 @@ def attend_decode(
     return decode(z, S, B, theta, psi, step), z if need_z else z.new_empty(0), lse
 
 
+def attend_causal_decode(
+    q: Tensor,
+    kc: Tensor,
+    vc: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score_bias: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
+    block_size: int,
+    window_blocks: int,
+    measurements_per_block: int,
+    S: Tensor,
+    B: Tensor,
+    theta: Tensor,
+    psi: Tensor | None,
+    step: Tensor,
+    need_z: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    numbers = scale, block_size, window_blocks, measurements_per_block
+    z, lse = attend_causal(q, kc, vc, k, v, score_bias, key_mask, *numbers)
+    return decode(z, S, B, theta, psi, step), z if need_z else z.new_empty(0), lse
+
+
 _IMPLEMENTATIONS = torch.library.Library("csat", "IMPL")
 for _function in (
     *(project, project_backward, project_implicit, project_implicit_backward),
-    *(attend, attend_backward, attend_causal, attend_causal_backward, decode, decode_backward, attend_decode),
+    *(attend, attend_backward, attend_causal, attend_causal_backward, decode, decode_backward),
+    *(attend_decode, attend_causal_decode),
 ):
     _IMPLEMENTATIONS.impl(_function.__name__, _announced(_function), "CompositeExplicitAutograd")

@@ -9,8 +9,9 @@ being the r N / Bk measurements of finished blocks:
 | block | N (r N / Bk + (w + 1) Bk) D | q, k, v, E D | E (2 D + 1) + 2 (w + 1) Bk D |
 | prefix | N (4 M + 2 C) D, C = `CHUNK` | q, k, v, N M, and 2 M D for each chunk | M (2 D + 1) |
 
-The block form is `torch.ops.csat.attend_causal`. The prefix form has no kernel of its own yet: its products run in
-float32 (float64 for float64) through torch's matmul on every device, a chunk of tokens at a time.
+The block form is `torch.ops.csat.attend_causal`, with a sparse decoder behind it `attend_causal_decode`. The prefix
+form has no kernel of its own yet: its products run in float32 (float64 for float64) through torch's matmul on every
+device, a chunk of tokens at a time.
 """
 
 from __future__ import annotations
@@ -64,8 +65,10 @@ def attend_blocks(
     block_size: int,
     window_blocks: int,
     scale: float,
+    decoder: tuple[Tensor | None, ...] | None = None,
 ) -> tuple[Tensor, BlockState]:  # z (B, H, n, Dv), dtype of q; the state after these tokens
-    """Block form: n new tokens over everything up to each of them."""
+    """Block form: n new tokens over everything up to each of them; with the weights of a decoder its rows in place of
+    z."""
     keep = key_mask
     if state is not None:
         keep = _joined_masks(state, key_mask, k)
@@ -77,10 +80,11 @@ def attend_blocks(
     if state is not None:
         kc, vc, bias = (_joined(*pair) for pair in ((state.kc, kc), (state.vc, vc), (state.bias, bias)))
     after = BlockState(kc, vc, bias, k[:, :, end:], v[:, :, end:], None if keep is None else keep[:, end:])
-    z, _ = torch.ops.csat.attend_causal(
-        q, kc, vc, k, v, bias, keep, scale, block_size, window_blocks, fresh // count if count else 1
-    )
-    return z, after
+    per_block = fresh // count if count else 1
+    arguments = q, kc, vc, k, v, bias, keep, scale, block_size, window_blocks, per_block
+    if decoder is None:
+        return torch.ops.csat.attend_causal(*arguments)[0], after
+    return torch.ops.csat.attend_causal_decode(*arguments, *decoder, torch.is_grad_enabled())[0], after
 
 
 def _measured_blocks(

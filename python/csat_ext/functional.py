@@ -304,12 +304,16 @@ def continue_causal(
             phi_k, phi_v, score_bias, block_size, measurements_per_block, heads, query.device
         )
         assert not isinstance(state, PrefixState)
+        weights = None
+        if isinstance(decoder, SparseDecoder) and feature_sensing is None:
+            _check_decoder(decoder, query, value)
+            weights = decoder.with_head_axis()
         with no_autocast(query.device.type):
             z, after = attend_blocks(
                 query, key, value, key_mask, state, measure_blocks,
-                block_size=size, window_blocks=window_blocks, scale=tau,
+                block_size=size, window_blocks=window_blocks, scale=tau, decoder=weights,
             )  # fmt: skip
-        return _decode_rows(query, z, decoder, feature_sensing, key), after
+        return z if weights else _decode_rows(query, z, decoder, feature_sensing, key), after
     if phi_v is not None:
         raise ValueError("phi_v came, None is accepted with causal='prefix': it measures keys and values alike")
     phi = _canonical_prefix(phi_k, key, heads, signed)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 FAMILIES = {
     "wgmma": "Hopper's warpgroup products",
     "mma": "tensor cores",
-    "pair": "attend, then decode, in two kernels",
+    "pair": "attend or attend_causal, then decode, in two kernels",
     "simt": "float32 arithmetic",
 }
 # Shared memory that a block may have, by compute capability (CUDA programming guide, "Technical Specifications").
@@ -79,10 +79,14 @@ def explain(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    phi_k: Phi,
+    phi_k: Phi | None = None,
     *,
     decoder: Decoder | None = None,
     feature_sensing: Tensor | None = None,
+    causal: str | None = None,
+    block_size: int | None = None,
+    measurements_per_block: int | None = None,
+    window_blocks: int = 0,
     device: str | torch.device | None = None,
 ) -> Explanation:
     """Which kernels `csat_attention` with these arguments runs, and why not faster ones.
@@ -90,26 +94,34 @@ def explain(
     Only shapes and dtypes are looked at: tensors may be on the "meta" device.
 
     Args:
-        query, key, value, phi_k, decoder, feature_sensing: as `csat_attention` takes them.
+        query, key, value, phi_k, decoder, feature_sensing, causal, block_size, measurements_per_block, window_blocks:
+            as `csat_attention` takes them; causal is None or "block": the prefix form has no kernel.
         device: where it would run: None is the query's own device; "sm_80", "sm_90", .. is a GPU of that compute
             capability, which need not be there.
 
     Raises:
-        ValueError: an unknown device.
+        TypeError: no phi_k without a causal form.
+        ValueError: an unknown device; causal="prefix"; sizes of a block that do not fit.
     """
     import torch
 
-    from csat_ext.implicit import ImplicitMeasurement
+    from csat_ext.functional import check_form
 
+    check_form(causal, False, block_size, measurements_per_block, window_blocks, False)
+    if causal == "prefix":
+        raise ValueError("causal = 'prefix' came; accepted: None, 'block': the prefix form is products of torch")
+    m, n = _measured(phi_k, causal, block_size, measurements_per_block)
     where, capability, shared = _device(query.device if device is None else device)
     if capability is None:
         return Explanation(where, ())
+    attend = "attend" if causal is None else "attend_causal"
     if query.dtype == torch.float64:
-        return Explanation(where, (KernelChoice("attend", "none", (("simt", "float64 belongs to the CPU"),)),))
-    measurements = phi_k.m if isinstance(phi_k, ImplicitMeasurement) else phi_k.shape[-2]
-    features = value.shape[3] if feature_sensing is None else feature_sensing.shape[-2]
+        return Explanation(where, (KernelChoice(attend, "none", (("simt", "float64 belongs to the CPU"),)),))
+    rank = value.shape[3] if feature_sensing is None else feature_sensing.shape[-2]
     sizes = dict(zip(("B", "H", "Nq", "D"), query.shape, strict=True))
-    sizes |= {"Hk": key.shape[1], "M": measurements, "R": features}
+    sizes |= {"Hk": key.shape[1], "M": m, "Hn": key.shape[1], "N": key.shape[2]}
+    if causal is not None:  # the blocks that leave the window
+        sizes["M"] = m * max(key.shape[2] // n - window_blocks, 0)
     dtypes = {"dtype": _name(query.dtype), "weights": _name(query.dtype)}
     sparse = decoder is not None and hasattr(decoder, "psi")
     if sparse:
@@ -119,13 +131,38 @@ def explain(
         dtypes["weights"] = _name(S.dtype)
 
     def choose(op: str) -> KernelChoice:
-        return _choose(op, sizes=sizes, capability=capability, shared_bytes=shared, **dtypes)
+        # The causal form senses the rows that it has attended to.
+        features = value.shape[3] if causal is not None and op.startswith("attend") else rank
+        return _choose(op, sizes=sizes | {"R": features}, capability=capability, shared_bytes=shared, **dtypes)
 
-    choices = [_projection(phi_k, query.dtype), choose("attend_decode" if sparse else "attend")]
+    fused = sparse and (causal is None or feature_sensing is None)
+    choices = [_projection(phi_k, query.dtype), choose(f"{attend}_decode" if fused else attend)]
     if choices[-1].family == "pair":
-        choices += [choose("attend"), choose("decode")]
-    choices += [choose("attend_backward"), *([choose("decode_backward")] if sparse else [])]
+        choices += [choose(attend), choose("decode")]
+    if sparse and not fused:
+        choices += [choose("decode")]
+    choices += [choose(f"{attend}_backward"), *([choose("decode_backward")] if sparse else [])]
     return Explanation(where, tuple(choices))
+
+
+def _measured(phi: Phi | None, causal: str | None, block_size: int | None, per_block: int | None) -> tuple[int, int]:
+    """Rows and columns of a phi: r and Bk of a block."""
+    from csat_ext.implicit import ImplicitMeasurement
+
+    if phi is None:
+        if causal is None:
+            raise TypeError("phi_k must be a torch.Tensor or an ImplicitMeasurement, got None")
+        if block_size is None or per_block is None or per_block > block_size:
+            raise ValueError(
+                "causal='block' without phi_k needs 1 <= measurements_per_block <= block_size, got "
+                f"measurements_per_block = {per_block}, block_size = {block_size}"
+            )
+        return per_block, block_size
+    m, n = (phi.m, phi.n) if isinstance(phi, ImplicitMeasurement) else phi.shape[-2:]
+    for name, given, size in (("block_size", block_size, n), ("measurements_per_block", per_block, m)):
+        if given not in (None, size):
+            raise ValueError(f"{name} = {given} came with a phi_k of {size}: they must agree")
+    return m, n
 
 
 def _choose(op: str, **problem: Any) -> KernelChoice:
@@ -136,18 +173,20 @@ def _choose(op: str, **problem: Any) -> KernelChoice:
         reason, shared_bytes = _C.can_run(kernel=op, family=family, **problem)
         if reason is None:
             return KernelChoice(op, family, tuple(refused), shared_bytes)
-        if family != "pair" or op == "attend_decode":
+        if family != "pair" or (op.startswith("attend") and op.endswith("_decode")):
             refused.append((family, reason))
     return KernelChoice(op, "none", tuple(refused))
 
 
-def _projection(phi: Phi, dtype: torch.dtype) -> KernelChoice:
+def _projection(phi: Phi | None, dtype: torch.dtype) -> KernelChoice:
+    """Of a phi; None are the pools of a block."""
     from csat_ext.implicit import ImplicitMeasurement
 
-    if not isinstance(phi, ImplicitMeasurement):
+    if phi is not None and not isinstance(phi, ImplicitMeasurement):
         return KernelChoice("project", "cublas")
-    if phi.ensemble != "rademacher":
-        return KernelChoice("project_implicit", "simt", (("mma", f"{phi.ensemble} has no matrix to multiply by"),))
+    ensemble = "pool" if phi is None else phi.ensemble
+    if ensemble != "rademacher":
+        return KernelChoice("project_implicit", "simt", (("mma", f"{ensemble} has no matrix to multiply by"),))
     if dtype.itemsize == 2:
         return KernelChoice("project_implicit", "mma")
     return KernelChoice("project_implicit", "simt", (("mma", f"{_name(dtype)}: the tensor cores take bf16 and fp16"),))

@@ -2,7 +2,7 @@
 
 The operators, their shapes and dtypes are listed in docs/architecture.md; arguments are checked at the binding. First
 derivatives exist for all but the backward operators; a second derivative raises NotImplementedError.
-The log-sum-exp that `attend` and `attend_decode` return, and the z of `attend_decode`, carry no gradient.
+The log-sum-exp that the attends return, and the z of those that decode, carry no gradient.
 """
 
 from __future__ import annotations
@@ -175,6 +175,31 @@ def _(
     return q.new_empty((*rows, _outputs(theta, psi))), z, q.new_empty(rows, dtype=accumulate_dtype(q.dtype))
 
 
+@_register_fake("attend_causal_decode")
+def _(
+    q: Tensor,
+    kc: Tensor,
+    vc: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score_bias: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
+    block_size: int,
+    window_blocks: int,
+    measurements_per_block: int,
+    S: Tensor,
+    B: Tensor,
+    theta: Tensor,
+    psi: Tensor | None,
+    step: Tensor,
+    need_z: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = q.shape[:3]
+    z = q.new_empty((*rows, vc.shape[3]) if need_z else 0)
+    return q.new_empty((*rows, _outputs(theta, psi))), z, q.new_empty(rows, dtype=accumulate_dtype(q.dtype))
+
+
 # ---- autograd --------------------------------------------------------------------------------------------------------
 
 
@@ -228,20 +253,24 @@ def _attend_backward(ctx: Any, dz: Tensor, _dlse: Tensor) -> tuple[Tensor | None
 
 
 def _attend_causal_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scale, ctx.block_size, ctx.window_blocks, ctx.measurements_per_block = inputs
+    tensors, ctx.numbers = inputs[:7], inputs[7:]
     z, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(*tensors, z, lse)
 
 
-def _attend_causal_backward(ctx: Any, dz: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
-    *data, bias, key_mask, z, lse = ctx.saved_tensors
-    *gradients, dbias = _csat.attend_causal_backward(
-        dz, *data, bias, key_mask, z, lse, ctx.scale, ctx.block_size, ctx.window_blocks, ctx.measurements_per_block
-    )
-    needs = ctx.needs_input_grad
+def _attend_causal_gradients(
+    needs: tuple[bool, ...], dz: Tensor, saved: tuple[Tensor, ...], numbers: tuple[Any, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of (q, kc, vc, k, v, score_bias, key_mask, *numbers) from the saved (q, .., key_mask, z, lse)."""
+    *data, bias, key_mask, z, lse = saved
+    *gradients, dbias = _csat.attend_causal_backward(dz, *data, bias, key_mask, z, lse, *numbers)
     of_bias = dbias.sum_to_size(bias.shape).to(bias.dtype) if bias is not None and needs[5] else None
     return *_if_needed(needs[:5], tuple(gradients), tuple(data)), of_bias, *(None,) * 5
+
+
+def _attend_causal_backward(ctx: Any, dz: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
+    return _attend_causal_gradients(ctx.needs_input_grad, dz, ctx.saved_tensors, ctx.numbers)
 
 
 def _decode_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -272,6 +301,25 @@ def _attend_decode_backward(ctx: Any, dc: Tensor, _dz: Tensor, _dlse: Tensor) ->
     return *of_attend, *_if_needed(needs[5:10], tuple(dweights), tuple(weights)), None
 
 
+def _attend_causal_decode_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    tensors, ctx.numbers, weights, ctx.need_z = inputs[:7], inputs[7:11], inputs[11:16], inputs[16]
+    _, z, lse = output
+    ctx.mark_non_differentiable(z, lse)
+    ctx.save_for_backward(*tensors, z, lse, *weights)
+
+
+def _attend_causal_decode_backward(ctx: Any, dc: Tensor, _dz: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
+    tensors, (z, lse), weights = ctx.saved_tensors[:7], ctx.saved_tensors[7:9], ctx.saved_tensors[9:]
+    if not ctx.need_z:  # one more forward pass instead of the memory
+        z, lse = _csat.attend_causal(*tensors, *ctx.numbers)
+    dz, *dweights = _csat.decode_backward(dc, z, *weights)
+    needs = ctx.needs_input_grad
+    of_attend: tuple[Tensor | None, ...] = (None,) * 11
+    if any(needs[:6]):
+        of_attend = _attend_causal_gradients(needs[:6], dz, (*tensors, z, lse), ctx.numbers)
+    return *of_attend, *_if_needed(needs[11:16], tuple(dweights), tuple(weights)), None
+
+
 def _no_second_derivative(name: str) -> Callable[..., Any]:
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise NotImplementedError(
@@ -289,6 +337,9 @@ torch.library.register_autograd("csat::attend", _attend_backward, setup_context=
 torch.library.register_autograd("csat::attend_causal", _attend_causal_backward, setup_context=_attend_causal_context)
 torch.library.register_autograd("csat::decode", _decode_backward, setup_context=_decode_context)
 torch.library.register_autograd("csat::attend_decode", _attend_decode_backward, setup_context=_attend_decode_context)
+torch.library.register_autograd(
+    "csat::attend_causal_decode", _attend_causal_decode_backward, setup_context=_attend_causal_decode_context
+)
 for _name in (
     *("project_backward", "project_implicit_backward"),
     *("attend_backward", "attend_causal_backward", "decode_backward"),
@@ -300,7 +351,7 @@ for _name in (
 # The arguments cast under autocast: x, q, kc, vc, k, v, z. float64 is left alone, as everywhere in torch's autocast.
 _AUTOCAST_ARGUMENTS = {
     **{"project": 1, "project_implicit": 1, "decode": 1},
-    **{"attend": 3, "attend_decode": 3, "attend_causal": 5},
+    **{"attend": 3, "attend_decode": 3, "attend_causal": 5, "attend_causal_decode": 5},
 }
 
 

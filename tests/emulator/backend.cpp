@@ -89,4 +89,12 @@ int csat_attend_decode(const csat::AttendParams* attend, const csat::DecodeParam
   return csat::attend_decode_forward(*attend, *decode, workspace, nullptr);
 }
 
+int64_t csat_attend_causal_decode_workspace(const csat::AttendCausalParams* attend, const csat::DecodeParams* decode) {
+  return csat::attend_causal_decode_workspace(*attend, *decode);
+}
+int csat_attend_causal_decode(const csat::AttendCausalParams* attend, const csat::DecodeParams* decode,
+                              void* workspace) {
+  return csat::attend_causal_decode_forward(*attend, *decode, workspace, nullptr);
+}
+
 }  // extern "C"

@@ -489,6 +489,39 @@ class EmulatedOps:
         self._launch("attend_decode", attend, decode)
         return self._results((out, view), (z, attend.z if need_z else None), (lse, attend.lse))
 
+    def attend_causal_decode(
+        self,
+        q: Tensor,
+        kc: Tensor,
+        vc: Tensor,
+        k: Tensor,
+        v: Tensor,
+        score_bias: Tensor | None,
+        key_mask: Tensor | None,
+        scale: float,
+        block_size: int,
+        window_blocks: int,
+        measurements_per_block: int,
+        S: Tensor,
+        B: Tensor,
+        theta: Tensor,
+        psi: Tensor | None,
+        step: Tensor,
+        need_z: bool,
+    ) -> tuple[Tensor, ...]:
+        self._reset()
+        measured = self._attend_params(q, kc, vc, score_bias, scale)
+        out = q.new_empty(*q.shape[:-1], _outputs(theta, psi))
+        z = q.new_empty(*q.shape[:-1], vc.shape[-1]) if need_z else q.new_empty(0)
+        lse, view = torch.empty(q.shape[:-1]), self._output(out)
+        measured.lse = self._output(lse, _NO_LAST)
+        if need_z:
+            measured.z = self._output(z)
+        tokens = self._causal_tokens(q, kc, k, v, key_mask, (block_size, window_blocks, measurements_per_block))
+        decode = DecodeParams(self._decoder(S, B, theta, psi, step), View(), view, *q.shape[:3])
+        self._launch("attend_causal_decode", AttendCausalParams(measured, tokens), decode)
+        return self._results((out, view), (z, measured.z if need_z else None), (lse, measured.lse))
+
 
 def _outputs(theta: Tensor, psi: Tensor | None) -> int:
     return theta.shape[2] if psi is None else psi.shape[1]
@@ -497,7 +530,7 @@ def _outputs(theta: Tensor, psi: Tensor | None) -> int:
 OPERATORS = (
     *("project", "project_backward", "project_implicit", "project_implicit_backward"),
     *("attend", "attend_backward", "attend_causal", "attend_causal_backward"),
-    *("decode", "decode_backward", "attend_decode"),
+    *("decode", "decode_backward", "attend_decode", "attend_causal_decode"),
 )
 
 

@@ -34,6 +34,7 @@ RESULTS = {
     "decode": ("c",),
     "decode_backward": ("dz", "dS", "dB", "dtheta", "dpsi", "dstep"),
     "attend_decode": ("c", "z", "lse"),
+    "attend_causal_decode": ("c", "z", "lse"),
 }
 
 
@@ -96,10 +97,14 @@ class Call:
         """Which kernels run the `kernel` that this call is, or is made of, on a device of that compute capability."""
         args = self.args[1:] if self.op.endswith("_backward") else self.args
         sizes = dict.fromkeys(("B", "H", "Nq", "D", "Hk", "M", "R", "Hd", "T", "Ts", "Tb", "P", "Dv"), 1)
-        q, weights = args[0], args[1:6] if "attend" not in self.op else args[5:10]
+        q, weights = args[0], ()
+        if "decode" in self.op:
+            weights = args[-6:-1] if "attend" in self.op else args[1:6]
         if "attend" in self.op:
             kc, vc = args[1:3]
             sizes |= dict(zip(("Hk", "M", "D"), kc.shape[1:], strict=True)) | {"R": vc.shape[3]}
+        if "causal" in self.op:
+            sizes |= dict(zip(("Hn", "N"), args[3].shape[1:3], strict=True))
         if "decode" in self.op:
             S, B, theta, psi, _ = weights
             sizes |= dict(zip(("Hd", "Ts", "P"), S.shape[:3], strict=True))
@@ -350,6 +355,29 @@ def attend_decode_calls(dtype: torch.dtype) -> Iterator[Call]:
         yield Call("attend_decode", label, (*arguments, *weights, need_z))
 
 
+def attend_causal_decode_calls(dtype: torch.dtype) -> Iterator[Call]:
+    # sizes of attend_causal; Hd, T, Ts, Tb, P, Dv; is z wanted
+    sizes: dict[str, tuple[tuple[int, ...], tuple[int, ...], bool]] = {
+        "D32": ((2, 4, 1, 2, 150, 170, 20, 24), (1, 3, 1, 1, 33, 16), True),
+        "D64-P64": ((2, 4, 2, 2, 600, 600, 64, 64), (4, 3, 1, 1, 64, 64), False),
+        "D64-P128": ((1, 2, 1, 1, 330, 340, 64, 60), (1, 3, 3, 1, 128, 50), True),
+        "D96-P128": ((1, 2, 2, 2, 70, 200, 96, 90), (1, 2, 1, 1, 128, 96), True),
+        "D128-P64": ((1, 2, 1, 1, 300, 300, 128, 128), (1, 3, 1, 1, 64, 128), False),
+        "D64-P256": ((1, 2, 1, 1, 90, 90, 64, 64), (1, 2, 1, 1, 256, 64), True),
+    }
+    for label, (shape, (decoder_heads, layers, s_layers, b_layers, p, dv), need_z) in sizes.items():
+        values = Values(dtype)
+        batch, heads, measured_heads, token_heads, queries, n, dim, features = shape
+        numbers = 16, 1, 5
+        measured = (batch, heads, measured_heads, queries, 5 * (n // 16 - 1), dim, features)
+        *data, bias, scale = _attend_arguments(values, measured, (1, heads))
+        k, v = values.strided(batch, token_heads, n, dim), values.strided(batch, token_heads, n, features)
+        keep = values(batch, n, dtype=torch.float32) > -0.5
+        weights = decoder_weights(values, decoder_heads, layers, s_layers, b_layers, p, features, dv, torch.float32)
+        arguments = (*data, k, v, bias, keep, scale, *numbers, *weights, need_z)
+        yield Call("attend_causal_decode", label, arguments)
+
+
 def calls(dtype: torch.dtype) -> Iterator[Call]:
     families = (
         project_calls,
@@ -358,6 +386,7 @@ def calls(dtype: torch.dtype) -> Iterator[Call]:
         attend_causal_calls,
         decode_calls,
         attend_decode_calls,
+        attend_causal_decode_calls,
     )
     for family in families:
         yield from family(dtype)

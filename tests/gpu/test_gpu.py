@@ -7,7 +7,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import assert_accurate, rms
-from operator_calls import RESULTS, Call, Values, as_tuple, attend_decode_calls, calls, decoder_weights, project_calls
+from operator_calls import (
+    RESULTS,
+    Call,
+    Values,
+    as_tuple,
+    attend_causal_decode_calls,
+    attend_decode_calls,
+    calls,
+    decoder_weights,
+    project_calls,
+)
 from operator_cases import settled_decoder
 from torch import Tensor
 
@@ -103,6 +113,20 @@ def test_fused_equals_attend_then_decode(dtype: torch.dtype) -> None:
             close(f"{call} z", z, expected_z, alike)
         else:
             assert z.shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_causal_fused_equals_attend_causal_then_decode(dtype: torch.dtype) -> None:
+    properties = torch.cuda.get_device_properties(0)
+    device = 10 * properties.major + properties.minor, properties.shared_memory_per_block_optin
+    for call in attend_causal_decode_calls(dtype):
+        args = call.to("cuda")
+        out, z, lse = csat.attend_causal_decode(*args)
+        expected_z, expected_lse = csat.attend_causal(*args[:11])
+        fused, decode = (call.family(k, *device) for k in ("attend_causal_decode", "decode"))
+        assert torch.equal(lse, expected_lse), str(call)
+        close(f"{call} c", out, csat.decode(expected_z, *args[11:16]), fused in ("pair", decode))
+        assert torch.equal(z, expected_z) if args[16] else z.shape == (0,), str(call)
 
 
 def training_step(q: Tensor, k: Tensor, v: Tensor, phi: Tensor, decoder: Any) -> tuple[Tensor, ...]:

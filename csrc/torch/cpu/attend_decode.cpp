@@ -52,4 +52,19 @@ std::tuple<Tensor, Tensor, Tensor> attend_decode(const Tensor& q, const Tensor& 
   return {out, z, lse};
 }
 
+// One after the other: z of the few rows that a step of decoding has is in the cache anyway.
+std::tuple<Tensor, Tensor, Tensor> attend_causal_decode(const Tensor& q, const Tensor& kc, const Tensor& vc,
+                                                        const Tensor& k, const Tensor& v, const MaybeTensor& score_bias,
+                                                        const MaybeTensor& key_mask, double scale, int64_t block_size,
+                                                        int64_t window_blocks, int64_t measurements_per_block,
+                                                        const Tensor& S, const Tensor& B, const Tensor& theta,
+                                                        const MaybeTensor& psi, const Tensor& step, bool need_z) {
+  const CausalSizes n = check_attend_causal("attend_causal_decode", q, kc, vc, k, v, score_bias, key_mask,
+                                            {scale, block_size, window_blocks, measurements_per_block});
+  check_attend_decode("attend_causal_decode", n.measured, q, S, B, theta, psi, step);
+  const auto [z, lse] =
+      attend_causal(q, kc, vc, k, v, score_bias, key_mask, scale, block_size, window_blocks, measurements_per_block);
+  return {decode(z, S, B, theta, psi, step), need_z ? z : torch::stable::new_empty(q, {0}), lse};
+}
+
 }  // namespace csat::cpu

@@ -46,5 +46,11 @@ std::tuple<Tensor, Tensor, Tensor> attend_decode(const Tensor& q, const Tensor& 
                                                  const MaybeTensor& score_bias, double scale, const Tensor& S,
                                                  const Tensor& B, const Tensor& theta, const MaybeTensor& psi,
                                                  const Tensor& step, bool need_z);
+std::tuple<Tensor, Tensor, Tensor> attend_causal_decode(const Tensor& q, const Tensor& kc, const Tensor& vc,
+                                                        const Tensor& k, const Tensor& v, const MaybeTensor& score_bias,
+                                                        const MaybeTensor& key_mask, double scale, int64_t block_size,
+                                                        int64_t window_blocks, int64_t measurements_per_block,
+                                                        const Tensor& S, const Tensor& B, const Tensor& theta,
+                                                        const MaybeTensor& psi, const Tensor& step, bool need_z);
 
 }  // namespace csat::cpu

@@ -16,7 +16,7 @@ from torch import Tensor
 from csat_ext import SparseDecoder, csat_attention, implicit_measurement, measurement
 from csat_ext.bench.clock import Call, Clock, Timing, cache_bytes, clock_for, measure, rotations
 from csat_ext.bench.machine import header
-from csat_ext.bench.work import Sizes, Work, work
+from csat_ext.bench.work import Sizes, Work, causal_block, work
 from csat_ext.implicit import IMPLICIT
 
 SCHEMA = 1
@@ -27,7 +27,10 @@ Function = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Problem:
-    """One op at one size; D = R = Dv = P = width, S and B tied, Phi shared by batch and heads."""
+    """One op at one size; D = R = Dv = P = width, S and B tied, Phi shared by batch and heads.
+
+    attend_causal has blocks of m tokens (`csat_ext.bench.work.Sizes`).
+    """
 
     op: str
     n: int = 4096
@@ -105,6 +108,15 @@ def _attend(q: Tensor, kc: Tensor, vc: Tensor) -> Tensor:
     return torch.ops.csat.attend(q, kc, vc, None, q.shape[-1] ** -0.5)[0]
 
 
+def _attend_causal(problem: Problem) -> Function:
+    numbers = problem.width**-0.5, problem.m, 0, causal_block(problem.m)
+
+    def attend(q: Tensor, kc: Tensor, vc: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.ops.csat.attend_causal(q, kc, vc, k, v, None, None, *numbers)[0]
+
+    return attend
+
+
 def _attend_decode(q: Tensor, kc: Tensor, vc: Tensor, *decoder: Tensor) -> Tensor:
     need_z = torch.is_grad_enabled()
     return torch.ops.csat.attend_decode(q, kc, vc, None, q.shape[-1] ** -0.5, *decoder, need_z)[0]
@@ -125,6 +137,7 @@ OPS = (
     "attend",
     "decode",
     "attend_decode",
+    "attend_causal",
     "csat_attention",
 )
 """What is timed: operators of `torch.ops.csat`, and `csat_ext.csat_attention`, which calls them all."""
@@ -151,6 +164,9 @@ def function_of(problem: Problem, device: torch.device) -> tuple[Function, list[
         return torch.ops.csat.decode, [tokens, *decoder]
     if op == "attend_decode":
         return _attend_decode, [tokens, measured, measured, *decoder]
+    if op == "attend_causal":
+        blocks = (p.batch, p.heads, p.n // p.m * causal_block(p.m), p.width)
+        return _attend_causal(p), [tokens, blocks, blocks, tokens, tokens]
     if op == "csat_attention":
         return _whole(phi), [tokens, tokens, tokens, *decoder]
     raise ValueError(f"op: {op!r} came; accepted: {', '.join(OPS)}")

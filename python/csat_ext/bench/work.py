@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+CAUSAL_RATIO = 16
+"""Tokens for each measurement of a block in the problems of attend_causal, whose blocks have m tokens."""
+
 
 @dataclass(frozen=True)
 class Sizes:
     """pairs: B H. n, m, d: tokens, measurements, D = R = Dv. atoms, layers: P and T of the decoder, its S and B tied.
 
+    For attend_causal m is the size of a block, of which `CAUSAL_RATIO` tokens share a measurement; the window is empty.
     size: bytes of a number; Phi and the decoder are shared by all pairs. psi: whether the dictionary is a matrix, False
     for the identity.
     """
@@ -50,6 +54,19 @@ def _synthesis(s: Sizes) -> float:
     return 2 * s.n * s.d * s.atoms if s.psi else 0.0
 
 
+def causal_block(m: int) -> int:
+    """Measurements of a block of m tokens."""
+    return max(m // CAUSAL_RATIO, 1)
+
+
+def causal_scores(n: int, m: int) -> int:
+    """Scores of n queries over the measurements of finished blocks of m tokens and the tokens of their own."""
+    blocks, rest = divmod(n, m)
+    near = blocks * m * (m + 1) // 2 + rest * (rest + 1) // 2
+    far = causal_block(m) * (m * blocks * (blocks - 1) // 2 + rest * blocks)
+    return near + far
+
+
 def work(op: str, s: Sizes) -> Work:
     """Of one op over all pairs. "measure" is project of k and of v in one pass over Phi; "..._backward" is with respect
     to the tensors, Phi being fixed; that of decode recomputes the iterates, not the output; "project_<ensemble>" has no
@@ -61,6 +78,7 @@ def work(op: str, s: Sizes) -> Work:
     row, measured, lse = s.n * s.d, s.m * s.d, 4 * s.n
     weights = s.atoms * s.atoms + (2 if s.psi else 1) * s.atoms * s.d
     product, phi, decoder = 2 * s.m * row, s.m * s.n, weights / s.pairs
+    scores, blocks = 2 * causal_scores(s.n, s.m) * s.d, s.n // s.m * causal_block(s.m) * s.d
     transforms = 10 * -(-s.m // 512) + s.m / 1024
     counts = {
         "project": (product, s.size * (row + measured + phi / s.pairs)),
@@ -72,6 +90,8 @@ def work(op: str, s: Sizes) -> Work:
         "project_rademacher": (product, s.size * (row + measured)),
         "attend": (2 * product, s.size * (2 * row + 2 * measured) + lse),
         "attend_backward": (5 * product, s.size * (4 * row + 4 * measured) + lse),
+        "attend_causal": (2 * scores, s.size * (4 * row + 2 * blocks) + lse),
+        "attend_causal_backward": (5 * scores, s.size * (8 * row + 4 * blocks) + lse),
         "decode": (_lista(s), s.size * (2 * row + decoder)),
         "decode_backward": (3 * _lista(s) - _synthesis(s), s.size * 3 * row + 4 * decoder),
         "attend_decode": (2 * product + _lista(s), s.size * (3 * row + 2 * measured + decoder) + lse),
