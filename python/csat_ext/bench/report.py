@@ -70,6 +70,18 @@ SECTIONS = (
         "decoder. A quick run of one seed: too short for conclusions.",
     ),
     Section(
+        "What the context costs the causal forms",
+        "causal_cost",
+        _alone(tables.causal_cost),
+        "Below 1 a form is faster than full causal attention; a token that costs the same at every n stays at 1.",
+    ),
+    Section(
+        "A training step of the language model as its context grows",
+        "language_cost_*",
+        tables.language_cost,
+        "`sdpa` over each form: above 1 the form is cheaper. Memory is what a step holds beyond the weights.",
+    ),
+    Section(
         "Decoding: memory and time of a token",
         "decoding",
         _alone(tables.decoding),

@@ -152,7 +152,8 @@ def table5(results: Results, name: str) -> str:
     text = (
         f"{s['layers']} layers, width {s['width']}, {s['heads']} heads, m = {s['m']}, batch {s['batch']}, "
         f"{s['dtype']}, forward and backward{', **a quick run**' if s['quick'] else ''}. "
-        "Full attention over each mechanism, time / memory; above 1 the mechanism is cheaper than full attention:\n"
+        "Full attention over each mechanism, time / memory; above 1 the mechanism is cheaper than full attention. The "
+        "row `full` itself: time (on a CPU over that at the shortest length) and memory:\n"
     )
     parts = [text]
     for mlp in s["mlp"]:
@@ -160,11 +161,12 @@ def table5(results: Results, name: str) -> str:
         if rows:
             parts += [f"\n{kind(mlp)}:\n\n", _table5_ratios(result, mlp), "\n"]
     paper = result["paper, full over csat"]
+    parts += [_unfused(result, mlp) for mlp in s["mlp"]]
     parts.append(
         f"\nThe paper states {paper['time']} / {paper['memory']} for its CSAT, which decodes by LISTA, and finds it "
         "slower than Linformer and Performer. An exponent is fitted over the four longest lengths that were measured. "
     )
-    return ("".join(parts) + _left_out(result)).rstrip() + results.source(result["machine"], name)
+    return ("".join(parts) + _few_turns(result) + _left_out(result)).rstrip() + results.source(result["machine"], name)
 
 
 def _table5_ratios(result: dict[str, Any], mlp: int) -> str:
@@ -175,7 +177,7 @@ def _table5_ratios(result: dict[str, Any], mlp: int) -> str:
 
     def cell(mechanism: str, n: int) -> str:
         if mechanism == "full" and (row := measured.get((mechanism, n))):
-            return f"{milliseconds(row['median_ms'])} ms, {row['memory_MiB']:.0f} MiB"
+            return f"{_full_time(result, row, measured['full', lengths[0]])}, {row['memory_MiB']:.0f} MiB"
         ratio = over.get((mechanism, n))
         return "-" if ratio is None else f"{ratio['time']:.2f} / {ratio['memory']:.2f}"
 
@@ -186,6 +188,37 @@ def _table5_ratios(result: dict[str, Any], mlp: int) -> str:
     names = mechanisms_of(result["rows"])
     rows = [[name, *(cell(name, n) for n in lengths), exponents(name)] for name in names]
     return table(["", *(f"n = {n}" for n in lengths), "grows as n to the"], rows)
+
+
+def _full_time(result: dict[str, Any], row: dict[str, Any], shortest: dict[str, Any]) -> str:
+    """Milliseconds on a GPU; on CPU, whose times say little elsewhere, multiples of that at the shortest length."""
+    if result["machine"]["device"] != "cpu":
+        return f"{milliseconds(row['median_ms'])} ms"
+    return f"time {row['median_ms'] / shortest['median_ms']:.2f}"
+
+
+def _unfused(result: dict[str, Any], mlp: int) -> str:
+    """The longest length at which full attention with its scores kept and CSAT with LISTA both ran."""
+    rows = [row for row in result["rows"] if row["mlp"] == mlp]
+    kept = {row["n"]: row for row in rows if row["mechanism"] == "full, scores kept"}
+    lista = {row["n"]: row for row in rows if row["mechanism"] == "csat + LISTA"}
+    if not kept.keys() & lista.keys():
+        return ""
+    n = max(kept.keys() & lista.keys())
+    time, memory = (kept[n][key] / lista[n][key] for key in ("median_ms", "memory_MiB"))
+    what = f"{kind(mlp)}, full attention with its scores kept over `csat + LISTA` at n = {n}"
+    return f"\n{what}: {time:.1f} / {memory:.1f}.\n"
+
+
+def _few_turns(result: dict[str, Any]) -> str:
+    """Lengths whose figures are of fewer turns than was asked for."""
+    turns = {row["n"]: len(row["samples_ms"]) for row in result["rows"]}
+    few = [f"{turns[n]} at n = {n}" for n in sorted(turns) if turns[n] < result["settings"]["turns"]]
+    return (
+        f"Medians of {result['settings']['turns']} turns, of fewer where time ran out: {', '.join(few)}. "
+        if few
+        else ""
+    )
 
 
 def _left_out(result: dict[str, Any]) -> str:
@@ -435,3 +468,58 @@ def decoding(results: Results) -> str:
     )
     head = ["", *(f"n = {row['n']}" for row in found)]
     return about + table(head, rows) + results.source(result["machine"], "decoding")
+
+
+def causal_cost(results: Results) -> str:
+    """Time of the causal forms over full causal attention, and of a token over that at the shortest length."""
+    result = results.load("causal_cost")
+    shape = result["shape"]
+    growth = next(value for key, value in result.items() if key.startswith("time a token"))
+    shortest = next(iter(growth["sdpa"]))
+    over = result["time over sdpa, forward and backward"]
+    rows = [[f"`{name}`: time over `sdpa`", *(f"{x:.2f}" for x in own.values())] for name, own in over.items()]
+    rows += [
+        [f"`{name}`: a token over its own at n = {shortest}", *(f"{x:.2f}" for x in own.values())]
+        for name, own in growth.items()
+    ]
+    about = (
+        f"The operator alone, forward and backward, {shape['heads']} heads of {shape['width']}, {shape['dtype']}, one "
+        f"thread; r = {shape['r']} measurements of each block, prefix with m = {shape['m']}:\n\n"
+    )
+    head = ["", *(f"n = {n}" for n in growth["sdpa"])]
+    return about + table(head, rows) + results.source(result["machine"], "causal_cost")
+
+
+def language_cost(results: Results, name: str) -> str:
+    """Tokens a second and memory of a training step of the language model as its context grows."""
+    result = results.load(name)
+    s, measured = result["settings"], result["rows"]
+    first = measured[0]["context"]
+    rows = []
+    for form, own in result["ratios"].items():
+        if form == "sdpa":
+            if result["machine"]["device"] != "cpu":  # a processor's speed says little of another's
+                rows.append(
+                    [f"`{form}`: tokens a second", *(f"{row['tokens a second'][form]:.0f}" for row in measured)]
+                )
+            cells = [f"{row['memory_MiB'][form]:.0f}" for row in measured]
+            rows.append([f"`{form}`: MiB", *cells])
+        else:
+            for what in ("time", "memory"):
+                cells = [f"{ratio[f'sdpa {what} over it']:.2f}" for ratio in own.values()]
+                rows.append([f"`{form}`: {what}, `sdpa` over it", *cells])
+    rows += [
+        [
+            f"`{form}`: time a token over its own at {first}",
+            *(f"{ratio['time a token over its own at the first']:.2f}" for ratio in own.values()),
+        ]
+        for form, own in result["ratios"].items()
+    ]
+    about = (
+        f"A training step (loss and all gradients) of `csat lm`: {s['layers']} layers, width {s['width']}, "
+        f"{s['heads']} heads, MLP and output layer included, one window, {s['dtype']}; blocks of {s['block_size']} "
+        f"tokens to {s['measurements_per_block']} measurements, one exact before the query's own; prefix with "
+        f"m = {s['m']}.\n\n"
+    )
+    head = ["", *(f"{row['context']} bytes" for row in measured)]
+    return about + table(head, rows) + results.source(result["machine"], name)
