@@ -70,6 +70,12 @@ SECTIONS = (
         "decoder. A quick run of one seed: too short for conclusions.",
     ),
     Section(
+        "Causal associative recall",
+        "associative_recall",
+        _alone(tables.recall),
+        "What each causal form remembers of pairs seen once, all of them but full attention through a small memory.",
+    ),
+    Section(
         "What the context costs the causal forms",
         "causal_cost",
         _alone(tables.causal_cost),

@@ -523,3 +523,23 @@ def language_cost(results: Results, name: str) -> str:
     )
     head = ["", *(f"{row['context']} bytes" for row in measured)]
     return about + table(head, rows) + results.source(result["machine"], name)
+
+
+def recall(results: Results) -> str:
+    """Accuracy of each form on associative recall, at the better rate on validation with the first seed."""
+    result = results.load("associative_recall")
+    s = result["settings"]
+    rows = []
+    for form in dict.fromkeys(run["form"] for run in result["runs"]):
+        runs = [run for run in result["runs"] if run["form"] == form]
+        rate = max((r for r in runs if r["seed"] == 0), key=lambda r: (r["validation"], -r["rate"]))["rate"]
+        scores = [run["test"] for run in runs if run["rate"] == rate]
+        rows.append([f"`{form}`", ", ".join(f"{score:.2f}" for score in scores), f"{rate:g}"])
+    about = (
+        f"{s['pairs']} pairs, then {s['asked']} keys whose values are asked for, out of {s['values']} (chance "
+        f"{1 / s['values']:.2f}); one layer of width {s['width']}, {s['heads']} heads, m = {s['m']}, no decoder; "
+        f"{s['steps']} steps of {s['batch']} sequences. Test accuracy of every seed:\n\n"
+    )
+    return (
+        about + table(["attention", "accuracy", "rate"], rows) + results.source(result["machine"], "associative_recall")
+    )
