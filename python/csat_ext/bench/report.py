@@ -37,6 +37,12 @@ def _alone(maker: tables.Maker) -> Callable[[Results, str], str]:
     return lambda results, name: maker(results)
 
 
+SETS = (
+    "Protocol: `benchmarks/quality/protocol.py`; command: `benchmarks/quality_tables.py`. Each table has a quick set, "
+    "a quarter of an hour on two cores at most, a published one, two hours at most, and with `--whole` one of LRA's "
+    "lengths, for a GPU."
+)
+
 SECTIONS = (
     Section(
         "Time and memory of a whole model (the paper's Table 5)",
@@ -56,18 +62,34 @@ SECTIONS = (
     Section("The kernels from run to run on a GPU", "gpu_ladder", tables.gpu_ladder),
     Section("Pretraining", "pretrain", _alone(tables.pretrain), kept=("pretrain", "pretrain_examples")),
     Section(
-        "What is learnt with equal parameters, examples and steps",
-        "quality_[!a]*",
+        "Language modelling, causal (the paper's Table 1)",
+        "quality_causal*",
+        tables.language,
+        f"{SETS} `window` is what `csat, block` sees exactly, without the measurements of what is behind it: the "
+        "control of the block form, as `linear` is that of LISTA.",
+        pictures.language,
+    ),
+    Section(
+        "Language modelling, masked (Table 1 for attention that has no causal form)",
+        "quality_masked*",
+        tables.language,
+        "Of the bytes that were hidden, in runs, from the others of the window.",
+        pictures.language,
+    ),
+    Section(
+        "What is learnt with equal parameters, examples and steps (Table 2, the Long Range Arena)",
+        "quality_[lpf]*",
         tables.quality,
-        "`csat + linear` is the control that `csat + LISTA` has to beat. Protocol: `benchmarks/quality/protocol.py`.",
+        "`csat + linear` is the control that `csat + LISTA` has to beat.",
         pictures.quality,
     ),
     Section(
-        "A causal language model",
-        "language_model",
-        _alone(tables.language_model),
-        "Bytes of text, equal parameters, steps and seed; `block` and `prefix` are the causal forms of CSAT, without a "
-        "decoder. A quick run of one seed: too short for conclusions.",
+        "Retrieval and captioning (Tables 3 and 4)",
+        "quality_captions*",
+        tables.captions,
+        "The model of `csat pretrain`, attention exchanged in its image tower and from the captions to the image; CSAT "
+        "measures the class token exactly and pools the patches in 2-D, the others have as large an m.",
+        pictures.captions,
     ),
     Section(
         "Decoding: memory and time of a token",

@@ -304,39 +304,59 @@ def spread(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def counted_runs(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Form of attention -> its runs at the rate that was chosen on validation, with the first seed, one for each seed.
+def best(runs: Sequence[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
+    """The run that is best on validation, the one of the lower rate among equals."""
+    sign = -1 if settings.get("lower is better") else 1
+    return max(runs, key=lambda run: (sign * run["validation"], -run["rate"]))
 
-    The lower of equally good rates, as `benchmarks/quality/protocol.py` chooses.
-    """
+
+def counted_runs(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Form of attention -> its runs at the rate that was chosen on validation, with the first seed, one for each
+    seed."""
     first = result["settings"]["seeds"][0]
     found: dict[str, list[dict[str, Any]]] = {}
     for form in result["settings"]["forms"]:
         runs = [run for run in result["runs"] if run["form"] == form]
         tried = [run for run in runs if run["seed"] == first]
         if tried:
-            rate = max(tried, key=lambda run: (run["validation"], -run["rate"]))["rate"]
+            rate = best(tried, result["settings"])["rate"]
             found[form] = [run for run in runs if run["rate"] == rate]
     return found
 
 
+def mean(scores: Sequence[float], digits: int = 1, sign: str = "") -> str:
+    """Mean and standard deviation."""
+    sigma = f" ± {spread(scores):.{digits}f}" if len(scores) > 1 else ""
+    return f"{statistics.fmean(scores):{sign}.{digits}f}{sigma}"
+
+
 def percent(runs: Sequence[dict[str, Any]]) -> str:
     """Mean and standard deviation of the test accuracy, in percent, and the number of runs."""
-    scores = [100 * run["test"] for run in runs]
-    sigma = f" ± {spread(scores):.1f}" if len(scores) > 1 else ""
-    return f"{statistics.fmean(scores):.1f}{sigma} ({len(scores)})"
+    return f"{mean([100 * run['test'] for run in runs])} ({len(runs)})"
 
 
-def _protocol(result: dict[str, Any]) -> str:
+OF_SEEDS = "mean ± standard deviation (number of seeds)"
+
+
+def _protocol(result: dict[str, Any], scores: str, data: str) -> str:
+    """What was learnt and how: `scores` says what the figures are, `data` what a step sees and the test has."""
     s, quick = result["settings"], result["settings"]["quick"]
-    size, examples = s["size"], s["examples"]
-    rates = ", ".join(f"{rate:g}" for rate in s["rates"])
+    size, rates = s["size"], ", ".join(f"{rate:g}" for rate in s["rates"])
     return (
-        f"{s['about']}. {'**A quick set, too short for conclusions.** ' if quick else ''}Test accuracy in percent, "
-        f"mean ± standard deviation (number of seeds); chance {100 * s['chance']:.0f}, the most frequent label "
-        f"{100 * s['majority']:.1f}. {size['layers']} layers, width {size['width']}, {size['heads']} heads, "
-        f"m = {size['m']}; {s['schedule']['steps']} steps of {s['schedule']['batch']} out of {examples[0]} examples, "
-        f"{examples[2]} for the test; rate {'out of ' if len(s['rates']) > 1 else ''}{rates}.\n\n"
+        f"{s['about']}. {'**A quick set, too short for conclusions.** ' if quick else ''}{scores}. "
+        f"{size['layers']} layers, width {size['width']}, {size['heads']} heads, m = {size['m']}; "
+        f"{s['schedule']['steps']} steps of {s['schedule']['batch']} {data}; "
+        f"rate {'out of ' if len(s['rates']) > 1 else ''}{rates}.\n\n"
+    )
+
+
+def _classified(result: dict[str, Any]) -> str:
+    s = result["settings"]
+    return _protocol(
+        result,
+        f"Test accuracy in percent, {OF_SEEDS}; chance {100 * s['chance']:.0f}, the most frequent label "
+        f"{100 * s['majority']:.1f}",
+        f"out of {s['examples'][0]} examples, {s['examples'][2]} for the test",
     )
 
 
@@ -349,16 +369,80 @@ def quality(results: Results, name: str) -> str:
         for form, runs in counted_runs(result).items()
     ]
     return (
-        _protocol(result)
+        _classified(result)
         + table(["attention", "accuracy", "rate", "parameters"], rows)
-        + _runs_left_out(result)
+        + _runs_missing(result)
         + results.source(result["machine"], name)
     )
 
 
-def _runs_left_out(result: dict[str, Any]) -> str:
-    left = len(result["left_out"])
-    return f"\n\nRuns left out for time: {left}." if left else ""
+def _runs_missing(result: dict[str, Any]) -> str:
+    """Which runs of the plan the file does not have: each form has one at every rate, then one for every other seed."""
+    s = result["settings"]
+    each = len(s["rates"]) + len(s["seeds"]) - 1
+    there = {form: sum(run["form"] == form for run in result["runs"]) for form in s["forms"]}
+    missing = [f"`{form}` {each - count}" for form, count in there.items() if count < each]
+    if not missing:
+        return ""
+    left = sum(each - count for count in there.values())
+    return f"\n\n**Not run yet: {left} of {each * len(there)} runs** ({', '.join(missing)})."
+
+
+def language(results: Results, name: str) -> str:
+    """Bits per byte of each form of attention, and what it needs more than the first form with the same seeds."""
+    result = results.load(name)
+    s, found = result["settings"], counted_runs(result)
+    first = next(iter(s["forms"]))
+    base = {run["seed"]: run["test"] for run in found.get(first, ())}
+    rows = []
+    for form, runs in found.items():
+        more = [run["test"] - base[run["seed"]] for run in runs if run["seed"] in base]
+        over = mean(more, 3, "+") if more and form != first else "-"
+        bits = f"{mean([run['test'] for run in runs], 3)} ({len(runs)})"
+        rows.append([f"`{form}`", bits, over, f"{runs[0]['rate']:g}", f"{s['forms'][form]['parameters']}"])
+    text = _protocol(
+        result,
+        f"Bits per byte of the test text, lower is better, {OF_SEEDS}; frequencies of single bytes: "
+        f"{s['single bytes']:.3f}",
+        f"windows of {s['tokens']} bytes out of {s['bytes'][0]}, {s['bytes'][2]} for the test",
+    )
+    head = ["attention", "bits per byte", f"over `{first}`, seed by seed", "rate", "parameters"]
+    return text + table(head, rows) + _runs_missing(result) + results.source(result["machine"], name)
+
+
+def captions(results: Results, name: str) -> str:
+    """Recall both ways and the scores of captions for each form of attention, chance beneath."""
+    result = results.load(name)
+    s = result["settings"]
+    chance, rows = None, []
+    for form, runs in counted_runs(result).items():
+        figures = [run["figures"] for run in runs if "figures" in run]
+        if figures:
+            chance = figures[0]
+            rows.append([f"`{form}` ({len(figures)})", *_of_captions(figures, "score"), f"{runs[0]['rate']:g}"])
+    if chance is not None:
+        rows.append(["chance", *_of_captions([chance], "chance"), ""])
+    text = _protocol(
+        result,
+        f"Held-out recall in percent, image to text / text to image, and greedy captions, {OF_SEEDS}",
+        f"pairs out of {s['pairs'][0]}, {s['pairs'][2]} for the test",
+    )
+    parameters = [own["parameters"] for own in s["forms"].values()]
+    equal = f"\n\nParameters: {min(parameters)} to {max(parameters)}."
+    head = ["attention", *(f"{k}" for k in RECALLS), *CAPTIONS, "rate"]
+    return text + table(head, rows) + equal + _runs_missing(result) + results.source(result["machine"], name)
+
+
+RECALLS, CAPTIONS = ("R@1", "R@5", "R@10"), ("BLEU-4", "CIDEr-D")
+
+
+def _of_captions(figures: Sequence[dict[str, Any]], key: str) -> list[str]:
+    """The cells of one row: `score` or `chance` of every metric."""
+    ways = list(figures[0]["retrieval"])
+    recall = [
+        " / ".join(mean([100 * own["retrieval"][way][k][key] for own in figures]) for way in ways) for k in RECALLS
+    ]
+    return recall + [mean([own["captioning"][name][key] for own in figures], 2) for name in CAPTIONS]
 
 
 DECODERS = ("none", "linear", "lista")
@@ -380,38 +464,18 @@ def ablation(results: Results, name: str) -> str:
     of_m = [[d, *(cell("pool", "fixed", d, f"m = {size}") for size in sizes)] for d in ("none", "lista")]
     full = f"Full attention: {percent(runs['full'])}.\n\n" if "full" in runs else ""
     return (
-        _protocol(result)
+        _classified(result)
         + full
         + table([f"ensemble, Phi; {m}", *(f"decoder `{d}`" for d in DECODERS)], rows)
         + "\n\n"
         + table(["pool, fixed; decoder", *(f"m = {size}" for size in sizes)], of_m)
         + "\n\nHere parameters are not made equal: learned Phi and decoders add theirs."
-        + _runs_left_out(result)
+        + _runs_missing(result)
         + results.source(result["machine"], name)
     )
 
 
-# ---- causal forms ----------------------------------------------------------------------------------------------------
-
-
-def language_model(results: Results) -> str:
-    """Held-out bits per byte of each attention, beside the frequencies of single bytes."""
-    result = results.load("language_model")
-    text, s = result["text"], result["settings"]
-    model, data, block = s["model"], s["data"], s["model"]["block"]
-    about = (
-        f"Held-out bits per byte on the {text['name']}, {text['training']} bytes to train on and the last "
-        f"{text['held out']} held out. {model['layers']} layers, width {model['width']}, {model['heads']} heads; "
-        f"{s['steps']} steps of {data['batch_size']} windows of {data['context']} bytes, seed {s['seed']}. "
-        f"`block`: blocks of {block['block_size']} to {block['measurements']} measurements, {block['window_blocks']} "
-        f"exact before the query's own; `prefix`: m = {model['prefix']['measurements']}.\n\n"
-    )
-    rows = [
-        [f"`{name}`", f"{run['bits per byte']:.3f}", f"{run['parameters']}"] for name, run in result["runs"].items()
-    ]
-    rows.append(["*frequencies of single bytes*", f"{result['bits per byte of single bytes']:.3f}", ""])
-    head = ["attention", "bits per byte", "parameters"]
-    return about + table(head, rows) + results.source(result["machine"], "language_model")
+# ---- decoding --------------------------------------------------------------------------------------------------------
 
 
 def decoding(results: Results) -> str:
