@@ -176,7 +176,7 @@ def ablation_table(which: str, given: argparse.Namespace) -> Table:
 
 def language_table(which: str, given: argparse.Namespace, causal: bool) -> Table:
     context, judged, protocol = {
-        QUICK: (256, 50_000, plan(which, MIDDLE, 200, 16)),
+        QUICK: (256, 50_000, plan(which, MIDDLE, 600, 4)),
         PUBLISHED: (256, 200_000, plan(which, MIDDLE, 2000, 16, (1e-3, 3e-3))),
         WHOLE: (2048, 10_000_000, plan(WHOLE, replace(LARGE, m=256), 10_000, 32, RATES)),
     }[which]

@@ -133,7 +133,8 @@ def test_quality_is_that_of_the_rate_chosen_on_validation(results: Results) -> N
     (results.folder / "quality_x.json").write_text(json.dumps(learnt(["csat", "full", "none"], [1e-3, 1e-2], runs)))
     text = tables.quality(results, "quality_x")
     assert "| `csat` | 40.0 ± 14.1 (2) | 0.01 | 1000 |" in text  # not the 90 % that the test split would choose
-    assert "| `full` | 40.0 (1) | 0.001 | 1000 |" in text and "`none`" not in text
+    assert "| `full` | 40.0 (1) | 0.001 | 1000 |" in text and "| `none`" not in text
+    assert "**Not run yet: 5 of 9 runs** (`full` 2, `none` 3)." in text
     assert "A quick set" in text and "the most frequent label 20.0" in text
     assert pictures.draw(results, "quality_x", pictures.quality).startswith(b"\x89PNG")
 
