@@ -134,8 +134,8 @@ def listops_table(which: str, given: argparse.Namespace) -> Table:
 
 def pathfinder_table(which: str, given: argparse.Namespace) -> Table:
     counts, protocol = {
-        QUICK: ((2000, 500, 500), plan(which, SMALL, 100, 16)),
-        PUBLISHED: ((10_000, 1000, 2000), plan(which, MIDDLE, 500, 16, RATES)),
+        QUICK: ((2000, 300, 500), plan(which, SMALL, 60, 16)),
+        PUBLISHED: ((10_000, 1000, 2000), plan(which, MIDDLE, 400, 16, RATES)),
         WHOLE: ((40_000, 2000, 4000), whole()),
     }[which]
     return Table(lambda: pathfinder.pathfinder(pathfinder.Sizes(), counts), protocol, named_forms())
@@ -190,8 +190,8 @@ def language_table(which: str, given: argparse.Namespace, causal: bool) -> Table
 def captions_table(which: str, given: argparse.Namespace) -> Table:
     """m = 65: the class token and a pool of 8 x 8 for CSAT, as in examples/ds_csat.json."""
     protocol = {
-        QUICK: plan(which, Size(2, 64, 4, 256, 65), 100, 64),
-        PUBLISHED: plan(which, Size(2, 96, 4, 384, 65), 400, 64, (1e-3, 2e-3)),
+        QUICK: plan(which, Size(2, 64, 4, 256, 65), 60, 32),
+        PUBLISHED: plan(which, Size(2, 96, 4, 384, 65), 300, 64, (1e-3, 2e-3)),
         WHOLE: plan(WHOLE, Size(6, 256, 8, 1024, 65), 10_000, 256, (5e-4, 1e-3)),
     }[which]
     forms = named_forms(("full", "linformer", "performer"))

@@ -30,8 +30,8 @@ IMAGE_SIZE, TEXT_LENGTH, PATCH = 64, 24, 4
 GRID = IMAGE_SIZE // PATCH, IMAGE_SIZE // PATCH
 TEXT_LAYERS, DECODER_LAYERS = 1, 1
 LABEL_SMOOTHING = 0.1
-CHOSEN_BY, ITEMS = "R@10", 64
-"""What chooses the rate; images of a forward pass that is scored."""
+CHOSEN_BY, CHOSEN_ON, ITEMS = "R@10", 400, 64
+"""What chooses the rate, among how many pairs; images of a forward pass that is scored."""
 
 
 def exchange_attention(model: VisionLanguageModel, layer: Layer, size: Size, hidden: int, seed: int) -> None:
@@ -70,6 +70,7 @@ class Captions(Task):
 
     def facts(self) -> dict[str, Any]:
         pairs = [len(load_samples(replace(self.data, train_shards=shards))) for shards in self._shards()]
+        pairs[1] = min(pairs[1], CHOSEN_ON)
         return {"tokens": 1 + GRID[0] * GRID[1], "pairs": pairs, "text layers": TEXT_LAYERS, "decoder": DECODER_LAYERS}
 
     def _shards(self) -> tuple[tuple[str, ...], ...]:
@@ -103,7 +104,7 @@ class Captions(Task):
     def scores(self, model: nn.Module, batch: int) -> dict[str, Any]:
         """Mean of both ways' recall at 10, to choose the rate by and for the test; all metrics of the test beside."""
         data = replace(self.data, batch_size=ITEMS)
-        others = embed_and_caption(model, replace(data, val_shards=self.chosen_on), caption=False)
+        others = embed_and_caption(model, replace(data, val_shards=self.chosen_on), CHOSEN_ON, caption=False)
         figures = measured(embed_and_caption(model, data))
         return {
             "validation": _chosen_by(retrieval(others)),
