@@ -321,7 +321,7 @@ def collate(samples: list[Sample], drawn: tuple[int, int] | None = None, augment
         "token_mask": torch.stack([s.token_mask[i] for s, i in zip(samples, chosen, strict=True)]),
         "key": [s.key for s in samples],
         "caption": [s.captions[i] for s, i in zip(samples, chosen, strict=True)],
-        "captions": [s.captions for s in samples],
+        "captions": [list(s.captions) for s in samples],
     }
 
 

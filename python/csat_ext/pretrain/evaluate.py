@@ -181,7 +181,7 @@ def embed_and_caption(
         tokens, masks = map(torch.stack, zip(*map(tokenizer.encode, chain(*batch["captions"])), strict=True))
         text.append(model.encode_text(tokens.to(device), masks.to(device)).cpu())
         pictures.append(batch["image"])
-        captions += batch["captions"]
+        captions += map(tuple, batch["captions"])
         if caption:
             generated += map(tokenizer.decode, greedy_captions(model, visual, tokenizer))
         if max_items is not None and len(captions) >= max_items:
