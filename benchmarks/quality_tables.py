@@ -235,7 +235,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--wikitext", type=Path, help="folder of WikiText's wiki.train.raw and so on, for the same")
     parser.add_argument("--captions", type=Path, default=captions.SHIPPED, help="folder of shards and tokenizer.json")
     parser.add_argument("--lra-listops", type=Path, help="folder of LRA's basic_train.tsv and so on, for --whole")
-    parser.add_argument("--lra-pathfinder", type=Path, help="folder of LRA's pathfinder64, for pathfinder-64")
+    parser.add_argument("--lra-pathfinder", type=Path, help="LRA's pathfinder64/curv_contour_length_14")
     parser.add_argument("--fashion-mnist", type=Path, default=DEBIAN, help="folder of the four files")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/quality_<table>[_quick|_whole].json")
     return parser.parse_args(arguments)

@@ -29,6 +29,7 @@ from quality.classification import Classification, Split, splits_of
 from quality.model import Size
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+SETS = (quality_tables.QUICK, quality_tables.PUBLISHED, quality_tables.WHOLE)
 
 # ---- ListOps ---------------------------------------------------------------------------------------------------------
 
@@ -604,6 +605,16 @@ def test_every_form_of_the_ablation_is_a_layer_of_its_own() -> None:
     assert counts["pool, learned, none, m = 4"] == counts["pool, fixed, none, m = 4"] + 2 * 4 * (16 + 1)
 
 
+@pytest.mark.parametrize("name", quality_tables.TABLES)
+def test_every_table_has_its_three_sets(name: str) -> None:
+    sets = {which: quality_tables.chosen(quality_tables.parse([name, f"--{which}"])) for which in SETS}
+    for which, table in sets.items():
+        assert table.protocol.quick == (which == "quick") and table.protocol.seeds == (0, 1, 2)
+        assert "full" in table.forms and len(table.forms) >= 6
+    work = [t.protocol.schedule.steps * t.protocol.schedule.batch * len(t.protocol.rates) for t in sets.values()]
+    assert work == sorted(work) and quality_tables.parse([name]).which == "published"
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quality_tables, "quick_listops", lambda: listops.listops(SHORT, (64, 32, 32)))
     output = tmp_path / "q.json"
@@ -617,6 +628,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
         ([*common, "--forms", "ful"], "--forms: 'ful'"),
         ([*common[:-3], "0"], "--seeds: 0"),
         (["fashion-mnist", "--fashion-mnist", str(tmp_path)], "dataset-fashion-mnist"),
+        (["causal-language", "--wikitext", str(tmp_path)], "wiki.train.raw"),
+        (["pathfinder-64", "--lra-pathfinder", str(tmp_path)], "0 images in its metadata"),
+        (["captions", "--captions", str(tmp_path)], "--captions: "),
     ):
         with pytest.raises(SystemExit, match=message):
             quality_tables.main(wrong)
