@@ -215,6 +215,25 @@ def test_bits_per_byte_choose_the_lower_and_are_compared_seed_by_seed(results: R
     assert len(titles) == 1 and titles[0].startswith("Language modelling, causal")
 
 
+def test_seeds_tell_forms_apart_by_students_t(results: Results) -> None:
+    assert tables.verdict([0.1, 0.2, 0.3], False) == "not told apart"  # t = 3.46, below 4.30
+    assert tables.verdict([0.1, 0.2, 0.25], True) == "not told apart"
+    assert tables.verdict([0.2, 0.2, 0.3], False) == "better" and tables.verdict([0.2, 0.2, 0.3], True) == "worse"
+    assert tables.verdict([-0.2, -0.2, -0.3], True) == "better" and tables.verdict([0.0, 0.0], True) == "not told apart"
+    assert tables.verdict([9.0], False) == "one seed" and tables.verdict([], False) == "one seed"
+    scores = {
+        "full": (3.0, 3.1, 3.2),
+        "window": (2.9, 3.0, 3.11),
+        "csat, block": (2.8, 3.2, 3.1),
+        "csat, block + linear": (3.5, 3.6, 3.71),
+        "csat, block + LISTA": (3.3, 3.4, 3.5),
+    }
+    runs = [ran(form, 1e-3, seed, 2.0, own[seed]) for form, own in scores.items() for seed in range(3)]
+    text = tables.told_apart(of_text([*scores], runs))
+    assert "against `full` better: `window`; not told apart: `csat, block`; worse: `csat, block + linear`" in text
+    assert "against `csat, block + linear` better: `csat, block + LISTA`." in text
+
+
 def test_captions_have_every_metric_beside_chance(results: Results) -> None:
     def judged(recall: float, bleu: float) -> dict[str, Any]:
         ways = {k: {"score": recall, "chance": 0.01} for k in tables.RECALLS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -371,9 +372,55 @@ def quality(results: Results, name: str) -> str:
     return (
         _classified(result)
         + table(["attention", "accuracy", "rate", "parameters"], rows)
+        + told_apart(result)
         + _runs_missing(result)
         + results.source(result["machine"], name)
     )
+
+
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+"""Number of seeds -> how many standard errors a mean has to be from 0, two-sided 95 %; more seeds are taken for ten."""
+
+CONTROLS: dict[str, tuple[str, ...]] = {
+    "full": (),
+    "window": ("csat, block", "csat, block + linear", "csat, block + LISTA"),
+    "csat, block + linear": ("csat, block + LISTA",),
+    "csat + linear": ("csat + LISTA",),
+}
+"""What is held against which forms; against `full` all."""
+
+
+def _differences(runs: Iterable[dict[str, Any]], base: Iterable[dict[str, Any]]) -> list[float]:
+    """Test scores over those of the same seeds: a seed gives all forms the same data in the same order."""
+    of_seed = {run["seed"]: run["test"] for run in base}
+    return [run["test"] - of_seed[run["seed"]] for run in runs if run["seed"] in of_seed]
+
+
+def verdict(differences: Sequence[float], lower_is_better: bool) -> str:
+    """`better`, `worse`, or what cannot be told from these seeds by Student's t."""
+    if len(differences) < 2:
+        return "one seed"
+    error = spread(differences) / math.sqrt(len(differences))
+    away = statistics.fmean(differences) * (-1 if lower_is_better else 1)
+    if abs(away) <= STUDENT[min(len(differences), 10)] * error or not away:
+        return "not told apart"
+    return "better" if away > 0 else "worse"
+
+
+def told_apart(result: dict[str, Any]) -> str:
+    """What the seeds tell of each form against its controls."""
+    found, lower = counted_runs(result), bool(result["settings"].get("lower is better"))
+    sentences = []
+    for control, forms in CONTROLS.items():
+        verdicts: dict[str, list[str]] = {}
+        for form in forms or (name for name in found if name != control):
+            if control in found and form in found:
+                told = verdict(_differences(found[form], found[control]), lower)
+                verdicts.setdefault(told, []).append(f"`{form}`")
+        if verdicts:
+            words = "; ".join(f"{told}: {', '.join(names)}" for told, names in verdicts.items())
+            sentences.append(f"against `{control}` {words}")
+    return f"\n\nSeed by seed (Student's t, 95 %), {'; '.join(sentences)}." if sentences else ""
 
 
 def _runs_missing(result: dict[str, Any]) -> str:
@@ -393,10 +440,9 @@ def language(results: Results, name: str) -> str:
     result = results.load(name)
     s, found = result["settings"], counted_runs(result)
     first = next(iter(s["forms"]))
-    base = {run["seed"]: run["test"] for run in found.get(first, ())}
     rows = []
     for form, runs in found.items():
-        more = [run["test"] - base[run["seed"]] for run in runs if run["seed"] in base]
+        more = _differences(runs, found.get(first, ()))
         over = mean(more, 3, "+") if more and form != first else "-"
         bits = f"{mean([run['test'] for run in runs], 3)} ({len(runs)})"
         rows.append([f"`{form}`", bits, over, f"{runs[0]['rate']:g}", f"{s['forms'][form]['parameters']}"])
@@ -407,7 +453,8 @@ def language(results: Results, name: str) -> str:
         f"windows of {s['tokens']} bytes out of {s['bytes'][0]}, {s['bytes'][2]} for the test",
     )
     head = ["attention", "bits per byte", f"over `{first}`, seed by seed", "rate", "parameters"]
-    return text + table(head, rows) + _runs_missing(result) + results.source(result["machine"], name)
+    ending = told_apart(result) + _runs_missing(result) + results.source(result["machine"], name)
+    return text + table(head, rows) + ending
 
 
 def captions(results: Results, name: str) -> str:
@@ -430,7 +477,9 @@ def captions(results: Results, name: str) -> str:
     parameters = [own["parameters"] for own in s["forms"].values()]
     equal = f"\n\nParameters: {min(parameters)} to {max(parameters)}."
     head = ["attention", *(f"{k}" for k in RECALLS), *CAPTIONS, "rate"]
-    return text + table(head, rows) + equal + _runs_missing(result) + results.source(result["machine"], name)
+    told = told_apart(result).replace("Seed by seed", "Mean R@10 of both ways, seed by seed")
+    ending = equal + told + _runs_missing(result) + results.source(result["machine"], name)
+    return text + table(head, rows) + ending
 
 
 RECALLS, CAPTIONS = ("R@1", "R@5", "R@10"), ("BLEU-4", "CIDEr-D")
