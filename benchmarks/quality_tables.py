@@ -40,6 +40,8 @@ from quality.task import Task
 from quality.training import Schedule
 from torch import nn
 
+from csat_ext.bench.tables import QUALITY_TABLES, SETS, quality_file
+
 HERE = Path(__file__).parent
 FORMS = (
     "full",
@@ -97,8 +99,7 @@ def ablation_forms(m: int, ensembles: Sequence[str] = ("pool", "bucket", "gaussi
 
 # ---- the tables ------------------------------------------------------------------------------------------------------
 
-QUICK, PUBLISHED, WHOLE = "quick", "published", "whole"
-"""The sets of every table."""
+QUICK, PUBLISHED, WHOLE = SETS
 
 SMALL = Size(layers=2, width=64, heads=4, hidden=128, m=8)
 MIDDLE = replace(SMALL, m=32)
@@ -214,6 +215,7 @@ TABLES: dict[str, Callable[[str, argparse.Namespace], Table]] = {
     "captions": captions_table,
     "ablation": ablation_table,
 }
+"""The makers of `QUALITY_TABLES`."""
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -221,7 +223,7 @@ TABLES: dict[str, Callable[[str, argparse.Namespace], Table]] = {
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=tuple(TABLES))
+    parser.add_argument("table", choices=QUALITY_TABLES)
     sets = parser.add_mutually_exclusive_group()
     for name in (QUICK, PUBLISHED, WHOLE):
         sets.add_argument(f"--{name}", dest="which", action="store_const", const=name)
@@ -265,8 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         table = chosen(given)
         device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        name = f"quality_{given.table}{'' if given.which == PUBLISHED else f'_{given.which}'}.json"
-        output = given.output or HERE / "results" / name.replace("-", "_")
+        output = given.output or HERE / "results" / f"{quality_file(given.table, given.which)}.json"
         deadline = Deadline(given.seconds)
         result = protocol.run(table.forms, table.make(), table.protocol, device, deadline, output)
     except ValueError as error:

@@ -611,6 +611,7 @@ def test_every_table_has_its_three_sets(name: str) -> None:
     for which, table in sets.items():
         assert table.protocol.quick == (which == "quick") and table.protocol.seeds == (0, 1, 2)
         assert "full" in table.forms and len(table.forms) >= 6
+    assert set(quality_tables.TABLES) == set(quality_tables.QUALITY_TABLES)
     work = [t.protocol.schedule.steps * t.protocol.schedule.batch * len(t.protocol.rates) for t in sets.values()]
     assert work == sorted(work) and quality_tables.parse([name]).which == "published"
 

@@ -234,6 +234,16 @@ def test_seeds_tell_forms_apart_by_students_t(results: Results) -> None:
     assert "against `csat, block + linear` better: `csat, block + LISTA`." in text
 
 
+def test_the_page_says_which_sets_have_been_run(results: Results) -> None:
+    runs = [ran("full", rate, 0, 2.0, 3.0) for rate in (1e-3, 1e-2)]
+    for name in ("quality_causal_language", "quality_causal_language_quick"):
+        (results.folder / f"{name}.json").write_text(json.dumps(of_text(["full", "window"], runs)))
+    page = report.page(results, lambda name, drawer: f"{name}.png")
+    assert "| causal-language | 2 of 6 runs | 2 of 6 runs | not run |" in page
+    assert "| pathfinder-64 | not run | not run | not run |" in page and page.count("How far they have come") == 1
+    assert tables.quality_file("pathfinder-64", "whole") == "quality_pathfinder_64_whole"
+
+
 def test_captions_have_every_metric_beside_chance(results: Results) -> None:
     def judged(recall: float, bleu: float) -> dict[str, Any]:
         ways = {k: {"score": recall, "chance": 0.01} for k in tables.RECALLS}

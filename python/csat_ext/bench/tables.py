@@ -423,16 +423,61 @@ def told_apart(result: dict[str, Any]) -> str:
     return f"\n\nSeed by seed (Student's t, 95 %), {'; '.join(sentences)}." if sentences else ""
 
 
-def _runs_missing(result: dict[str, Any]) -> str:
-    """Which runs of the plan the file does not have: each form has one at every rate, then one for every other seed."""
+QUALITY_TABLES = (
+    "causal-language",
+    "masked-language",
+    "listops",
+    "pathfinder",
+    "pathfinder-64",
+    "fashion-mnist",
+    "captions",
+    "ablation",
+)
+"""The tables of `benchmarks/quality_tables.py`."""
+SETS = {"quick": "_quick", "published": "", "whole": "_whole"}
+"""A set of a table -> the ending of its result file."""
+
+
+def quality_file(table: str, which: str) -> str:
+    """Name of the result file of a set."""
+    return f"quality_{table}{SETS[which]}".replace("-", "_")
+
+
+def _runs_of_plan(result: dict[str, Any]) -> tuple[int, dict[str, int]]:
+    """Runs that each form has in the end, one at every rate and one for every other seed; those that are there."""
     s = result["settings"]
-    each = len(s["rates"]) + len(s["seeds"]) - 1
     there = {form: sum(run["form"] == form for run in result["runs"]) for form in s["forms"]}
+    return len(s["rates"]) + len(s["seeds"]) - 1, there
+
+
+def _runs_missing(result: dict[str, Any]) -> str:
+    """Which runs of the plan the file does not have."""
+    each, there = _runs_of_plan(result)
     missing = [f"`{form}` {each - count}" for form, count in there.items() if count < each]
     if not missing:
         return ""
     left = sum(each - count for count in there.values())
     return f"\n\n**Not run yet: {left} of {each * len(there)} runs** ({', '.join(missing)})."
+
+
+def sets_run(results: Results) -> str:
+    """What the quality tables are, and how far each of their sets has come."""
+    cells = []
+    for name in QUALITY_TABLES:
+        row = [name]
+        for which in SETS:
+            file = quality_file(name, which)
+            if not results.has(file):
+                row.append("not run")
+                continue
+            each, there = _runs_of_plan(results.load(file))
+            row.append(f"{sum(there.values())} of {each * len(there)} runs")
+        cells.append(row)
+    return (
+        "Protocol: `benchmarks/quality/protocol.py`; command: `benchmarks/quality_tables.py`. Each table has a quick "
+        "set, a quarter of an hour on two cores at most, a published one, two hours at most, and one of LRA's lengths, "
+        "for a GPU. How far they have come:\n\n" + table(["table", *SETS], cells)
+    )
 
 
 def language(results: Results, name: str) -> str:
