@@ -129,6 +129,8 @@ def whole_listops(lra: Path | None) -> Task:
 
 
 def listops_table(which: str, given: argparse.Namespace) -> Table:
+    if given.lra_listops is not None and which != WHOLE:
+        raise ValueError(f"--lra-listops: its lengths belong to --{WHOLE}, --{which} came")
     make, protocol = {
         QUICK: (quick_listops, plan(which, SMALL, 300, 32)),
         PUBLISHED: (lambda: listops.listops(MIDDLING, (20_000, 1000, 2000)), plan(which, MIDDLE, 1000, 32, RATES)),

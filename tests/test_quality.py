@@ -630,6 +630,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
         ([*common[:-3], "0"], "--seeds: 0"),
         (["fashion-mnist", "--fashion-mnist", str(tmp_path)], "dataset-fashion-mnist"),
         (["causal-language", "--wikitext", str(tmp_path)], "wiki.train.raw"),
+        (["causal-language", "--wikitext", str(tmp_path), "--text", str(tmp_path)], "one of them"),
+        (["listops", "--lra-listops", str(tmp_path)], "belong to --whole, --published came"),
         (["pathfinder-64", "--lra-pathfinder", str(tmp_path)], "0 images in its metadata"),
         (["captions", "--captions", str(tmp_path)], "--captions: "),
     ):

@@ -113,7 +113,13 @@ def wikitext(folder: Path) -> Text:
 
 
 def text(given: Sequence[Path] = (), wikitext_folder: Path | None = None) -> Text:
-    """WikiText where its folder is given, else the files that are, else what the machine has."""
+    """WikiText where its folder is given, else the files that are, else what the machine has.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if given and wikitext_folder is not None:
+        raise ValueError("--text and --wikitext came; one of them is accepted")
     if wikitext_folder is not None:
         return wikitext(wikitext_folder)
     return files(given) if given else articles() or manual()
