@@ -1,7 +1,8 @@
 """Attention layers by name: every mechanism that the tables compare, between equal projections.
 
 A layer maps x (B, N, width) and an optional key_mask (B, N) bool, True = keep, to (B, N, width): q, k, v and output
-projections with biases, the mechanism between them. The baselines stand in `baselines/`, CSAT is `csat_ext`'s module.
+projections with biases, the mechanism between them; keys and values come from a `context` where one is given. The
+baselines stand in `baselines/`, CSAT is `csat_ext`'s module.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import machine  # noqa: F401  (csat_ext of a checkout that was never installed)
 from baselines import BASELINES, Budget
 from baselines.composed import ComposedStock
 from baselines.longformer import SlidingWindow
+from baselines.sdpa import FullAttention
+from baselines.window import CausalWindow
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
@@ -55,10 +58,10 @@ class Projected(nn.Module):
         self.heads, self.mechanism = heads, mechanism
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
-    def forward(self, x: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
-        q, k, v = (
-            proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+    def forward(self, x: Tensor, context: Tensor | None = None, *, key_mask: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        pairs = ((self.q_proj, x), (self.k_proj, context), (self.v_proj, context))
+        q, k, v = (proj(source).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj, source in pairs)
         return self.out_proj(self.mechanism(q, k, v, key_mask).transpose(1, 2).flatten(2))
 
 
@@ -123,3 +126,28 @@ def attention_layer(name: str, shape: LayerShape) -> nn.Module:
     if name not in MECHANISMS:
         raise ValueError(f"mechanism: {name!r} came; accepted: {', '.join(NAMES)}")
     return Projected(MECHANISMS[name](shape.budget()), shape.width, shape.heads)
+
+
+# ---- causal layers ---------------------------------------------------------------------------------------------------
+
+BLOCKS, WINDOW_BLOCKS = 8, 1
+"""The block form here: an eighth of the length a block, one whole block seen exactly before the query's own."""
+
+
+def _block_form(shape: LayerShape, decoder: str) -> nn.Module:
+    """m measurements of the whole length, m / `BLOCKS` of each block."""
+    size = shape.tokens // BLOCKS
+    form = {"causal": "block", "block_size": size, "window_blocks": WINDOW_BLOCKS, "measurements": shape.m // BLOCKS}
+    return csat_layer(shape, decoder=decoder, **form)
+
+
+CAUSAL: dict[str, Callable[[LayerShape], nn.Module]] = {
+    "full": lambda shape: Projected(FullAttention(causal=True), shape.width, shape.heads),
+    "window": lambda shape: Projected(CausalWindow(shape.tokens // BLOCKS, WINDOW_BLOCKS), shape.width, shape.heads),
+    "csat, block": lambda shape: _block_form(shape, "none"),
+    "csat, block + linear": lambda shape: _block_form(shape, "linear"),
+    "csat, block + LISTA": lambda shape: _block_form(shape, "lista"),
+    "csat, prefix": lambda shape: csat_layer(shape, decoder="none", causal="prefix"),
+}
+"""Position t sees positions up to t. "window" is what "csat, block" sees exactly, without its measurements: what the
+block form is worth is what it has over this."""

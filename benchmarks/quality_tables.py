@@ -1,10 +1,19 @@
-"""Quality tables: what each mechanism learns with equal parameters, examples, steps and seeds (the paper's Table 2).
+"""Quality tables: what each mechanism learns with equal parameters, data, steps and seeds (the paper's Tables 1 to 4).
 
-    python benchmarks/quality_tables.py listops                 # LRA's lengths, 500 to 2000 tokens
-    python benchmarks/quality_tables.py pathfinder              # 32 x 32 pixels
-    python benchmarks/quality_tables.py fashion-mnist           # needs Debian's dataset-fashion-mnist
-    python benchmarks/quality_tables.py ablation                # parts of CSAT one by one, on the quick ListOps
-    python benchmarks/quality_tables.py listops --quick         # short expressions, small model; minutes on two cores
+    python benchmarks/quality_tables.py causal-language     # Table 1: bytes of text, the causal forms
+    python benchmarks/quality_tables.py masked-language     # Table 1: hidden bytes, every form of attention
+    python benchmarks/quality_tables.py listops             # Table 2, the Long Range Arena, and what follows
+    python benchmarks/quality_tables.py pathfinder          # 32 x 32 pixels; pathfinder-64: 64 x 64
+    python benchmarks/quality_tables.py fashion-mnist       # needs Debian's dataset-fashion-mnist
+    python benchmarks/quality_tables.py captions            # Tables 3 and 4: retrieval and captioning
+    python benchmarks/quality_tables.py ablation            # parts of CSAT one by one, on the quick ListOps
+
+Each table has three sets. `--quick` takes at most a quarter of an hour on two cores and is easier, not only shorter;
+the published one, which is the default, at most two hours; `--whole` has LRA's lengths and larger models, for a GPU,
+where nobody has timed it. Processor minutes of one thread, from single steps on an Intel Xeon, quick / published:
+
+    causal-language 6 / 90     masked-language 8 / 125     listops 8 / 75      pathfinder 15 / 85
+    pathfinder-64  20 / 90     fashion-mnist  21 / 145     captions 9 / 100    ablation    5 / 80
 
 On cuda where there is one, else on cpu, with the same settings. Runs that are in the result file are not made again, so
 a command that was stopped, or that `--seconds` ended, is simply given again. The protocol: `quality/protocol.py`.
@@ -22,14 +31,16 @@ from typing import Any
 
 import torch
 from deadline import Deadline
-from mechanisms import LayerShape, attention_layer, csat_layer
-from quality import listops, pathfinder, protocol
-from quality.classifier import Layer, Size
+from mechanisms import CAUSAL, CSAT, LayerShape, attention_layer, csat_layer
+from quality import captions, corpus, language, listops, pathfinder, protocol
 from quality.fashion_mnist import DEBIAN, fashion_mnist
+from quality.model import Layer, Size
 from quality.protocol import Protocol
 from quality.task import Task
 from quality.training import Schedule
 from torch import nn
+
+from csat_ext.bench.tables import QUALITY_TABLES, SETS, quality_file
 
 HERE = Path(__file__).parent
 FORMS = (
@@ -86,10 +97,25 @@ def ablation_forms(m: int, ensembles: Sequence[str] = ("pool", "bucket", "gaussi
     return forms
 
 
-# ---- sizes -----------------------------------------------------------------------------------------------------------
+# ---- the tables ------------------------------------------------------------------------------------------------------
 
-SHORT = listops.Sizes(depth=4, arguments=5, shortest=8, longest=64)
+QUICK, PUBLISHED, WHOLE = SETS
+
 SMALL = Size(layers=2, width=64, heads=4, hidden=128, m=8)
+MIDDLE = replace(SMALL, m=32)
+LARGE = Size(layers=4, width=128, heads=4, hidden=256, m=64)
+RATES = (5e-4, 2e-3)
+SHORT = listops.Sizes(depth=4, arguments=5, shortest=8, longest=64)
+MIDDLING = listops.Sizes(depth=6, arguments=6, shortest=32, longest=256)
+LONG_PATHS = pathfinder.Sizes(side=64, dashes=9, short=3, distractors=6)
+
+
+def plan(which: str, size: Size, steps: int, batch: int, rates: tuple[float, ...] = (2e-3,), **others: Any) -> Protocol:
+    return Protocol(size, Schedule(steps, batch), rates, quick=which == QUICK, **others)
+
+
+def whole(size: Size = LARGE) -> Protocol:
+    return plan(WHOLE, size, 3000, 32, RATES)
 
 
 def quick_listops() -> Task:
@@ -102,36 +128,96 @@ def whole_listops(lra: Path | None) -> Task:
     return listops.listops(listops.Sizes(), counts) if lra is None else listops.lra_listops(lra, counts)
 
 
-def tables(quick: bool, folder: Path, lra: Path | None = None) -> dict[str, Table]:
-    """The tables by name. The quick ones say in their own words that they are easier, not only shorter."""
-    few = Protocol(SMALL, Schedule(steps=300, batch=32), rates=(2e-3,), quick=True)
-    some = Protocol(
-        Size(layers=4, width=128, heads=4, hidden=256, m=64), Schedule(steps=3000, batch=32), rates=(5e-4, 2e-3)
+def listops_table(which: str, given: argparse.Namespace) -> Table:
+    if given.lra_listops is not None and which != WHOLE:
+        raise ValueError(f"--lra-listops: its lengths belong to --{WHOLE}, --{which} came")
+    make, protocol = {
+        QUICK: (quick_listops, plan(which, SMALL, 300, 32)),
+        PUBLISHED: (lambda: listops.listops(MIDDLING, (20_000, 1000, 2000)), plan(which, MIDDLE, 1000, 32, RATES)),
+        WHOLE: (lambda: whole_listops(given.lra_listops), whole()),
+    }[which]
+    return Table(make, protocol, named_forms())
+
+
+def pathfinder_table(which: str, given: argparse.Namespace) -> Table:
+    counts, protocol = {
+        QUICK: ((2000, 300, 500), plan(which, SMALL, 60, 16)),
+        PUBLISHED: ((10_000, 1000, 2000), plan(which, MIDDLE, 400, 16, RATES)),
+        WHOLE: ((40_000, 2000, 4000), whole()),
+    }[which]
+    return Table(lambda: pathfinder.pathfinder(pathfinder.Sizes(), counts), protocol, named_forms())
+
+
+def pathfinder_64_table(which: str, given: argparse.Namespace) -> Table:
+    counts, protocol = {
+        QUICK: ((500, 100, 100), plan(which, SMALL, 15, 4)),
+        PUBLISHED: ((4000, 500, 500), plan(which, MIDDLE, 150, 8)),
+        WHOLE: ((40_000, 2000, 4000), whole(replace(LARGE, m=128))),
+    }[which]
+
+    def make() -> Task:
+        if given.lra_pathfinder is not None:
+            return pathfinder.lra_pathfinder(given.lra_pathfinder, LONG_PATHS.side, counts)
+        return pathfinder.pathfinder(LONG_PATHS, counts)
+
+    return Table(make, protocol, named_forms())
+
+
+def fashion_mnist_table(which: str, given: argparse.Namespace) -> Table:
+    counts, protocol = {
+        QUICK: ((4000, 1000, 1000), plan(which, SMALL, 100, 16)),
+        PUBLISHED: ((20_000, 1000, 2000), plan(which, MIDDLE, 500, 16, RATES)),
+        WHOLE: ((50_000, 10_000, 10_000), whole()),
+    }[which]
+    return Table(lambda: fashion_mnist(counts, folder=given.fashion_mnist), protocol, named_forms())
+
+
+def ablation_table(which: str, given: argparse.Namespace) -> Table:
+    """Parameters are not made equal: what a part of CSAT costs is part of it."""
+    ensembles = ("pool", "gaussian") if which == QUICK else ("pool", "bucket", "gaussian")
+    steps = {QUICK: 200, PUBLISHED: 1500, WHOLE: 3000}[which]
+    return Table(
+        quick_listops, plan(which, SMALL, steps, 32, equal_parameters=False), ablation_forms(SMALL.m, ensembles)
     )
-    parts = replace(few, equal_parameters=False)
-    quick_ablation = replace(parts, schedule=Schedule(steps=200, batch=32))
-    if quick:
-        pixels = replace(few, schedule=Schedule(steps=100, batch=16))
-        return {
-            "listops": Table(quick_listops, few, named_forms()),
-            "pathfinder": Table(
-                lambda: pathfinder.pathfinder(pathfinder.Sizes(), (2000, 500, 500)), pixels, named_forms()
-            ),
-            "fashion-mnist": Table(lambda: fashion_mnist((4000, 1000, 1000), folder=folder), pixels, named_forms()),
-            "ablation": Table(quick_listops, quick_ablation, ablation_forms(SMALL.m, ("pool", "gaussian"))),
-        }
-    return {
-        "listops": Table(lambda: whole_listops(lra), some, named_forms()),
-        "pathfinder": Table(
-            lambda: pathfinder.pathfinder(pathfinder.Sizes(), (40_000, 2000, 4000)), some, named_forms()
-        ),
-        "fashion-mnist": Table(lambda: fashion_mnist((50_000, 10_000, 10_000), folder=folder), some, named_forms()),
-        "ablation": Table(
-            quick_listops,
-            replace(parts, schedule=Schedule(steps=3000, batch=32), quick=False),
-            ablation_forms(SMALL.m),
-        ),
-    }
+
+
+def language_table(which: str, given: argparse.Namespace, causal: bool) -> Table:
+    context, judged, protocol = {
+        QUICK: (256, 50_000, plan(which, MIDDLE, 600, 4)),
+        PUBLISHED: (256, 200_000, plan(which, MIDDLE, 2000, 16, (1e-3, 3e-3))),
+        WHOLE: (2048, 10_000_000, plan(WHOLE, replace(LARGE, m=256), 10_000, 32, RATES)),
+    }[which]
+    return Table(
+        lambda: language.Language(corpus.text(given.text, given.wikitext), context, causal, judged),
+        protocol,
+        dict(CAUSAL) if causal else named_forms(),
+    )
+
+
+def captions_table(which: str, given: argparse.Namespace) -> Table:
+    """m = 65: the class token and a pool of 8 x 8 for CSAT, as in examples/ds_csat.json."""
+    protocol = {
+        QUICK: plan(which, Size(2, 64, 4, 256, 65), 60, 32),
+        PUBLISHED: plan(which, Size(2, 96, 4, 384, 65), 300, 64, (1e-3, 2e-3)),
+        WHOLE: plan(WHOLE, Size(6, 256, 8, 1024, 65), 10_000, 256, (5e-4, 1e-3)),
+    }[which]
+    forms = named_forms(("full", "linformer", "performer"))
+    image = {"anchors": ("first",), "grid": captions.GRID}
+    forms |= {name: partial(csat_layer, **image, **own) for name, own in CSAT.items()}
+    return Table(lambda: captions.captions(given.captions), protocol, forms)
+
+
+TABLES: dict[str, Callable[[str, argparse.Namespace], Table]] = {
+    "causal-language": partial(language_table, causal=True),
+    "masked-language": partial(language_table, causal=False),
+    "listops": listops_table,
+    "pathfinder": pathfinder_table,
+    "pathfinder-64": pathfinder_64_table,
+    "fashion-mnist": fashion_mnist_table,
+    "captions": captions_table,
+    "ablation": ablation_table,
+}
+"""The makers of `QUALITY_TABLES`."""
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -139,16 +225,23 @@ def tables(quick: bool, folder: Path, lra: Path | None = None) -> dict[str, Tabl
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=("listops", "pathfinder", "fashion-mnist", "ablation"))
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("table", choices=QUALITY_TABLES)
+    sets = parser.add_mutually_exclusive_group()
+    for name in (QUICK, PUBLISHED, WHOLE):
+        sets.add_argument(f"--{name}", dest="which", action="store_const", const=name)
+    parser.set_defaults(which=PUBLISHED)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--seconds", type=float, default=math.inf, help="no run is begun that may not end within them")
     parser.add_argument("--steps", type=int, help="of training; default: that of the table")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--forms", nargs="+", help="some of the table's forms of attention")
-    parser.add_argument("--lra-listops", type=Path, help="folder of LRA's basic_train.tsv and so on, for listops")
+    parser.add_argument("--text", type=Path, nargs="+", default=(), help="files or folders, for the language tables")
+    parser.add_argument("--wikitext", type=Path, help="folder of WikiText's wiki.train.raw and so on, for the same")
+    parser.add_argument("--captions", type=Path, default=captions.SHIPPED, help="folder of shards and tokenizer.json")
+    parser.add_argument("--lra-listops", type=Path, help="folder of LRA's basic_train.tsv and so on, for --whole")
+    parser.add_argument("--lra-pathfinder", type=Path, help="LRA's pathfinder64/curv_contour_length_14")
     parser.add_argument("--fashion-mnist", type=Path, default=DEBIAN, help="folder of the four files")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/quality_<table>[_quick].json")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/quality_<table>[_quick|_whole].json")
     return parser.parse_args(arguments)
 
 
@@ -158,7 +251,7 @@ def chosen(given: argparse.Namespace) -> Table:
     Raises:
         ValueError: a form that the table does not have, or no seed.
     """
-    table = tables(given.quick, given.fashion_mnist, given.lra_listops)[given.table]
+    table = TABLES[given.table](given.which, given)
     for name in given.forms or ():
         if name not in table.forms:
             raise ValueError(f"--forms: {name!r} came; accepted: {', '.join(table.forms)}")
@@ -176,8 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         table = chosen(given)
         device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        name = f"quality_{given.table}{'_quick' if given.quick else ''}.json"
-        output = given.output or HERE / "results" / name.replace("-", "_")
+        output = given.output or HERE / "results" / f"{quality_file(given.table, given.which)}.json"
         deadline = Deadline(given.seconds)
         result = protocol.run(table.forms, table.make(), table.protocol, device, deadline, output)
     except ValueError as error:

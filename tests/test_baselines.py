@@ -20,6 +20,7 @@ from baselines.longformer import SlidingWindow, banded_attention
 from baselines.nystromformer import Nystromformer, iterative_pinv, landmarks
 from baselines.performer import Performer, log_features, orthogonal_features
 from baselines.sdpa import FullAttention
+from baselines.window import CausalWindow
 
 B, H, N, D = 2, 3, 37, 8
 BUDGET = Budget(tokens=N, heads=H, width=D, m=8)
@@ -210,6 +211,37 @@ def test_both_forms_of_the_window_are_masked_attention(form: str) -> None:
     torch.testing.assert_close(window(q, k, v), masked_attention(q, k, v, band(4)), rtol=1e-4, atol=1e-5)
     expected = masked_attention(q, k, v, band(4) & keep[:, None, None, :])
     torch.testing.assert_close(window(q, k, v, keep), expected, rtol=1e-4, atol=1e-5)
+
+
+# ---- causal ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("block", "before"), [(5, 1), (5, 0), (64, 0), (1, 2)])
+def test_the_causal_window_is_masked_attention(block: int, before: int, masked: bool) -> None:
+    q, k, v = tokens()
+    mask = key_mask() if masked else None
+    at = torch.arange(N)
+    allowed = (at <= at[:, None]) & (at >= (at[:, None] // block - before) * block)
+    if mask is not None:
+        allowed = allowed & mask[:, None, None, :]
+        k, v = (x.masked_fill(~mask[:, None, :, None], torch.nan) for x in (k, v))
+    expected = masked_attention(q, *(x.nan_to_num(0) for x in (k, v)), allowed)
+    torch.testing.assert_close(CausalWindow(block, before)(q, k, v, mask), expected, **ALMOST)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_causal_sdpa_is_masked_attention(masked: bool) -> None:
+    q, k, v = tokens()
+    mask = key_mask() if masked else None
+    allowed = torch.ones(N, N, dtype=torch.bool).tril()
+    if mask is not None:
+        allowed = allowed & mask[:, None, None, :]
+    seen = allowed.any(-1, keepdim=True)  # torch leaves rows of nothing to its backends
+    out = FullAttention(causal=True)(q, k, v, mask)
+    torch.testing.assert_close(
+        torch.where(seen, out, 0), torch.where(seen, masked_attention(q, k, v, allowed), 0), **ALMOST
+    )
 
 
 def test_an_unknown_form_is_refused() -> None:

@@ -10,7 +10,7 @@ import torch
 from test_causal import BK, DV, FORMS, HK, B, D, H, M, N, R, block_phi, name_of, prefix_phi, some_kept, tokens
 from torch import Tensor
 
-from csat_ext import CSATCache, LinearDecoder, csat_attention
+from csat_ext import CSATCache, LinearDecoder, MeasurementStream, csat_attention
 
 
 def cache_of(form: str, **more: Any) -> tuple[CSATCache, Tensor]:
@@ -130,3 +130,88 @@ def test_what_does_not_continue_is_refused_by_name() -> None:
         cache.load_state_dict({"causal": "block", "length": 3, "kc": torch.zeros(1)})
     with pytest.raises(TypeError, match="index must be a tensor of one dimension"):
         cache.reorder([0, 1])  # type: ignore[arg-type]
+
+
+# ---- MeasurementStream -----------------------------------------------------------------------------------------------
+
+
+def frames(signed: bool, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries of another length, keys, values, and the phi of every token."""
+    q, k, v = tokens(dtype=dtype)
+    phi = torch.randn(B, HK, N, M).sign() if signed else torch.rand(B, HK, N, M)
+    return q[:, :, :7], k, v, phi.to(torch.float32 if dtype != torch.float64 else dtype)
+
+
+def streamed(k: Tensor, v: Tensor, phi: Tensor, mask: Tensor | None, signed: bool, *sizes: int) -> MeasurementStream:
+    stream = MeasurementStream(signed=signed)
+    for at in torch.arange(N).split(list(sizes)):
+        stream.append(k[:, :, at], v[:, :, at], phi[:, :, at], key_mask=None if mask is None else mask[:, at])
+    return stream
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_stream_is_attention_over_the_whole_sequence(signed: bool, masked: bool) -> None:
+    q, k, v, phi = frames(signed)
+    mask = some_kept() if masked else torch.ones(B, N, dtype=torch.bool)
+    decoder, bias = LinearDecoder(torch.randn(H, DV, DV, dtype=torch.float64)), torch.randn(H, M, dtype=torch.float64)
+    stream = streamed(k, v, phi, mask if masked else None, signed, 11, 1, 20, N - 32)
+    got = stream.attend(q, decoder=decoder, scale=0.3, score_bias=bias)
+    kept = phi * mask[:, None, :, None]  # (B, Hk, N, M)
+    mass = mask.sum(1).double()[:, None, None].expand(B, HK, M) if signed else kept.sum(2)
+    whole = (kept / (mass.sqrt() if signed else mass).unsqueeze(2)).mT.contiguous()
+    log_mass = torch.zeros(B, H, M, dtype=torch.float64) if signed else mass.log().repeat_interleave(H // HK, 1)
+    expected = csat_attention(q, k, v, whole, decoder=decoder, scale=0.3, score_bias=(bias + log_mass).contiguous())
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+    assert stream.length == N
+
+
+def test_a_stream_forgets_its_tokens_and_goes_on_from_a_checkpoint() -> None:
+    q, k, v, phi = frames(False)
+    stream = streamed(k, v, phi, None, False, N)
+    assert stream.nbytes == B * HK * M * (D + DV + 1) * 8
+    other = MeasurementStream()
+    other.load_state_dict(stream.clone().state_dict())
+    before = stream.attend(q)
+    other.append(k, v, phi)
+    assert other.nbytes == stream.nbytes and other.length == 2 * N
+    torch.testing.assert_close(stream.attend(q), before, rtol=0, atol=0)
+    other.reorder(torch.tensor([1, 0]))
+    torch.testing.assert_close(other.attend(q.flip(0)), streamed_twice(q, k, v, phi).flip(0))
+
+
+def streamed_twice(q: Tensor, k: Tensor, v: Tensor, phi: Tensor) -> Tensor:
+    stream = streamed(k, v, phi, None, False, N)
+    stream.append(k, v, phi)
+    return stream.attend(q)
+
+
+def test_a_stream_has_gradients_and_takes_low_precision() -> None:
+    q, k, v, phi = (x.requires_grad_() for x in frames(False, torch.bfloat16))
+    out = streamed(k, v, phi, None, False, 20, N - 20).attend(q)
+    grads = torch.autograd.grad(out.float().square().sum(), (q, k, v, phi))
+    assert out.dtype == torch.bfloat16 and all(float(g.abs().max()) > 0 for g in grads)
+    wide = streamed(k.double(), v.double(), phi.double(), None, False, N).attend(q.double())
+    torch.testing.assert_close(out.double(), wide, rtol=0.03, atol=0.03)
+
+
+def test_a_stream_of_masked_tokens_is_nothing_and_wrong_tokens_are_refused_by_name() -> None:
+    q, k, v, phi = frames(False)
+    none = torch.zeros(B, N, dtype=torch.bool)
+    junk = torch.full_like(k, float("nan"))
+    assert not streamed(junk, v, phi, none, False, N).attend(q).any()
+    stream = MeasurementStream()
+    with pytest.raises(ValueError, match="no token"):
+        stream.attend(q)
+    with pytest.raises(ValueError, match="negative entries"):
+        stream.append(k, v, -phi)
+    with pytest.raises(ValueError, match=r"phi_k has shape"):
+        stream.append(k, v, phi[:, :, 1:])
+    stream.append(k, v, phi)
+    with pytest.raises(ValueError, match=f"{M - 1} measurements, the tokens before had {M}"):
+        stream.append(k, v, phi[..., 1:])
+    with pytest.raises(ValueError, match="had batch size"):
+        stream.append(k[:1], v[:1], phi[:1])
+    with pytest.raises(ValueError, match="key_mask has shape"):
+        stream.append(k, v, phi, key_mask=none[:, 1:])
+    assert stream.length == N

@@ -459,3 +459,104 @@ def test_a_set_too_big_for_memory_is_refused(shards: Path, monkeypatch: pytest.M
         train_batches(config_of(shards), 0)
     streamed = train_batches(config_of(shards, samples_per_epoch=60), 0)
     assert len(list(islice(streamed, 3))) == 3
+
+
+# --- several captions of one image ---
+
+
+def test_an_epoch_sees_one_of_an_images_captions(tmp_path: Path) -> None:
+    lines = "a red fox\n\n  two foxes \na small animal\n"
+    samples = {f"{i:02d}": {"png": encoded((i, 0, 0)), "captions.txt": lines.encode()} for i in range(30)}
+    write_shard(tmp_path / "part-0.tar", samples)
+    config = config_of(tmp_path, batch_size=30, strict=True)
+    three = ["a red fox", "two foxes", "a small animal"]
+    epochs = [next(train_batches(dataclasses.replace(config, augment=epoch > 0), epoch)) for epoch in (0, 1, 1)]
+    tokenizer = CaptionTokenizer(TOKENIZER, config.text_length)
+    for batch in epochs:
+        assert batch["captions"] == [three] * 30 and set(batch["caption"]) == set(three)
+        for caption, tokens, mask in zip(batch["caption"], batch["tokens"], batch["token_mask"], strict=True):
+            assert all(map(torch.equal, tokenizer.encode(caption), (tokens, mask)))
+    drawn = [dict(zip(batch["key"], batch["caption"], strict=True)) for batch in epochs]
+    assert drawn[0] != drawn[1] == drawn[2]
+    assert set(next(validation_batches(config))["caption"]) == {three[0]}
+    one = {"a": {"png": encoded((0, 0, 0)), "txt": b"one\ncaption of two lines"}}
+    write_shard(tmp_path / "part-0.tar", one)
+    assert next(validation_batches(config))["captions"] == [["one\ncaption of two lines"]]
+
+
+# --- Flickr30k and COCO ---
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """Six images wider than high, red in the middle, and their captions in the three formats."""
+    pixels = np.zeros((10, 30, 3), np.uint8)
+    pixels[:, 10:20, 0] = 255
+    for folder in ("images", "train2014", "val2014"):
+        (tmp_path / folder).mkdir()
+        for i in range(6):
+            Image.fromarray(pixels).save(tmp_path / folder / f"{i}.jpg", quality=95)
+    captions = [[f"A thing, number {i}.", f"Again {i} "] for i in range(6)]
+    token = [f"{i}.jpg#{k}\t{caption}" for i, own in enumerate(captions) for k, caption in enumerate(own)]
+    (tmp_path / "results.token").write_text("\n".join(token) + "\n")
+    splits = ["train", "restval", "val", "test", "test", "train"]
+    images = [
+        {"filename": f"{i}.jpg", "split": split, "sentences": [{"raw": caption} for caption in captions[i]]}
+        | ({"filepath": "val2014" if i % 2 else "train2014"})
+        for i, split in enumerate(splits)
+    ]
+    (tmp_path / "dataset_coco.json").write_text(json.dumps({"dataset": "coco", "images": images}))
+    for name, rows in (("train", range(4)), ("val", range(4, 6))):
+        whole = {
+            "images": [{"id": 70 + i, "file_name": f"{i}.jpg"} for i in rows],
+            "annotations": [{"image_id": 70 + i, "caption": caption} for i in rows for caption in captions[i]],
+        }
+        (tmp_path / f"captions_{name}.json").write_text(json.dumps(whole))
+    return tmp_path
+
+
+COMMANDS: dict[str, tuple[list[str], set[str] | int]] = {
+    "karpathy": (["dataset_coco.json", "."], {"3", "4"}),
+    "coco": (["captions_train.json", "images", "captions_val.json", "images"], {"4", "5"}),
+    "flickr30k": (["results.token", "images", "--held-out", "2"], 2),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_shards_of_flickr30k_and_coco(name: str, photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    monkeypatch.syspath_prepend(SHIPPED)
+    monkeypatch.chdir(photographs)
+    import caption_shards
+
+    arguments, held_out = COMMANDS[name]
+    ran = CliRunner().invoke(caption_shards.app, [name, *arguments, "--out", "shards", "--side", "8"])
+    assert ran.exit_code == 0, ran.output
+    patterns = (str(photographs / "shards" / f"{part}-*.tar") for part in ("train", "val"))
+    tokenizer = str(photographs / "shards" / "tokenizer.json")
+    config = DataConfig(*patterns, tokenizer, image_size=8, batch_size=1, augment=False, strict=True)
+    train, val = (list(batches) for batches in (train_batches(config, 0), validation_batches(config)))
+    trained, validated = set(keys(iter(train))), set(keys(iter(val)))
+    assert validated == held_out or len(validated) == held_out
+    assert not trained & validated and len(trained | validated) == (5 if name == "karpathy" else 6)
+    for batch in val:
+        assert batch["captions"] == [[f"A thing, number {batch['key'][0]}.", f"Again {batch['key'][0]}"]]
+        assert batch["image"][0, 0].min() > 0.5 > -0.5 > batch["image"][0, 1].max()  # the middle, which is red
+
+
+def test_what_is_wrong_with_photographs(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SHIPPED)
+    import caption_shards
+    from caption_shards import Described
+
+    (photographs / "images" / "4.jpg").write_bytes(b"no picture")
+    for file, captions, message in (
+        ("nowhere.jpg", ("a",), "nowhere.jpg: No such file"),
+        ("4.jpg", ("a",), "4.jpg: cannot identify"),
+        ("3.jpg", (" ",), "3.jpg has no caption"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            list(caption_shards.members(Described(photographs / "images" / file, captions, False), 8))
+    with pytest.raises(ValueError, match="no image for val"):
+        caption_shards.write([Described(photographs / "images" / "3.jpg", ("a",), False)], photographs / "out", 8)

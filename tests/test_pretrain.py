@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -21,6 +22,8 @@ from csat_ext import cli
 from csat_ext.deepspeed import apply, read_section
 from csat_ext.module import CSATAttention
 from csat_ext.pretrain import config as configs
+from csat_ext.pretrain import evaluate
+from csat_ext.pretrain.metrics import bleu4, cider_d
 from csat_ext.pretrain.model import SDPAttention
 from csat_ext.pretrain.train import Run, build_model, fill_auto, read_run
 
@@ -145,6 +148,23 @@ def test_evaluation_writes_results_and_a_picture(trained: tuple[Path, str]) -> N
     with Image.open(trained[0] / "evaluation" / "examples.png") as picture:
         assert picture.width > 800 and picture.height > 200
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 100
+
+
+def test_every_caption_of_an_image_is_right() -> None:
+    """Two images, with two captions and with one; the second caption of the first is nearest to the second image."""
+    image = torch.eye(2)
+    text = torch.tensor([[1.0, 0.0], [0.1, 0.9], [0.0, 1.0]])
+    captions = [("a fox", "a sly animal"), ("the moon",)]
+    items = evaluate.Items(image, text, captions, ["a fox", "a fox"], torch.zeros(2, 3, 4, 4))
+    found = evaluate.measured(items)
+    assert found["items"] == 2
+    assert found["retrieval"]["image_to_text"]["R@1"] == {"score": 1.0, "chance": pytest.approx((2 / 3 + 1 / 3) / 2)}
+    assert found["retrieval"]["text_to_image"]["R@1"] == {"score": pytest.approx(2 / 3), "chance": 0.5}
+    captioning = found["captioning"]
+    assert captioning["CIDEr-D"]["score"] == pytest.approx(cider_d(["a fox", "a fox"], captions))
+    assert captioning["BLEU-4"]["chance"] == pytest.approx(bleu4(["a fox", "a fox"], captions[::-1]))
+    first = items.first(1)
+    assert len(first.text) == 2 and first.captions == captions[:1] and len(first.image) == len(first.generated) == 1
 
 
 @pytest.mark.slow

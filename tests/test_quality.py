@@ -6,24 +6,30 @@ import gzip
 import json
 import math
 import re
+import shutil
 import sys
+import tarfile
 from collections.abc import Callable
+from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import quality_tables
 from deadline import Deadline
-from mechanisms import LayerShape
-from quality import fashion_mnist, listops, pathfinder, protocol, training
-from quality.classifier import Classifier, Size, count
-from quality.task import Split, Task, splits_of
+from mechanisms import BLOCKS, CAUSAL, WINDOW_BLOCKS, LayerShape
+from quality import captions, classification, corpus, fashion_mnist, language, listops, pathfinder, protocol, training
+from quality.classification import Classification, Split, splits_of
+from quality.model import Size
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+SETS = (quality_tables.QUICK, quality_tables.PUBLISHED, quality_tables.WHOLE)
 
 # ---- ListOps ---------------------------------------------------------------------------------------------------------
 
@@ -49,11 +55,11 @@ def written(tokens: torch.Tensor) -> str:
 
 
 @pytest.fixture(scope="module")
-def expressions() -> Task:
+def expressions() -> Classification:
     return listops.listops(SHORT, (300, 50, 50))
 
 
-def test_labels_are_the_values_of_the_expressions(expressions: Task) -> None:
+def test_labels_are_the_values_of_the_expressions(expressions: Classification) -> None:
     assert evaluate("[MAX 2 9 [MIN 4 7 ] 0 ]") == 9 and evaluate("[MED 1 2 ]") == 1
     for split in (expressions.train, expressions.validation, expressions.test):
         values = [evaluate(written(row)) for row in split.tokens]
@@ -61,7 +67,7 @@ def test_labels_are_the_values_of_the_expressions(expressions: Task) -> None:
     assert set(expressions.train.labels.tolist()) == set(range(10))
 
 
-def test_expressions_have_the_sizes_asked_for_and_are_all_different(expressions: Task) -> None:
+def test_expressions_have_the_sizes_asked_for_and_are_all_different(expressions: Classification) -> None:
     texts = []
     for split in (expressions.train, expressions.validation, expressions.test):
         assert split.keep is not None and torch.equal(split.keep, split.tokens != listops.PADDING)
@@ -107,7 +113,7 @@ def test_the_files_of_lra_are_read(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def images() -> Task:
+def images() -> Classification:
     return pathfinder.pathfinder(pathfinder.Sizes(), (120, 20, 20))
 
 
@@ -129,7 +135,7 @@ def reached(picture: np.ndarray, start: tuple[int, int]) -> set[tuple[int, int]]
     return found
 
 
-def test_a_flood_from_one_disc_reaches_the_other_in_positive_images_alone(images: Task) -> None:
+def test_a_flood_from_one_disc_reaches_the_other_in_positive_images_alone(images: Classification) -> None:
     for split in (images.train, images.test):
         for tokens, label in zip(split.tokens, split.labels.tolist(), strict=True):
             picture = tokens.reshape(32, 32).numpy()
@@ -138,7 +144,7 @@ def test_a_flood_from_one_disc_reaches_the_other_in_positive_images_alone(images
             assert (ends[1] in reached(picture, ends[0])) == bool(label)
 
 
-def test_every_image_has_two_long_curves_and_classes_are_even(images: Task) -> None:
+def test_every_image_has_two_long_curves_and_classes_are_even(images: Classification) -> None:
     for tokens in images.train.tokens[:40]:
         picture = tokens.reshape(32, 32).numpy()
         sizes, left = [], {(int(r), int(c)) for r, c in np.argwhere(picture)}
@@ -151,7 +157,7 @@ def test_every_image_has_two_long_curves_and_classes_are_even(images: Task) -> N
     assert int(labels.sum()) == len(labels) // 2
 
 
-def test_the_distance_of_the_discs_does_not_give_the_label_away(images: Task) -> None:
+def test_the_distance_of_the_discs_does_not_give_the_label_away(images: Classification) -> None:
     far = {0: [], 1: []}  # type: dict[int, list[float]]
     for tokens, label in zip(images.train.tokens, images.train.labels.tolist(), strict=True):
         one, other = discs(tokens.reshape(32, 32).numpy())
@@ -166,6 +172,42 @@ def test_images_depend_on_the_seed_alone() -> None:
     one, again, other = (pathfinder.pathfinder(pathfinder.Sizes(), (4, 2, 2), seed=seed) for seed in (5, 5, 6))
     assert torch.equal(one.test.tokens, again.test.tokens) and torch.equal(one.train.labels, again.train.labels)
     assert not torch.equal(one.train.tokens, other.train.tokens)
+
+
+def test_the_larger_images_have_the_same_property() -> None:
+    sizes = quality_tables.LONG_PATHS
+    task = pathfinder.pathfinder(sizes, (6, 1, 1))
+    assert task.tokens == 64 * 64
+    for tokens, label in zip(task.train.tokens, task.train.labels.tolist(), strict=True):
+        picture = tokens.reshape(64, 64).numpy()
+        one, other = discs(picture)
+        assert (other in reached(picture, one)) == bool(label)
+
+
+def test_the_images_of_lra_are_read(tmp_path: Path) -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (6, 8, 8), dtype=np.uint8)
+    (tmp_path / "metadata").mkdir()
+    for k in (0, 1):  # two files of metadata, each with its folder of images
+        (tmp_path / "imgs" / str(k)).mkdir(parents=True)
+        lines = []
+        for i in range(3):
+            Image.fromarray(pictures[3 * k + i]).save(tmp_path / "imgs" / str(k) / f"sample_{i}.png")
+            lines.append(f"imgs/{k} sample_{i}.png {i} {(3 * k + i) % 2} 1.8 14 2\n")
+        (tmp_path / "metadata" / f"{k}.npy").write_text("".join(lines))
+    task = pathfinder.lra_pathfinder(tmp_path, 8, (3, 2, 1))
+    assert [len(part) for part in (task.train, task.validation, task.test)] == [3, 2, 1]
+    tokens = torch.cat([part.tokens for part in (task.train, task.validation, task.test)]).reshape(6, 8, 8).numpy()
+    labels = torch.cat([part.labels for part in (task.train, task.validation, task.test)]).tolist()
+    for picture, label in zip(tokens, labels, strict=True):
+        (which,) = [i for i, drawn in enumerate(pictures) if np.array_equal(drawn, picture)]
+        assert which % 2 == label
+    with pytest.raises(ValueError, match=r"6 images in its metadata/\*\.npy, at least 7"):
+        pathfinder.lra_pathfinder(tmp_path, 8, (5, 1, 1))
+    with pytest.raises(ValueError, match="32 x 32 are accepted"):
+        pathfinder.lra_pathfinder(tmp_path, 32, (1, 1, 1))
+    (tmp_path / "imgs" / "0" / "sample_0.png").unlink()
+    with pytest.raises(ValueError, match=r"sample_0\.png: No such file"):
+        pathfinder.lra_pathfinder(tmp_path, 8, (4, 1, 1))
 
 
 # ---- Fashion-MNIST ---------------------------------------------------------------------------------------------------
@@ -200,19 +242,231 @@ def test_the_files_of_debian() -> None:
     assert task.tokens == 784 and task.test.labels.bincount().tolist() == [1000] * 10
 
 
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+
+def test_documents_are_held_out_whole() -> None:
+    documents = [f"<{i}>" + "x" * (i % 7) for i in range(400)]
+    made = corpus.shuffled("some", documents)
+    parts = [bytes(part.tolist()).decode() for part in (made.train, made.validation, made.test)]
+    read = [re.findall(r"<\d+>x*", part) for part in parts]
+    assert sorted(chain(*read)) == sorted(documents) and ["".join(own) for own in read] == parts
+    whole = sum(map(len, parts))
+    assert all(abs(len(part) / whole - corpus.HELD_OUT) < 0.01 for part in parts[1:])
+    assert made.sha256 == corpus.shuffled("some", documents).sha256 != corpus.shuffled("some", documents, 1).sha256
+
+
+@pytest.mark.parametrize("kind", ["raw", "tokens"])
+def test_the_files_of_wikitext_are_read(kind: str, tmp_path: Path) -> None:
+    for part, content in (("train", " = Robert Boulter = \n"), ("valid", "é\n"), ("test", "<unk> @-@ \n")):
+        (tmp_path / f"wiki.{part}.{kind}").write_text(content)
+    made = corpus.text(wikitext_folder=tmp_path)
+    assert bytes(made.validation.tolist()) == "é\n".encode() and bytes(made.test.tolist()) == b"<unk> @-@ \n"
+    assert kind in made.about and "its own split" in made.about
+    (tmp_path / f"wiki.valid.{kind}").write_text("")
+    with pytest.raises(ValueError, match="has no validation part"):
+        corpus.wikitext(tmp_path)
+    (tmp_path / f"wiki.valid.{kind}").unlink()
+    with pytest.raises(ValueError, match=r"wiki\.valid\.raw, wiki\.valid\.tokens: neither"):
+        corpus.wikitext(tmp_path)
+
+
+def test_files_of_the_user_and_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(60):
+        (tmp_path / f"{i}.txt").write_text(f"file {i}\n")
+    made = corpus.text([tmp_path])
+    assert len(made.train) + len(made.validation) + len(made.test) == sum(len(f"file {i}\n") for i in range(60))
+    assert made.about == f"60 files of {tmp_path.name}"
+    with pytest.raises(ValueError, match="nowhere is no file and no folder"):
+        corpus.text([tmp_path / "nowhere"])
+    with pytest.raises(ValueError, match="has no"):
+        corpus.text([tmp_path / "0.txt"])
+    package = tmp_path / corpus.ARTICLES[0]
+    (package / "data").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('what the package itself needs is not installed')")
+    articles = {f"T{i}": {"title": f"T{i}", "extract": "An article."} for i in range(60)}
+    (package / corpus.ARTICLES[1]).write_text(json.dumps(articles))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert corpus.text().about == "Openings of 60 articles of the English Wikipedia"
+    monkeypatch.setattr(corpus, "find_spec", lambda name: None)
+    assert "manual of Python" in corpus.text().about
+
+
+# ---- language models -------------------------------------------------------------------------------------------------
+
+
+def prose(causal: bool, context: int = 16) -> language.Language:
+    documents = ["".join(chr(97 + (i * j) % 26) for j in range(50)) for i in range(100)]
+    return language.Language(corpus.shuffled("letters", documents), context, causal, judged=200)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_no_logit_of_a_causal_form_depends_on_later_bytes(name: str) -> None:
+    torch.manual_seed(0)
+    model = prose(causal=True).model(CAUSAL[name], Size(2, 16, 2, 24, m=8), 24, seed=0).double()
+    tokens = torch.randint(0, 256, (2, 16))
+    for at in (1, 5, 15):
+        changed = tokens.clone()
+        changed[:, at:] = 255 - tokens[:, at:]
+        before, after = model(tokens), model(changed)
+        torch.testing.assert_close(before[:, :at], after[:, :at])
+        assert not torch.allclose(before[:, at:], after[:, at:])
+
+
+def test_a_window_is_the_block_form_without_its_measurements() -> None:
+    """Within the first window_blocks + 1 blocks nothing is measured: there both are full causal attention."""
+    torch.manual_seed(0)
+    shape, reach = LayerShape(16, 2, 32, 8), 32 // BLOCKS * (WINDOW_BLOCKS + 1)
+    full = CAUSAL["full"](shape).double()
+    x = torch.randn(2, 32, 16, dtype=torch.float64)
+    outs = {"full": full(x)}
+    for name in ("window", "csat, block"):
+        layer = CAUSAL[name](shape).double()
+        layer.load_state_dict(full.state_dict(), strict=False)
+        outs[name] = layer(x)
+        torch.testing.assert_close(outs[name][:, :reach], outs["full"][:, :reach])
+    assert not torch.allclose(outs["window"][:, reach:], outs["csat, block"][:, reach:])
+
+
+def test_causal_windows_ask_for_every_next_byte_once() -> None:
+    task = prose(causal=True)
+    text = task.text.test[:200]
+    seen, said = task.question(text.unfold(0, 17, 16).long(), torch.Generator())
+    assert torch.equal(said[:, :-1], seen[:, 1:])
+    assert bytes(said.flatten().tolist()) == bytes(text[1 : 1 + said.numel()].tolist())
+    for windows, following in task.batches(3, 4, seed=1):
+        assert windows.shape == following.shape == (4, 16) and torch.equal(windows[:, 1:], following[:, :-1])
+
+
+def test_hidden_bytes_are_asked_for_and_are_not_seen() -> None:
+    task = prose(causal=False, context=256)
+    windows = torch.randint(0, 256, (64, 257))
+    seen, said = task.question(windows, torch.Generator().manual_seed(0))
+    hidden = seen == language.MASK
+    assert torch.equal(said >= 0, hidden) and torch.equal(said[hidden], windows[:, :-1][hidden])
+    assert torch.equal(seen[~hidden], windows[:, :-1][~hidden])
+    assert abs(float(hidden.double().mean()) - language.HIDDEN) < 0.01
+    starts = (hidden[:, 1:] & ~hidden[:, :-1]).sum()  # of runs within the window, each of RUN bytes or more
+    assert hidden[:, 1:].sum() >= (language.RUN - 2) * starts
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("causal", [True, False])
+def test_bits_per_byte_of_known_models(causal: bool) -> None:
+    task = prose(causal)
+
+    class Constant(torch.nn.Module):
+        def __init__(self, logits: torch.Tensor) -> None:
+            super().__init__()
+            self.logits = torch.nn.Parameter(logits)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.logits.expand(*tokens.shape, 256)
+
+    even = task.scores(Constant(torch.zeros(256)), batch=3)
+    assert even["validation"] == pytest.approx(8) == task.worst and even["test"] == pytest.approx(8)
+    letters = torch.full((256,), -50.0)
+    letters[97:123] = 0
+    assert task.bits_per_byte(Constant(letters), task.text.test, 3) == pytest.approx(math.log2(26))
+    assert task.facts()["bytes"][1:] == [200, 200] and task.facts()["single bytes"] < 8
+
+
+def test_a_language_model_learns_and_the_lower_score_chooses_the_rate(tmp_path: Path) -> None:
+    task = prose(causal=True)
+    settings = plan(rates=(1e-4, 1e-2), schedule=training.Schedule(60, 16), seeds=(0, 1))
+    forms = {"full": CAUSAL["full"]}
+    result = protocol.run(forms, task, settings, "cpu", Deadline(math.inf), tmp_path / "q.json")
+    slow, fast, other = result["runs"]
+    assert fast["test"] < slow["test"] - 2 and other["rate"] == 1e-2 and result["settings"]["lower is better"]
+
+
+# ---- captions --------------------------------------------------------------------------------------------------------
+
+
+def test_attention_is_exchanged_where_the_pretraining_job_exchanges_it() -> None:
+    from csat_ext.section import read_section
+
+    task, size = captions.captions(), Size(1, 16, 2, 16, 65)
+    table = quality_tables.chosen(quality_tables.parse(["captions", "--quick"]))
+    widths = protocol.hidden_widths(table.forms, task, plan(rates=(1e-3,)))
+    assert len(widths) == 6 and widths["linformer"][0] < widths["full"][0]
+    model = task.model(table.forms["csat + LISTA"], size, 24, seed=0)
+    section = read_section(json.loads((captions.SHIPPED.parent / "ds_csat.json").read_text()))
+    for site in (model.vision.blocks[0].attn, model.decoder.blocks[0].cross_attn):
+        own, example = site.config, section.attention
+        for name in ("measurements", "anchors", "grid", "ensemble", "decoder", "iterations"):
+            assert getattr(own, name) == getattr(example, name)
+    assert model.vision.blocks[0].mlp[0].out_features == 24
+    assert type(model.text.blocks[0].attn) is type(model.decoder.blocks[0].self_attn)
+
+
+def test_forms_start_from_the_same_weights() -> None:
+    task, size = captions.captions(), Size(1, 16, 2, 16, 65)
+    forms = quality_tables.chosen(quality_tables.parse(["captions", "--quick"])).forms
+    weights = []
+    for name in ("full", "linformer", "csat"):
+        torch.manual_seed(3)
+        weights.append(task.model(forms[name], size, 16, seed=3).state_dict())
+    for name in weights[0].keys() & weights[1].keys():
+        if ".mlp." not in name:
+            assert all(torch.equal(weights[0][name], other[name]) for other in weights[1:])
+
+
+@pytest.fixture(scope="module")
+def few_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two training shards and one of the test, with colours that their captions name."""
+    folder = tmp_path_factory.mktemp("pairs")
+    colours = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+    for shard, part in ((0, "train"), (1, "train"), (0, "val")):
+        with tarfile.open(folder / f"{part}-{shard:06d}.tar", "w") as tar:
+            for i, (name, colour) in enumerate([*colours.items()] * 22):
+                picture = BytesIO()
+                Image.new("RGB", (64, 64), colour).save(picture, "PNG")
+                for suffix, content in (("png", picture.getvalue()), ("txt", f"a {name} picture".encode())):
+                    member = tarfile.TarInfo(f"{part}{shard}{i:03d}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, BytesIO(content))
+    shutil.copy(captions.SHIPPED / "tokenizer.json", folder)
+    return folder
+
+
+def test_captions_are_trained_and_scored(few_pairs: Path, tmp_path: Path) -> None:
+    output = tmp_path / "captions.json"
+    common = ["captions", "--quick", "--device", "cpu", "--captions", str(few_pairs), "--output", str(output)]
+    quality_tables.main([*common, "--seeds", "1", "--steps", "2", "--forms", "full", "csat + LISTA"])
+    result = json.loads(output.read_text())
+    assert (
+        result["settings"]["pairs"] == [66, 66, 66] and result["settings"]["about"] == f"The pairs of {few_pairs.name}"
+    )
+    for run in result["runs"]:
+        assert 0 <= run["validation"] <= 1 and math.isfinite(run["loss"])
+        recall = run["figures"]["retrieval"]
+        assert run["test"] == pytest.approx(sum(way["R@10"]["score"] for way in recall.values()) / 2)
+        assert set(run["figures"]["captioning"]) == {"BLEU-4", "CIDEr-D"}
+
+
+def test_wrong_folders_of_captions(few_pairs: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--captions: .*train-"):
+        captions.captions(tmp_path)
+    for name in ("train-000000.tar", "val-000000.tar", "tokenizer.json"):
+        shutil.copy(few_pairs / name, tmp_path)
+    with pytest.raises(ValueError, match="one training shard"):
+        captions.captions(tmp_path)
+
+
 # ---- the classifier and the trainer ----------------------------------------------------------------------------------
 
 SIZE = Size(layers=2, width=16, heads=2, hidden=24, m=4)
 
 
-def first_token(examples: int = 256, n: int = 16) -> Task:
+def first_token(examples: int = 256, n: int = 16) -> Classification:
     """The label is the first token, the others are noise, the last ones padding."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 4, (examples, n), generator=generator, dtype=torch.uint8)
     keep = torch.arange(n) < torch.randint(4, n + 1, (examples, 1), generator=generator)
     quarter = examples // 4
     parts = splits_of(tokens, keep, tokens[:, 0].long(), (2 * quarter, quarter, quarter))
-    return Task("first", "the first token", 4, 4, *parts)
+    return Classification("first", "the first token", 4, 4, *parts)
 
 
 def plan(**changes: Any) -> protocol.Protocol:
@@ -224,7 +478,7 @@ def plan(**changes: Any) -> protocol.Protocol:
 def test_padding_changes_no_logit(name: str) -> None:
     layer = quality_tables.named_forms()[name]
     torch.manual_seed(0)
-    model = Classifier(layer, SIZE, 24, 16, 8, 3, seed=0).double()
+    model = classification.Classifier(layer, SIZE, 24, 16, 8, 3, seed=0).double()
     tokens, keep = torch.randint(0, 8, (2, 16)), torch.arange(16).expand(2, 16) < torch.tensor([[16], [9]])
     other = torch.where(keep, tokens, 7 - tokens)
     kept, changed = (model(t, keep) for t in (tokens, other))
@@ -240,15 +494,15 @@ def test_every_form_gets_the_parameters_of_the_largest() -> None:
     equal = protocol.hidden_widths(quality_tables.named_forms(), first_token(), plan(equal_parameters=False))
     assert {hidden for hidden, _ in equal.values()} == {24}
     full = quality_tables.named_forms()["full"]
-    assert equal["full"][1] == count(full, SIZE, 24, 16, 4, 4)
+    assert equal["full"][1] == protocol.count(first_token(), full, SIZE, 24)
 
 
 def test_an_epoch_is_a_permutation_and_the_seed_is_all_that_orders_it() -> None:
-    schedule = training.Schedule(steps=6, batch=5)
-    rows = torch.cat(list(training.batches(15, schedule, seed=1)))
-    assert sorted(rows[:15].tolist()) == sorted(rows[15:].tolist()) == list(range(15))
-    assert torch.equal(rows, torch.cat(list(training.batches(15, schedule, seed=1))))
-    assert not torch.equal(rows, torch.cat(list(training.batches(15, schedule, seed=2))))
+    task = first_token(examples=32)  # 16 of them to train on
+    rows = torch.cat(list(task.batches(8, 4, seed=1)))
+    assert sorted(rows[:16].tolist()) == sorted(rows[16:].tolist()) == list(range(16))
+    assert torch.equal(rows, torch.cat(list(task.batches(8, 4, seed=1))))
+    assert not torch.equal(rows, torch.cat(list(task.batches(8, 4, seed=2))))
     rates = [training.rate_at(step, 100) for step in range(100)]
     assert rates[9] == 1 == max(rates) and rates[0] == pytest.approx(0.1) and 0 < rates[-1] < 1e-3
 
@@ -283,7 +537,7 @@ def test_accuracy_counts_every_example_once() -> None:
 
     tokens = torch.arange(10, dtype=torch.uint8)[:, None]
     split = Split(tokens, None, torch.tensor([0, 1] * 4 + [1, 0]))
-    assert training.accuracy(Parity(), split, batch=3) == pytest.approx(0.8)
+    assert classification.accuracy(Parity(), split, batch=3) == pytest.approx(0.8)
 
 
 # ---- the protocol ----------------------------------------------------------------------------------------------------
@@ -296,7 +550,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[
     forms = {name: quality_tables.named_forms()[name] for name in ("full", "csat")}
     asked: list[tuple[str, float, int]] = []
 
-    def one(layer: Any, hidden: int, task: Task, settings: Any, rate: float, seed: int) -> dict[str, Any]:
+    def one(layer: Any, hidden: int, task: Any, settings: Any, rate: float, seed: int, device: str) -> dict[str, Any]:
         name = layer.args[0]
         asked.append((name, rate, seed))
         good = (rate == 1e-2) == (name == "full")
@@ -351,6 +605,17 @@ def test_every_form_of_the_ablation_is_a_layer_of_its_own() -> None:
     assert counts["pool, learned, none, m = 4"] == counts["pool, fixed, none, m = 4"] + 2 * 4 * (16 + 1)
 
 
+@pytest.mark.parametrize("name", quality_tables.TABLES)
+def test_every_table_has_its_three_sets(name: str) -> None:
+    sets = {which: quality_tables.chosen(quality_tables.parse([name, f"--{which}"])) for which in SETS}
+    for which, table in sets.items():
+        assert table.protocol.quick == (which == "quick") and table.protocol.seeds == (0, 1, 2)
+        assert "full" in table.forms and len(table.forms) >= 6
+    assert set(quality_tables.TABLES) == set(quality_tables.QUALITY_TABLES)
+    work = [t.protocol.schedule.steps * t.protocol.schedule.batch * len(t.protocol.rates) for t in sets.values()]
+    assert work == sorted(work) and quality_tables.parse([name]).which == "published"
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quality_tables, "quick_listops", lambda: listops.listops(SHORT, (64, 32, 32)))
     output = tmp_path / "q.json"
@@ -364,6 +629,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
         ([*common, "--forms", "ful"], "--forms: 'ful'"),
         ([*common[:-3], "0"], "--seeds: 0"),
         (["fashion-mnist", "--fashion-mnist", str(tmp_path)], "dataset-fashion-mnist"),
+        (["causal-language", "--wikitext", str(tmp_path)], "wiki.train.raw"),
+        (["causal-language", "--wikitext", str(tmp_path), "--text", str(tmp_path)], "one of them"),
+        (["listops", "--lra-listops", str(tmp_path)], "belong to --whole, --published came"),
+        (["pathfinder-64", "--lra-pathfinder", str(tmp_path)], "0 images in its metadata"),
+        (["captions", "--captions", str(tmp_path)], "--captions: "),
     ):
         with pytest.raises(SystemExit, match=message):
             quality_tables.main(wrong)

@@ -23,11 +23,21 @@ def table5(full_ms: float = 10.0) -> dict[str, Any]:
     lengths = (512, 1024)
     rows = [
         {"mechanism": name, "mlp": 0, "n": n, "median_ms": ms * n / 512, "memory_MiB": 4.0 * ms}
-        for name, ms in (("full", full_ms), ("csat + LISTA", 4.0))
+        | {"samples_ms": [ms] * (3 if n == 512 else 1)}
+        for name, ms in (("full", full_ms), ("full, scores kept", 20.0), ("csat + LISTA", 4.0))
         for n in lengths
     ]
     over = [{"mechanism": "csat + LISTA", "mlp": 0, "n": n, "time": full_ms / 4, "memory": 2.7} for n in lengths]
-    settings = {"layers": 12, "width": 512, "heads": 8, "m": 128, "batch": 4, "dtype": "bfloat16", "quick": False}
+    settings = {
+        "layers": 12,
+        "width": 512,
+        "heads": 8,
+        "m": 128,
+        "batch": 4,
+        "dtype": "bfloat16",
+        "quick": False,
+        "turns": 3,
+    }
     return {
         "machine": MACHINE,
         "settings": settings | {"mlp": [0]},
@@ -54,6 +64,8 @@ def test_the_page_says_what_the_files_say(results: Results) -> None:
     assert "| full | 10 ms, 40 MiB | 20 ms, 40 MiB | 1.00 / 0.00 |" in text
     assert "\nBlocks of attention alone:\n" in text
     assert "Left out for memory: full at n = 2048." in text
+    assert "scores kept over `csat + LISTA` at n = 1024: 5.0 / 5.0." in text
+    assert "of fewer where time ran out: 1 at n = 1024." in text
     assert "<sub>a GPU, 2026-01-02, `python x.py`, [table5_cuda.json](measured/table5_cuda.json)</sub>" in text
     assert re.findall(r"^## (.*)", text, re.M) == [report.SECTIONS[0].title, report.SECTIONS[1].title]
     assert "Pretraining" not in text  # no such file
@@ -133,8 +145,9 @@ def test_quality_is_that_of_the_rate_chosen_on_validation(results: Results) -> N
     (results.folder / "quality_x.json").write_text(json.dumps(learnt(["csat", "full", "none"], [1e-3, 1e-2], runs)))
     text = tables.quality(results, "quality_x")
     assert "| `csat` | 40.0 ± 14.1 (2) | 0.01 | 1000 |" in text  # not the 90 % that the test split would choose
-    assert "| `full` | 40.0 (1) | 0.001 | 1000 |" in text and "`none`" not in text
-    assert "A quick set" in text and "the most frequent label 20.0" in text and "Runs left out for time: 1." in text
+    assert "| `full` | 40.0 (1) | 0.001 | 1000 |" in text and "| `none`" not in text
+    assert "**Not run yet: 5 of 9 runs** (`full` 2, `none` 3)." in text
+    assert "A quick set" in text and "the most frequent label 20.0" in text
     assert pictures.draw(results, "quality_x", pictures.quality).startswith(b"\x89PNG")
 
 
@@ -178,7 +191,7 @@ def test_figures_of_gpu_check(results: Results) -> None:
     assert tables.gpu_check(results, "gpu_check_x").endswith("gpu_check_x.json): build: failed.")
 
 
-def test_figures_of_decoding_and_of_the_language_model(results: Results) -> None:
+def test_figures_of_decoding(results: Results) -> None:
     ratios = {"block": {"full memory over it": 7.94, "full time over it": 0.5}}
     growth = {"full": {"4096": 1.0}, "block": {"4096": 1.0}}
     shape = {"heads": 2, "width": 64, "dtype": "float32", "measurements_per_block": 16, "m": 64}
@@ -188,20 +201,81 @@ def test_figures_of_decoding_and_of_the_language_model(results: Results) -> None
     text = tables.decoding(results)
     assert "| `block`: memory, full over it | 7.9 |" in text and "| `block`: time, full over it | 0.50 |" in text
     assert "| `full`: time over its own at n = 4096 | 1.00 |" in text
-    block = {"block_size": 32, "measurements": 8, "window_blocks": 1}
-    forms = {"block": block, "prefix": {"measurements": 5}}
-    learnt = {
-        "machine": MACHINE,
-        "text": {"name": "topics", "training": 90, "held out": 10},
-        "settings": {"steps": 3, "seed": 0, "model": {"layers": 2, "width": 8, "heads": 2} | forms}
-        | {"data": {"batch_size": 4, "context": 16}},
-        "bits per byte of single bytes": 4.5,
-        "runs": {"sdpa": {"parameters": 100, "bits per byte": 3.25}},
+
+
+def of_text(forms: list[str], runs: list[dict[str, Any]]) -> dict[str, Any]:
+    result = learnt(forms, [1e-3, 1e-2], runs)
+    text = {"lower is better": True, "tokens": 16, "bytes": [900, 50, 60], "single bytes": 4.5, "task": "text"}
+    del result["settings"]["examples"], result["settings"]["majority"], result["settings"]["chance"]
+    result["settings"] |= text
+    return result
+
+
+def test_bits_per_byte_choose_the_lower_and_are_compared_seed_by_seed(results: Results) -> None:
+    runs = [
+        *(ran("full", 1e-3, 0, 2.0, 3.0), ran("full", 1e-2, 0, 2.5, 1.0), ran("full", 1e-3, 1, 2.0, 5.0)),
+        *(ran("window", 1e-3, 0, 2.1, 9.0), ran("window", 1e-2, 0, 2.0, 3.1), ran("window", 1e-2, 1, 2.0, 5.3)),
+    ]
+    (results.folder / "quality_causal_x.json").write_text(json.dumps(of_text(["full", "window", "block"], runs)))
+    text = tables.language(results, "quality_causal_x")
+    assert "| `full` | 4.000 ± 1.414 (2) | - | 0.001 | 1000 |" in text  # not the run that is best on the test text
+    assert "| `window` | 4.200 ± 1.556 (2) | +0.200 ± 0.141 | 0.01 | 1000 |" in text
+    assert "frequencies of single bytes: 4.500" in text and "3 steps of 4 windows of 16 bytes out of 900, 60" in text
+    assert "**Not run yet: 3 of 9 runs** (`block` 3)." in text
+    assert pictures.draw(results, "quality_causal_x", pictures.language).startswith(b"\x89PNG")
+    titles = [section.title for section, names in report.found(results) if "quality_causal_x" in names]
+    assert len(titles) == 1 and titles[0].startswith("Language modelling, causal")
+
+
+def test_seeds_tell_forms_apart_by_students_t(results: Results) -> None:
+    assert tables.verdict([0.1, 0.2, 0.3], False) == "not told apart"  # t = 3.46, below 4.30
+    assert tables.verdict([0.1, 0.2, 0.25], True) == "not told apart"
+    assert tables.verdict([0.2, 0.2, 0.3], False) == "better" and tables.verdict([0.2, 0.2, 0.3], True) == "worse"
+    assert tables.verdict([-0.2, -0.2, -0.3], True) == "better" and tables.verdict([0.0, 0.0], True) == "not told apart"
+    assert tables.verdict([9.0], False) == "one seed" and tables.verdict([], False) == "one seed"
+    scores = {
+        "full": (3.0, 3.1, 3.2),
+        "window": (2.9, 3.0, 3.11),
+        "csat, block": (2.8, 3.2, 3.1),
+        "csat, block + linear": (3.5, 3.6, 3.71),
+        "csat, block + LISTA": (3.3, 3.4, 3.5),
     }
-    (results.folder / "language_model.json").write_text(json.dumps(learnt))
-    text = tables.language_model(results)
-    assert "blocks of 32 to 8 measurements, 1 exact before the query's own; `prefix`: m = 5." in text
-    assert "| `sdpa` | 3.250 | 100 |" in text and "| *frequencies of single bytes* | 4.500 |  |" in text
+    runs = [ran(form, 1e-3, seed, 2.0, own[seed]) for form, own in scores.items() for seed in range(3)]
+    text = tables.told_apart(of_text([*scores], runs))
+    assert "against `full` better: `window`; not told apart: `csat, block`; worse: `csat, block + linear`" in text
+    assert "against `csat, block + linear` better: `csat, block + LISTA`." in text
+
+
+def test_the_page_says_which_sets_have_been_run(results: Results) -> None:
+    runs = [ran("full", rate, 0, 2.0, 3.0) for rate in (1e-3, 1e-2)]
+    for name in ("quality_causal_language", "quality_causal_language_quick"):
+        (results.folder / f"{name}.json").write_text(json.dumps(of_text(["full", "window"], runs)))
+    page = report.page(results, lambda name, drawer: f"{name}.png")
+    assert "| causal-language | 2 of 6 runs | 2 of 6 runs | not run |" in page
+    assert "| pathfinder-64 | not run | not run | not run |" in page and page.count("How far they have come") == 1
+    assert tables.quality_file("pathfinder-64", "whole") == "quality_pathfinder_64_whole"
+
+
+def test_captions_have_every_metric_beside_chance(results: Results) -> None:
+    def judged(recall: float, bleu: float) -> dict[str, Any]:
+        ways = {k: {"score": recall, "chance": 0.01} for k in tables.RECALLS}
+        captioning = {name: {"score": bleu, "chance": 0.5} for name in tables.CAPTIONS}
+        return {"figures": {"retrieval": {"i": ways, "t": ways}, "captioning": captioning}}
+
+    runs = [
+        ran("full", 1e-3, 0, 0.5, 0.3) | judged(0.3, 2.0),
+        ran("full", 1e-3, 1, 0.5, 0.5) | judged(0.5, 4.0),
+        ran("csat", 1e-3, 0, 0.5, 0.0) | {"reason": "the loss is nan"},
+    ]
+    result = learnt(["full", "csat"], [1e-3], runs)
+    result["settings"] |= {"pairs": [90, 8, 9]}
+    (results.folder / "quality_captions.json").write_text(json.dumps(result))
+    text = tables.captions(results, "quality_captions")
+    both = "40.0 ± 14.1 / 40.0 ± 14.1"
+    assert f"| `full` (2) | {both} | {both} | {both} | 3.00 ± 1.41 | 3.00 ± 1.41 | 0.001 |" in text
+    assert "| chance | 1.0 / 1.0 | 1.0 / 1.0 | 1.0 / 1.0 | 0.50 | 0.50 |  |" in text and "`csat` (" not in text
+    assert "3 steps of 4 pairs out of 90, 9 for the test" in text and "(`csat` 1)" in text
+    assert pictures.draw(results, "quality_captions", pictures.captions).startswith(b"\x89PNG")
 
 
 def test_folders_and_files_that_are_no_results(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from csat_ext import LinearDecoder, csat_attention, csat_attention_varlen, measurement, measurement_varlen
 
 H, HK, D, DV, M = 4, 2, 8, 6, 5
-LENGTHS = [7, 0, 1, 23, 5, 40]
+LENGTHS = [23, 0, 1, 23, 5, 24]  # two of one length, one without tokens, two of no more than M
 CU = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
 TOTAL = sum(LENGTHS)
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .task import Split, Task, splits_of
+from .classification import Classification, Split, splits_of
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 IMAGES, LABELS = 0x803, 0x801
@@ -40,7 +40,7 @@ def idx(path: Path, magic: int) -> Tensor:
     return torch.from_numpy(np.frombuffer(data, np.uint8, offset=4 * (1 + axes)).reshape(shape).copy())
 
 
-def fashion_mnist(counts: tuple[int, int, int], seed: int = 0, folder: Path = DEBIAN) -> Task:
+def fashion_mnist(counts: tuple[int, int, int], seed: int = 0, folder: Path = DEBIAN) -> Classification:
     """Train and validation images out of the 60,000, test images out of the 10,000, each in an order by the seed."""
     parts = {}
     for name, split in (("train", "train"), ("test", "t10k")):
@@ -50,4 +50,4 @@ def fashion_mnist(counts: tuple[int, int, int], seed: int = 0, folder: Path = DE
         parts[name] = Split(images[order], None, labels[order])
     train, validation, _ = splits_of(parts["train"].tokens, None, parts["train"].labels, (*counts[:2], 0))
     (test, *_) = splits_of(parts["test"].tokens, None, parts["test"].labels, (counts[2], 0, 0))
-    return Task("fashion-mnist", "Fashion-MNIST by pixels", 10, 256, train, validation, test)
+    return Classification("fashion-mnist", "Fashion-MNIST by pixels", 10, 256, train, validation, test)

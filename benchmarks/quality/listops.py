@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from .task import Task, splits_of
+from .classification import Classification, splits_of
 
 OPERATORS = ("MIN", "MAX", "MED", "SM")
 PADDING, DIGIT, OPEN = 0, 1, 11
@@ -75,7 +75,7 @@ def padded(expressions: Sequence[Sequence[int]], longest: int) -> torch.Tensor:
     return rows
 
 
-def listops(sizes: Sizes, counts: tuple[int, int, int], seed: int = 0) -> Task:
+def listops(sizes: Sizes, counts: tuple[int, int, int], seed: int = 0) -> Classification:
     """Train, validation and test examples, all different."""
     rng = random.Random(seed)
     drawn: dict[tuple[int, ...], int] = {}
@@ -89,10 +89,10 @@ def listops(sizes: Sizes, counts: tuple[int, int, int], seed: int = 0) -> Task:
         f"{' (the settings of LRA)' if sizes == Sizes() else ' (easier than the settings of LRA)'}"
     )
     parts = splits_of(rows, rows != PADDING, torch.tensor(list(drawn.values())), counts)
-    return Task("listops", about, 10, CLOSE + 1, *parts)
+    return Classification("listops", about, 10, CLOSE + 1, *parts)
 
 
-def lra_listops(folder: Path, counts: tuple[int, int, int]) -> Task:
+def lra_listops(folder: Path, counts: tuple[int, int, int]) -> Classification:
     """The first examples of LRA's own files.
 
     Raises:
@@ -103,7 +103,7 @@ def lra_listops(folder: Path, counts: tuple[int, int, int]) -> Task:
         sources, labels = _read(folder / name, count)
         rows = padded(sources, longest)
         parts += splits_of(rows, rows != PADDING, torch.tensor(labels), (count, 0, 0))[:1]
-    return Task("listops", "ListOps, the files of LRA", 10, CLOSE + 1, *parts)
+    return Classification("listops", "ListOps, the files of LRA", 10, CLOSE + 1, *parts)
 
 
 def _read(path: Path, count: int) -> tuple[list[list[int]], list[int]]:

@@ -1,5 +1,5 @@
 """Pathfinder after Linsley et al. 2018: are the two discs at the ends of the same dashed curve? An own generator, as
-images of 32 x 32 grey values, pixel by pixel.
+images of 32 x 32 grey values, pixel by pixel; or the files of the Long Range Arena.
 
 Every image has two long curves and some short ones of dashes with gaps, none nearer than `APART` pixels to another. In
 a positive image the discs are at both ends of one long curve, in a negative one at an end of each. Curves are drawn
@@ -14,11 +14,13 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import permutations, product
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
-from .task import Task, splits_of
+from .classification import Classification, splits_of
 
 DASH, GAP = 3.0, 2.0
 """Pixels from the first to the last point of a dash, and on to the next dash."""
@@ -143,7 +145,7 @@ def _all(jobs: list[tuple[int, int, Sizes, bool]]) -> list[np.ndarray]:
         return list(pool.map(_numbered, jobs, chunksize=200))
 
 
-def pathfinder(sizes: Sizes, counts: tuple[int, int, int], seed: int = 0) -> Task:
+def pathfinder(sizes: Sizes, counts: tuple[int, int, int], seed: int = 0) -> Classification:
     """Train, validation and test images, positive and negative ones in random order, half of each."""
     total = sum(counts)
     order = np.random.default_rng(seed).permutation(total)
@@ -155,4 +157,36 @@ def pathfinder(sizes: Sizes, counts: tuple[int, int, int], seed: int = 0) -> Tas
         f"Pathfinder, own generator, {sizes.side} x {sizes.side}, two curves of {sizes.dashes} dashes and up to "
         f"{sizes.distractors} of {sizes.short}"
     )
-    return Task("pathfinder", about, 2, 256, *splits_of(tokens, None, labels, counts))
+    return Classification("pathfinder", about, 2, 256, *splits_of(tokens, None, labels, counts))
+
+
+# ---- the files of LRA ------------------------------------------------------------------------------------------------
+
+
+def lra_pathfinder(folder: Path, side: int, counts: tuple[int, int, int], seed: int = 0) -> Classification:
+    """Images of one of LRA's sets, such as pathfinder64/curv_contour_length_14, in an order by the seed.
+
+    A line of metadata/*.npy, which is text, is: folder, file, number, label and more.
+
+    Raises:
+        ValueError: no such files, too few of them, or images of another size.
+    """
+    lines = [line.split() for path in sorted(folder.glob("metadata/*.npy")) for line in path.read_text().splitlines()]
+    if len(lines) < sum(counts):
+        raise ValueError(f"{folder.name}: {len(lines)} images in its metadata/*.npy, at least {sum(counts)} are needed")
+    order = np.random.default_rng(seed).permutation(len(lines))[: sum(counts)]
+    made = np.stack([_lra_image(folder / lines[i][0] / lines[i][1], side) for i in order])
+    labels = torch.tensor([int(lines[i][3]) for i in order])
+    parts = splits_of(torch.from_numpy(made).flatten(1), None, labels, counts)
+    return Classification("pathfinder", f"Pathfinder, the files of LRA, {side} x {side}", 2, 256, *parts)
+
+
+def _lra_image(path: Path, side: int) -> np.ndarray:
+    try:
+        with Image.open(path) as opened:
+            picture = np.asarray(opened.convert("L"))
+    except OSError as error:
+        raise ValueError(f"{path.name}: {error.strerror or error}") from None
+    if picture.shape != (side, side):
+        raise ValueError(f"{path.name}: {picture.shape} pixels came, {side} x {side} are accepted")
+    return picture

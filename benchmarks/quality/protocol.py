@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from baselines import parameters
 from deadline import Deadline
 from machine import header
 
-from .classifier import Classifier, Layer, Size, count, equal_hidden
+from csat_ext.bench.tables import best
+
+from .model import Layer, Size, equal_hidden
 from .task import Task
-from .training import Schedule, accuracy, on, train
+from .training import Schedule, scored, train
 
 
 @dataclass(frozen=True)
@@ -67,19 +70,23 @@ class Record:
         self.path.write_text(json.dumps(whole, indent=1) + "\n")
 
     def chosen_rate(self, form: str, rates: tuple[float, ...], seed: int) -> float | None:
-        """The rate of the best validation accuracy with a seed, the lower of equal ones; None until all were tried."""
-        tried = [self.find(form, rate, seed) for rate in rates]
-        if any(run is None for run in tried):
-            return None
-        return max((run for run in tried if run is not None), key=lambda r: (r["validation"], -r["rate"]))["rate"]
+        """The rate that is best on validation with a seed; None until all were tried."""
+        tried = [run for rate in rates if (run := self.find(form, rate, seed)) is not None]
+        return best(tried, self.settings)["rate"] if len(tried) == len(rates) else None
+
+
+def count(task: Task, layer: Layer, size: Size, hidden: int) -> int:
+    """Parameters of the model; nothing is computed."""
+    with torch.random.fork_rng(devices=[]):
+        return parameters(task.model(layer, size, hidden, seed=0))
 
 
 def hidden_widths(forms: Mapping[str, Layer], task: Task, protocol: Protocol) -> dict[str, tuple[int, int]]:
-    """Form -> width of its MLPs and parameters of its classifier."""
-    size, given = protocol.size, (task.tokens, task.vocabulary, task.classes)
-    base = {name: count(layer, size, size.hidden, *given) for name, layer in forms.items()}
+    """Form -> width of its MLPs and parameters of its model."""
+    size = protocol.size
+    base = {name: count(task, layer, size, size.hidden) for name, layer in forms.items()}
     hidden = equal_hidden(base, size) if protocol.equal_parameters else dict.fromkeys(forms, size.hidden)
-    return {name: (hidden[name], count(forms[name], size, hidden[name], *given)) for name in forms}
+    return {name: (hidden[name], count(task, forms[name], size, hidden[name])) for name in forms}
 
 
 def wanted(forms: Mapping[str, Layer], protocol: Protocol, record: Record) -> Iterator[tuple[str, float, int]]:
@@ -96,18 +103,17 @@ def wanted(forms: Mapping[str, Layer], protocol: Protocol, record: Record) -> It
                 yield form, rate_of_form, seed
 
 
-def run_one(layer: Layer, hidden: int, task: Task, protocol: Protocol, rate: float, seed: int) -> dict[str, Any]:
-    """One training and its accuracies; the task lies on the device that trains."""
+def run_one(
+    layer: Layer, hidden: int, task: Task, protocol: Protocol, rate: float, seed: int, device: str = "cpu"
+) -> dict[str, Any]:
+    """One training and its scores; the task lies on the device that trains."""
     torch.manual_seed(seed)
-    device = task.train.tokens.device
-    model = Classifier(layer, protocol.size, hidden, task.tokens, task.vocabulary, task.classes, seed).to(device)
+    model = task.model(layer, protocol.size, hidden, seed).to(device)
     try:
-        found = train(model, task.train, protocol.schedule, rate, seed)
+        found = train(model, task, protocol.schedule, rate, seed)
     except FloatingPointError as error:  # a rate that is too high is a result
-        return {"validation": 0.0, "test": 0.0, "reason": str(error)}
-    batch = protocol.schedule.batch
-    scores = {"validation": accuracy(model, task.validation, batch), "test": accuracy(model, task.test, batch)}
-    return found | scores
+        return {"validation": task.worst, "test": task.worst, "reason": str(error)}
+    return found | scored(model, task, protocol.schedule.batch)
 
 
 def run(
@@ -118,21 +124,20 @@ def run(
     settings = {
         "task": task.name,
         "about": task.about,
-        "tokens": task.tokens,
-        "examples": [len(part) for part in (task.train, task.validation, task.test)],
-        "majority": task.majority(),
-        "chance": 1 / task.classes,
+        **task.facts(),
         "device": device,
         **asdict(protocol),
         "forms": {name: {"hidden": hidden, "parameters": own} for name, (hidden, own) in widths.items()},
     }
-    record, there, slowest = Record(output, settings), on(task, device), 0.0
+    if task.lower_is_better:
+        settings["lower is better"] = True
+    record, there, slowest = Record(output, settings), task.to(device), 0.0
     for form, rate, seed in wanted(forms, protocol, record):
         if deadline.left() < slowest or deadline.left() == 0:
             record.left_out.append({"form": form, "rate": rate, "seed": seed, "reason": "time"})
             continue
         before = deadline.left()
-        found = run_one(forms[form], widths[form][0], there, protocol, rate, seed)
+        found = run_one(forms[form], widths[form][0], there, protocol, rate, seed, device)
         slowest = max(slowest, before - deadline.left() if before != float("inf") else 0.0)
         record.put({"form": form, "rate": rate, "seed": seed, **found})
         print(f"{task.name} {form}, rate {rate}, seed {seed}: test {found['test']:.3f}", flush=True)

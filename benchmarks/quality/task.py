@@ -1,61 +1,50 @@
-"""What a classification task is: rows of small integers, which of them count, and a label for each row."""
+"""What a table trains on: data, the model that they need, and the figures that the model is judged by."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .model import Layer, Size
 
 
-@dataclass(frozen=True)
-class Split:
-    """tokens (count, N) uint8; keep (count, N) bool, True = counts, or None where all do; labels (count,) int64."""
-
-    tokens: Tensor
-    keep: Tensor | None
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def to(self, device: torch.device | str) -> Split:
-        keep = None if self.keep is None else self.keep.to(device)
-        return Split(self.tokens.to(device), keep, self.labels.to(device))
-
-
-@dataclass(frozen=True)
-class Task:
+class Task(ABC):
     """Attributes:
-    vocabulary: tokens are below it.
+    name: of the task.
     about: what it is, for the reader of a table.
+    lower_is_better: of two scores.
+    worst: score of a run whose loss became no number.
     """
 
     name: str
     about: str
-    classes: int
-    vocabulary: int
-    train: Split
-    validation: Split
-    test: Split
+    lower_is_better: bool = False
+    worst: float = 0.0
 
-    @property
-    def tokens(self) -> int:
-        return self.train.tokens.shape[1]
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """What the result file says of the data; runs on other facts are not put into one file."""
 
-    def majority(self) -> float:
-        """Accuracy on the test split of the label that is most frequent in the train split."""
-        label = self.train.labels.bincount(minlength=self.classes).argmax()
-        return float((self.test.labels == label).double().mean())
+    @abstractmethod
+    def to(self, device: torch.device | str) -> Task:
+        """The task with its data on a device."""
 
+    @abstractmethod
+    def model(self, layer: Layer, size: Size, hidden: int, seed: int) -> nn.Module:
+        """The model with a form of attention and MLPs of that hidden width; `seed` is that of what a layer draws."""
 
-def splits_of(tokens: Tensor, keep: Tensor | None, labels: Tensor, sizes: tuple[int, int, int]) -> list[Split]:
-    """Train, validation and test of the given sizes, in this order."""
-    if sum(sizes) > len(labels):
-        raise ValueError(f"sizes: {sizes} came, {len(labels)} examples are there")
-    parts, start = [], 0
-    for size in sizes:
-        rows = slice(start, start + size)
-        parts.append(Split(tokens[rows], None if keep is None else keep[rows], labels[rows]))
-        start += size
-    return parts
+    @abstractmethod
+    def batches(self, steps: int, batch: int, seed: int) -> Iterator[Any]:
+        """What every step trains on, by the seed alone."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The scalar that a step lowers."""
+
+    @abstractmethod
+    def scores(self, model: nn.Module, batch: int) -> dict[str, Any]:
+        """`validation`, which chooses the rate, `test`, and whatever else the table shows; nothing is learnt."""

@@ -1,20 +1,18 @@
-"""The one trainer: the same examples in the same order, steps, batch, optimizer and schedule for every mechanism."""
+"""The one trainer: the same data in the same order, steps, batch, optimizer and schedule for every mechanism."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import nn
 
 from csat_ext.module import parameter_groups
 
-from .task import Split, Task
+from .task import Task
 
 
 @dataclass(frozen=True)
@@ -35,20 +33,14 @@ def rate_at(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1)))
 
 
-def batches(examples: int, schedule: Schedule, seed: int) -> Iterator[Tensor]:
-    """Rows of every step, by the seed alone: permutations of all the examples, one after the other."""
-    generator = torch.Generator().manual_seed(seed)
-    left = torch.empty(0, dtype=torch.int64)
-    for _ in range(schedule.steps):
-        while len(left) < schedule.batch:
-            left = torch.cat((left, torch.randperm(examples, generator=generator)))
-        yield left[: schedule.batch]
-        left = left[schedule.batch :]
+def precision(device: torch.device | str) -> torch.autocast:
+    """bfloat16 autocast on CUDA, nothing elsewhere."""
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
 
 
-def train(model: nn.Module, split: Split, schedule: Schedule, rate: float, seed: int) -> dict[str, Any]:
-    """Trains in place, in bfloat16 autocast on CUDA; returns the mean loss of the last tenth of the steps and seconds a
-    step.
+def train(model: nn.Module, task: Task, schedule: Schedule, rate: float, seed: int) -> dict[str, Any]:
+    """Trains in place; returns the mean loss of the last tenth of the steps and milliseconds a step.
 
     Raises:
         FloatingPointError: the loss is no number any more.
@@ -60,10 +52,9 @@ def train(model: nn.Module, split: Split, schedule: Schedule, rate: float, seed:
     model.train()
     losses = []
     start = time.perf_counter()
-    for rows in batches(len(split), schedule, seed):
-        rows = rows.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = cross_entropy(_logits(model, split, rows).float(), split.labels[rows])
+    for batch in task.batches(schedule.steps, schedule.batch, seed):
+        with precision(device):
+            loss = task.loss(model, batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -76,26 +67,9 @@ def train(model: nn.Module, split: Split, schedule: Schedule, rate: float, seed:
     return {"loss": last, "ms_a_step": 1e3 * (time.perf_counter() - start) / schedule.steps}
 
 
-def _logits(model: nn.Module, split: Split, rows: Tensor | slice) -> Tensor:
-    keep = None if split.keep is None else split.keep[rows]
-    return model(split.tokens[rows], keep)
-
-
 @torch.no_grad()
-def accuracy(model: nn.Module, split: Split, batch: int) -> float:
-    """Share of the examples whose label has the largest logit."""
+def scored(model: nn.Module, task: Task, batch: int) -> dict[str, Any]:
+    """The task's scores of a trained model."""
     model.eval()
-    device = next(model.parameters()).device
-    right = 0
-    for start in range(0, len(split), batch):
-        rows = slice(start, start + batch)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = _logits(model, split, rows)
-        right += int((logits.argmax(-1) == split.labels[rows]).sum())
-    return right / len(split)
-
-
-def on(task: Task, device: torch.device | str) -> Task:
-    """The task with its splits on a device."""
-    parts = (task.train.to(device), task.validation.to(device), task.test.to(device))
-    return Task(task.name, task.about, task.classes, task.vocabulary, *parts)
+    with precision(next(model.parameters()).device):
+        return task.scores(model, batch)

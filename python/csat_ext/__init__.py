@@ -19,6 +19,7 @@ _HOME = {
     "SparseDecoder": "functional",
     "LinearDecoder": "functional",
     "CSATCache": "cache",
+    "MeasurementStream": "cache",
     "CSATConfig": "config",
     "CSATAttention": "module",
     "measurement": "measurements",
@@ -48,6 +49,7 @@ __all__ = ["__version__", *_HOME, *_MODULES]
 
 if TYPE_CHECKING:
     from csat_ext.cache import CSATCache as CSATCache
+    from csat_ext.cache import MeasurementStream as MeasurementStream
     from csat_ext.config import CSATConfig as CSATConfig
     from csat_ext.dictionaries import dictionary as dictionary
     from csat_ext.functional import LinearDecoder as LinearDecoder

@@ -1,16 +1,32 @@
-"""`CSATCache`: a causal form of `csat_attention` token by token, for generation."""
+"""What is kept of tokens that come one after the other: `CSATCache`, a causal form of `csat_attention` token by token,
+for generation, and `MeasurementStream`, the measurements of a growing sequence that others look at as a whole."""
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from csat_ext._composite import accumulate_dtype
 from csat_ext.causal import BlockState, PrefixState
-from csat_ext.functional import CausalState, Decoder, Phi, check_form, continue_causal
+from csat_ext.functional import (
+    CausalState,
+    Decoder,
+    Phi,
+    canonical_bias,
+    canonical_prefix,
+    check_attention,
+    check_form,
+    checked_mask,
+    continue_causal,
+    recover,
+)
+from csat_ext.reference.attention import repeat_heads
 from csat_ext.reference.causal import FORMS
 
 Continuation = Callable[
@@ -19,7 +35,58 @@ Continuation = Callable[
 """From the state, the tokens it stands for, query, key, value, phi and key mask: rows and the state after them."""
 
 
-class CSATCache:
+class _Memory:
+    """A state that stands for all tokens so far. It is never written in place, so that clones and beams share it."""
+
+    def __init__(self, causal: str) -> None:
+        self.causal = causal
+        self._state: CausalState | None = None
+        self._length = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens so far, masked ones included."""
+        return self._length
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of what is kept."""
+        return sum(t.nbytes for t in self._state or () if t is not None)
+
+    def reorder(self, index: Tensor) -> None:
+        """Batch element i becomes what index[i] was: the surviving beams of a search. index: (any number,) int64."""
+        if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32) or index.dim() != 1:
+            got = f"{tuple(index.shape)} {index.dtype}" if isinstance(index, Tensor) else type(index).__name__
+            raise TypeError(f"index must be a tensor of one dimension, int64 or int32, got {got}")
+        if self._state is not None:
+            self._state = _mapped(lambda t: t.index_select(0, index), self._state)
+
+    def clone(self: _M) -> _M:
+        """Another that goes on by itself from here."""
+        return copy.copy(self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors and numbers, which `load_state_dict` of one of the same arguments continues from."""
+        fields = {} if self._state is None else self._state._asdict()
+        return {"causal": self.causal, "length": self._length, **fields}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Raises ValueError for the state of the other form and for keys that are missing or unknown."""
+        fields = dict(state_dict)
+        causal, length = fields.pop("causal", None), fields.pop("length", None)
+        kind = BlockState if self.causal == "block" else PrefixState
+        if causal != self.causal or not isinstance(length, int) or (fields and set(fields) != set(kind._fields)):
+            raise ValueError(
+                f"state_dict has causal = {causal!r}, length = {length!r} and {sorted(fields)}; accepted: "
+                f"{self.causal!r}, an int and {sorted(kind._fields)}"
+            )
+        self._state, self._length = kind(**fields) if fields else None, length
+
+
+_M = TypeVar("_M", bound=_Memory)
+
+
+class CSATCache(_Memory):
     """What a causal form remembers of the tokens so far, and the rows of the tokens that come.
 
     Any split of a sequence into `prefill` and `step` calls gives the rows of the parallel form. For each batch element
@@ -27,7 +94,7 @@ class CSATCache:
     the dtype of the keys; the prefix form keeps M (D + Dv + 1) numbers in float32 (float64), however long the sequence.
     A token costs the work of attending over what is kept.
 
-    States are never written in place, so that `clone` and beams share them. Nothing here carries gradients.
+    Nothing here carries gradients.
 
     Args:
         causal: ``"block"`` or ``"prefix"``.
@@ -83,19 +150,8 @@ class CSATCache:
         return cache
 
     def _begin(self, causal: str, continuation: Continuation) -> None:
-        self.causal, self._continue = causal, continuation
-        self._state: CausalState | None = None
-        self._length = 0
-
-    @property
-    def length(self) -> int:
-        """Tokens so far, masked ones included."""
-        return self._length
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of what is kept."""
-        return sum(t.nbytes for t in self._state or () if t is not None)
+        super().__init__(causal)
+        self._continue = continuation
 
     def prefill(
         self, query: Tensor, key: Tensor, value: Tensor, phi: Tensor | None = None, *, key_mask: Tensor | None = None
@@ -126,36 +182,99 @@ class CSATCache:
         self._length += query.shape[2]
         return rows
 
-    def reorder(self, index: Tensor) -> None:
-        """Batch element i becomes what index[i] was: the surviving beams of a search. index: (any number,) int64."""
-        if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32) or index.dim() != 1:
-            got = f"{tuple(index.shape)} {index.dtype}" if isinstance(index, Tensor) else type(index).__name__
-            raise TypeError(f"index must be a tensor of one dimension, int64 or int32, got {got}")
-        if self._state is not None:
-            self._state = _mapped(lambda t: t.index_select(0, index), self._state)
 
-    def clone(self) -> CSATCache:
-        """A cache that goes on by itself from here."""
-        new = CSATCache.over(self.causal, self._continue)
-        new._state, new._length = self._state, self._length
-        return new
+class MeasurementStream(_Memory):
+    """Measurements of a growing sequence, a video say, for queries that look at all of it so far.
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain tensors and numbers, which `load_state_dict` of a cache of the same arguments continues from."""
-        fields = {} if self._state is None else self._state._asdict()
-        return {"causal": self.causal, "length": self._length, **fields}
+        Kc_j = sum_s phi_sj k_s / g_j,    Vc_j = sum_s phi_sj v_s / g_j,    g_j = sum_s phi_sj
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Raises ValueError for the state of the other form and for keys that are missing or unknown."""
-        fields = dict(state_dict)
-        causal, length = fields.pop("causal", None), fields.pop("length", None)
-        kind = BlockState if self.causal == "block" else PrefixState
-        if causal != self.causal or not isinstance(length, int) or (fields and set(fields) != set(kind._fields)):
-            raise ValueError(
-                f"state_dict has causal = {causal!r}, length = {length!r} and {sorted(fields)}; accepted: "
-                f"{self.causal!r}, an int and {sorted(kind._fields)}"
-            )
-        self._state, self._length = kind(**fields) if fields else None, length
+    as in the last row of the prefix form (`csat_ext.reference.causal_prefix`), log g_j being the score bias; signed:
+    g = sqrt(number of tokens), no bias. A frame costs O(m D) a token and touches no token before it; what is kept is
+    M (D + Dv + 1) numbers a batch element and key head in float32 (float64), however long the sequence.
+    Gradients flow through what has been appended: append under `torch.no_grad()` where no step trains it.
+
+    Args:
+        signed: phi has entries of both signs and variance 1.
+    """
+
+    def __init__(self, *, signed: bool = False) -> None:
+        super().__init__("prefix")
+        self.signed = signed
+
+    @property
+    def _sums(self) -> PrefixState | None:
+        assert not isinstance(self._state, BlockState)
+        return self._state
+
+    def append(self, key: Tensor, value: Tensor, phi: Tensor, *, key_mask: Tensor | None = None) -> None:
+        """Takes up n tokens more.
+
+        Args:
+            key: (B, Hk, n, D); value: (B, Hk, n, Dv), F applied where features are sensed.
+            phi: (n, M), (1 or Hk, n, M) or (1 or B, 1 or Hk, n, M): what each token adds to each measurement, >= 0
+                unless signed: softmax(W k), or `measurements.columns_by_position`.
+            key_mask: (B, n) bool, True = keep; a masked token is left out of every sum.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what came and what is accepted.
+        """
+        check_attention(key, key, value)
+        phi = canonical_prefix(phi, key, key.shape[1], self.signed)
+        past = self._sums
+        if past is not None:
+            _check_continues(past, key, key, value)
+            if phi.shape[3] != past.kc.shape[2]:
+                raise ValueError(f"phi has {phi.shape[3]} measurements, the tokens before had {past.kc.shape[2]}")
+        counted = torch.ones(1, 1, key.shape[2], 1, dtype=torch.bool, device=key.device)
+        if key_mask is not None:
+            counted = checked_mask(key_mask, key)[:, None, :, None]
+            key, value, phi = (torch.where(counted, x, 0) for x in (key, value, phi))
+        wide = accumulate_dtype(key.dtype)
+        phi, counted = phi.to(wide), counted.to(wide).expand(key.shape[0], -1, -1, -1)
+        mass = (counted if self.signed else phi.expand(key.shape[0], key.shape[1], -1, -1)).sum(2, keepdim=True)
+        sums = phi.mT @ key.to(wide), phi.mT @ value.to(wide), mass
+        self._state = PrefixState(*(sums if past is None else (a + b for a, b in zip(past, sums, strict=True))))
+        self._length += key.shape[2]
+
+    def measured(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Kc (B, Hk, M, D), Vc (B, Hk, M, Dv) and the score bias (B, Hk, M) of the tokens so far, in float32 (float64).
+
+        Raises:
+            ValueError: no token has come.
+        """
+        if self._sums is None:
+            raise ValueError("measurements of no token were asked for; append comes first")
+        kc, vc, mass = self._sums
+        filled = mass > 0
+        normal = torch.where(filled, mass, 1.0).mT  # (B, Hk, M, 1), signed (B, 1, 1, 1)
+        if self.signed:
+            normal = normal.sqrt()
+        bias = torch.zeros_like(normal) if self.signed else normal.log()
+        bias = bias.masked_fill(~filled.mT, -math.inf)[..., 0].expand(kc.shape[:3])
+        return kc / normal, vc / normal, bias
+
+    def attend(
+        self,
+        query: Tensor,
+        *,
+        decoder: Decoder | None = None,
+        scale: float | None = None,
+        score_bias: Tensor | None = None,
+    ) -> Tensor:
+        """The rows (B, H, Nq, Dv) of queries over all tokens so far; arguments as in `csat_attention`, which gives the
+        same for the whole sequence with the columns phi_s / g and the score bias log g. Zeros where every token so far
+        is masked.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what came and what is accepted; no token has come.
+        """
+        kc, vc, bias = self.measured()
+        keys, values = kc.to(query.dtype), vc.to(query.dtype)
+        check_attention(query, keys, values)
+        own = canonical_bias(score_bias, keys, query.shape[1], kc.shape[2])
+        bias = repeat_heads(bias, query.shape[1])
+        bias = bias if own is None else bias + own
+        return recover(query, keys, values, decoder=decoder, scale=scale, score_bias=bias.contiguous())
 
 
 def _check_continues(state: CausalState, query: Tensor, key: Tensor, value: Tensor) -> None:

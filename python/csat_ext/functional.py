@@ -236,7 +236,7 @@ def measure(
     rows_v = rows_k if phi_v is None else _measurement_rows("phi_v", phi_v, value, heads, mask, whole)
     if rows_v.m != rows_k.m:
         raise ValueError(f"phi_v has {rows_v.m} measurements, phi_k has {rows_k.m}: they must agree")
-    bias = _canonical_bias(score_bias, key, heads, rows_k.m)
+    bias = canonical_bias(score_bias, key, heads, rows_k.m)
     kc, vc = rows_k.project(key, key_mask), rows_v.project(value, key_mask)
     if rows_k.empty is not None:
         bias = _silence(bias, rows_k.empty, heads)
@@ -316,8 +316,8 @@ def continue_causal(
         return z if weights else _decode_rows(query, z, decoder, feature_sensing, key), after
     if phi_v is not None:
         raise ValueError("phi_v came, None is accepted with causal='prefix': it measures keys and values alike")
-    phi = _canonical_prefix(phi_k, key, heads, signed)
-    bias = _canonical_bias(score_bias, key, heads, phi.shape[3])
+    phi = canonical_prefix(phi_k, key, heads, signed)
+    bias = canonical_bias(score_bias, key, heads, phi.shape[3])
     assert not isinstance(state, BlockState)
     with no_autocast(query.device.type):
         z, sums = attend_prefixes(query, key, value, phi, bias, key_mask, state, signed=signed, scale=tau)
@@ -610,8 +610,8 @@ def _checked_block_phi(
     return phi_k
 
 
-def _canonical_prefix(phi: object, key: Tensor, heads: int, signed: bool) -> Tensor:
-    """phi of the prefix form with all axes, (1 or B, Hp, N, M)."""
+def canonical_prefix(phi: object, key: Tensor, heads: int, signed: bool) -> Tensor:
+    """phi of the prefix form, checked, with all axes: (1 or B, Hp, N, M)."""
     _check_tensor("phi_k", phi)
     assert isinstance(phi, Tensor)
     _check_dtype_device("phi_k", phi, key, "the query")
@@ -666,7 +666,7 @@ def _check_implicit(name: str, phi: ImplicitMeasurement, x: Tensor, heads: int) 
             raise ValueError(f"{name} is on {tensor.device}, the query on {x.device}: one device is needed")
 
 
-def _canonical_bias(bias: Tensor | None, key: Tensor, heads: int, m: int) -> Tensor | None:
+def canonical_bias(bias: Tensor | None, key: Tensor, heads: int, m: int) -> Tensor | None:
     if bias is None:
         return None
     _check_parameter("score_bias", bias, (1, 2, 3))

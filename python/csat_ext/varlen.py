@@ -35,9 +35,9 @@ def csat_attention_varlen(
 ) -> Tensor:
     """`csat_attention` of every example by itself, the examples lying packed in one row of tokens.
 
-    Example i is the tokens [cu_seqlens[i], cu_seqlens[i + 1]). It is computed by itself, without padding, so that the
-    work is that of the tokens there are; the price is one launch of every kernel for each example, and one wait for
-    lengths that are on a GPU.
+    Example i is the tokens [cu_seqlens[i], cu_seqlens[i + 1]). Examples of one length are computed as one batch, and
+    nothing is padded, so that the work is that of the tokens there are; the price is one launch of every kernel for
+    each different length, a copy of the tokens of a batch, and one wait for lengths that are on a GPU.
 
     Args:
         query: (tokens of the queries, H, D). key: (tokens, Hk, D). value: (tokens, Hk, Dv). Any strides.
@@ -70,14 +70,19 @@ def csat_attention_varlen(
         )
     phis = [_packed_phi(name, phi, causal, key) for name, phi in (("phi_k", phi_k), ("phi_v", phi_v))]
     biases = _biases(score_bias, len(of_k))
+    alike: dict[tuple[int, int], list[int]] = {}  # lengths -> examples
+    for i, (at_q, at_k) in enumerate(zip(of_q, of_k, strict=True)):
+        alike.setdefault((at_q.stop - at_q.start, at_k.stop - at_k.start), []).append(i)
     form: dict[str, Any] = {
         "causal": causal, "block_size": block_size, "measurements_per_block": measurements_per_block,
         "window_blocks": window_blocks, "signed": signed,
     }  # fmt: skip
-    rows = []
-    for at_q, at_k, bias in zip(of_q, of_k, biases, strict=True):
-        q, k, v = (x[at].transpose(0, 1).unsqueeze(0) for x, at in ((query, at_q), (key, at_k), (value, at_k)))
-        phi, of_v = (None if p is None else p(at_k) for p in phis)
+    rows: dict[int, Tensor] = {}
+    for examples in alike.values():
+        keys = [of_k[i] for i in examples]
+        q, k, v = _batch(query, [of_q[i] for i in examples]), _batch(key, keys), _batch(value, keys)
+        phi, of_v = (None if p is None else p(keys) for p in phis)
+        bias = biases(examples)
         options: dict[str, Any] = {"decoder": decoder, "scale": scale, "score_bias": bias}
         if causal is None:  # not csat_attention, which wants no more measurements than tokens
             check_attention(q, k, v)
@@ -87,8 +92,15 @@ def csat_attention_varlen(
             out = recover(q, kc, vc, **options)
         else:
             out = csat_attention(q, k, v, phi, of_v, feature_sensing=feature_sensing, **options, **form)
-        rows.append(out[0].transpose(0, 1))
-    return torch.cat(rows)
+        rows |= zip(examples, out.transpose(1, 2), strict=True)
+    return torch.cat([rows[i] for i in range(len(of_q))])
+
+
+def _batch(packed: Tensor, at: Sequence[slice]) -> Tensor:
+    """(examples, heads, n, features) of examples of one length; a view where it is one example."""
+    if len(at) == 1:
+        return packed[at[0]].transpose(0, 1).unsqueeze(0)
+    return torch.stack([packed[tokens] for tokens in at]).transpose(1, 2)
 
 
 def measurement_varlen(
@@ -150,8 +162,10 @@ def _ranges(name: str, cu_seqlens: Tensor, packed: Tensor | None) -> list[slice]
     return [slice(a, b) for a, b in itertools.pairwise(ends)]
 
 
-def _packed_phi(name: str, phi: Tensor | None, causal: str | None, key: Tensor) -> Callable[[slice], Tensor] | None:
-    """From the tokens of an example to its phi."""
+def _packed_phi(
+    name: str, phi: Tensor | None, causal: str | None, key: Tensor
+) -> Callable[[Sequence[slice]], Tensor] | None:
+    """From the tokens of examples of one length to their phi."""
     if phi is None:
         return None
     _check_tensor(name, phi, (2, 3), "two axes, or three with the heads in front")
@@ -160,18 +174,19 @@ def _packed_phi(name: str, phi: Tensor | None, causal: str | None, key: Tensor) 
     axis = -1 if causal is None else -2
     if phi.shape[axis] != key.shape[0]:
         raise ValueError(f"{name} has {phi.shape[axis]} tokens on axis {axis}, key has {key.shape[0]}: they must agree")
-    return lambda at: phi.narrow(axis, at.start, at.stop - at.start).contiguous()
+    with_heads = phi if phi.dim() == 3 else phi.unsqueeze(0)
+    return lambda at: torch.stack([with_heads.narrow(axis, s.start, s.stop - s.start) for s in at])
 
 
-def _biases(score_bias: Tensor | None, examples: int) -> Sequence[Tensor | None]:
-    """The score bias of every example."""
+def _biases(score_bias: Tensor | None, examples: int) -> Callable[[Sequence[int]], Tensor | None]:
+    """From some examples to their score bias."""
     if score_bias is None:
-        return [None] * examples
+        return lambda chosen: None
     _check_tensor("score_bias", score_bias, (1, 2, 3), "(M,), (1 or H, M) or (examples, 1 or H, M)")
     if score_bias.dim() < 3:
-        return [score_bias] * examples
+        return lambda chosen: score_bias
     if score_bias.shape[0] != examples:
         raise ValueError(
             f"score_bias has shape {tuple(score_bias.shape)}; accepted: one for each of {examples} examples"
         )
-    return score_bias.contiguous().unbind(0)
+    return lambda chosen: torch.stack([score_bias[i] for i in chosen])

@@ -104,19 +104,35 @@ def ensembles(pyplot: Any, figure: Any, result: dict[str, Any]) -> None:
     axes.set_title(where(result["machine"]), fontsize=11)
 
 
-def quality(pyplot: Any, figure: Any, result: dict[str, Any]) -> None:
-    """Test accuracy of every seed, a bar at the mean, chance and the most frequent label as lines."""
+def _points(pyplot: Any, figure: Any, result: dict[str, Any], factor: float, label: str) -> Any:
+    """A point for the test score of every seed, a bar at the mean, a row for each form of attention."""
     axes = figure.subplots()
     forms = counted_runs(result)
     for i, (form, runs) in enumerate(forms.items()):
-        scores = [100 * run["test"] for run in runs]
+        scores = [factor * run["test"] for run in runs]
         colour = COLOURS[0] if form.startswith("csat") else COLOURS[1] if form == "full" else "0.4"
         axes.plot(scores, [i] * len(scores), linestyle="none", marker="o", markersize=5, alpha=0.6, color=colour)
         axes.plot([sum(scores) / len(scores)], [i], marker="|", markersize=16, markeredgewidth=2, color=colour)
     s = result["settings"]
-    axes.axvline(100 * s["majority"], color="0.6", linestyle=":", linewidth=1)
     axes.set_yticks(range(len(forms)), list(forms))
     axes.invert_yaxis()
-    axes.set_xlabel("test accuracy, %: a point a seed, a bar at the mean; dotted: the most frequent label")
+    axes.set_xlabel(f"{label}: a point a seed, a bar at the mean")
     axes.grid(visible=True, axis="x", color="0.9")
     axes.set_title(f"{s['task']}{', quick' if s['quick'] else ''}: {where(result['machine'])}", fontsize=11)
+    return axes
+
+
+def quality(pyplot: Any, figure: Any, result: dict[str, Any]) -> None:
+    """Test accuracy; the most frequent label as a line."""
+    axes = _points(pyplot, figure, result, 100, "test accuracy, %; dotted: the most frequent label")
+    axes.axvline(100 * result["settings"]["majority"], color="0.6", linestyle=":", linewidth=1)
+
+
+def language(pyplot: Any, figure: Any, result: dict[str, Any]) -> None:
+    """Bits per byte."""
+    _points(pyplot, figure, result, 1, "bits per byte of the test text, less is better")
+
+
+def captions(pyplot: Any, figure: Any, result: dict[str, Any]) -> None:
+    """Recall at 10."""
+    _points(pyplot, figure, result, 100, "R@10, %, mean of both ways")

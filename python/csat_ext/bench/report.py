@@ -21,14 +21,16 @@ Place = Callable[[str, Drawer | None], str]
 class Section:
     """What the page says of the result files of a pattern; left out where there are none.
 
-    make: (results, name of one file) -> Markdown. intro stands once, before them. drawer draws the picture of a file;
-    kept are pictures in the folder of the results, which the script that measured has drawn.
+    make: (results, name of one file) -> Markdown. intro, or what `lead` says of all results, stands once, before them.
+    drawer draws the picture of a file; kept are pictures in the folder of the results, which the script that measured
+    has drawn.
     """
 
     title: str
     files: str
     make: Callable[[Results, str], str]
     intro: str = ""
+    lead: Callable[[Results], str] | None = None
     drawer: Drawer | None = None
     kept: tuple[str, ...] = ()
 
@@ -44,7 +46,7 @@ SECTIONS = (
         tables.table5,
         "`full` is torch's fused attention, `full, scores kept` its unfused form with all n² scores in memory, `stock` "
         "the same attention on K and V projected by CSAT's measurements, `stock + LISTA` the same with LISTA in torch.",
-        pictures.table5,
+        drawer=pictures.table5,
     ),
     Section("Time of the operator alone", "scaling", _alone(tables.scaling), drawer=pictures.scaling),
     Section(
@@ -56,18 +58,53 @@ SECTIONS = (
     Section("The kernels from run to run on a GPU", "gpu_ladder", tables.gpu_ladder),
     Section("Pretraining", "pretrain", _alone(tables.pretrain), kept=("pretrain", "pretrain_examples")),
     Section(
-        "What is learnt with equal parameters, examples and steps",
-        "quality_[!a]*",
-        tables.quality,
-        "`csat + linear` is the control that `csat + LISTA` has to beat. Protocol: `benchmarks/quality/protocol.py`.",
-        pictures.quality,
+        "Language modelling, causal (the paper's Table 1)",
+        "quality_causal*",
+        tables.language,
+        "`window` is what `csat, block` sees exactly, without the measurements of what is behind it: the "
+        "control of the block form, as `linear` is that of LISTA.",
+        lead=tables.sets_run,
+        drawer=pictures.language,
     ),
     Section(
-        "A causal language model",
-        "language_model",
-        _alone(tables.language_model),
-        "Bytes of text, equal parameters, steps and seed; `block` and `prefix` are the causal forms of CSAT, without a "
-        "decoder. A quick run of one seed: too short for conclusions.",
+        "Language modelling, masked (Table 1 for attention that has no causal form)",
+        "quality_masked*",
+        tables.language,
+        "Of the bytes that were hidden, in runs, from the others of the window.",
+        drawer=pictures.language,
+    ),
+    Section(
+        "What is learnt with equal parameters, examples and steps (Table 2, the Long Range Arena)",
+        "quality_[lpf]*",
+        tables.quality,
+        "`csat + linear` is the control that `csat + LISTA` has to beat.",
+        drawer=pictures.quality,
+    ),
+    Section(
+        "Retrieval and captioning (Tables 3 and 4)",
+        "quality_captions*",
+        tables.captions,
+        "The model of `csat pretrain`, attention exchanged in its image tower and from the captions to the image; CSAT "
+        "measures the class token exactly and pools the patches in 2-D, the others have as large an m.",
+        drawer=pictures.captions,
+    ),
+    Section(
+        "Causal associative recall",
+        "associative_recall",
+        _alone(tables.recall),
+        "What each causal form remembers of pairs seen once, all of them but full attention through a small memory.",
+    ),
+    Section(
+        "What the context costs the causal forms",
+        "causal_cost",
+        _alone(tables.causal_cost),
+        "Below 1 a form is faster than full causal attention; a token that costs the same at every n stays at 1.",
+    ),
+    Section(
+        "A training step of the language model as its context grows",
+        "language_cost_*",
+        tables.language_cost,
+        "`sdpa` over each form: above 1 the form is cheaper. Memory is what a step holds beyond the weights.",
     ),
     Section(
         "Decoding: memory and time of a token",
@@ -112,8 +149,8 @@ def page(results: Results, place: Place) -> str:
     parts = [PREFACE]
     for section, names in found(results):
         parts.append(f"\n## {section.title}\n")
-        if section.intro:
-            parts.append(f"\n{section.intro}\n")
+        for lead in (section.lead(results) if section.lead else "", section.intro):
+            parts += [f"\n{lead}\n"] if lead else []
         for name in names:
             parts.append(f"\n{section.make(results, name)}\n")
             if section.drawer is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -152,7 +153,8 @@ def table5(results: Results, name: str) -> str:
     text = (
         f"{s['layers']} layers, width {s['width']}, {s['heads']} heads, m = {s['m']}, batch {s['batch']}, "
         f"{s['dtype']}, forward and backward{', **a quick run**' if s['quick'] else ''}. "
-        "Full attention over each mechanism, time / memory; above 1 the mechanism is cheaper than full attention:\n"
+        "Full attention over each mechanism, time / memory; above 1 the mechanism is cheaper than full attention. The "
+        "row `full` itself: time (on a CPU over that at the shortest length) and memory:\n"
     )
     parts = [text]
     for mlp in s["mlp"]:
@@ -160,11 +162,12 @@ def table5(results: Results, name: str) -> str:
         if rows:
             parts += [f"\n{kind(mlp)}:\n\n", _table5_ratios(result, mlp), "\n"]
     paper = result["paper, full over csat"]
+    parts += [_unfused(result, mlp) for mlp in s["mlp"]]
     parts.append(
         f"\nThe paper states {paper['time']} / {paper['memory']} for its CSAT, which decodes by LISTA, and finds it "
         "slower than Linformer and Performer. An exponent is fitted over the four longest lengths that were measured. "
     )
-    return ("".join(parts) + _left_out(result)).rstrip() + results.source(result["machine"], name)
+    return ("".join(parts) + _few_turns(result) + _left_out(result)).rstrip() + results.source(result["machine"], name)
 
 
 def _table5_ratios(result: dict[str, Any], mlp: int) -> str:
@@ -175,7 +178,7 @@ def _table5_ratios(result: dict[str, Any], mlp: int) -> str:
 
     def cell(mechanism: str, n: int) -> str:
         if mechanism == "full" and (row := measured.get((mechanism, n))):
-            return f"{milliseconds(row['median_ms'])} ms, {row['memory_MiB']:.0f} MiB"
+            return f"{_full_time(result, row, measured['full', lengths[0]])}, {row['memory_MiB']:.0f} MiB"
         ratio = over.get((mechanism, n))
         return "-" if ratio is None else f"{ratio['time']:.2f} / {ratio['memory']:.2f}"
 
@@ -186,6 +189,37 @@ def _table5_ratios(result: dict[str, Any], mlp: int) -> str:
     names = mechanisms_of(result["rows"])
     rows = [[name, *(cell(name, n) for n in lengths), exponents(name)] for name in names]
     return table(["", *(f"n = {n}" for n in lengths), "grows as n to the"], rows)
+
+
+def _full_time(result: dict[str, Any], row: dict[str, Any], shortest: dict[str, Any]) -> str:
+    """Milliseconds on a GPU; on CPU, whose times say little elsewhere, multiples of that at the shortest length."""
+    if result["machine"]["device"] != "cpu":
+        return f"{milliseconds(row['median_ms'])} ms"
+    return f"time {row['median_ms'] / shortest['median_ms']:.2f}"
+
+
+def _unfused(result: dict[str, Any], mlp: int) -> str:
+    """The longest length at which full attention with its scores kept and CSAT with LISTA both ran."""
+    rows = [row for row in result["rows"] if row["mlp"] == mlp]
+    kept = {row["n"]: row for row in rows if row["mechanism"] == "full, scores kept"}
+    lista = {row["n"]: row for row in rows if row["mechanism"] == "csat + LISTA"}
+    if not kept.keys() & lista.keys():
+        return ""
+    n = max(kept.keys() & lista.keys())
+    time, memory = (kept[n][key] / lista[n][key] for key in ("median_ms", "memory_MiB"))
+    what = f"{kind(mlp)}, full attention with its scores kept over `csat + LISTA` at n = {n}"
+    return f"\n{what}: {time:.1f} / {memory:.1f}.\n"
+
+
+def _few_turns(result: dict[str, Any]) -> str:
+    """Lengths whose figures are of fewer turns than was asked for."""
+    turns = {row["n"]: len(row["samples_ms"]) for row in result["rows"]}
+    few = [f"{turns[n]} at n = {n}" for n in sorted(turns) if turns[n] < result["settings"]["turns"]]
+    return (
+        f"Medians of {result['settings']['turns']} turns, of fewer where time ran out: {', '.join(few)}. "
+        if few
+        else ""
+    )
 
 
 def _left_out(result: dict[str, Any]) -> str:
@@ -305,39 +339,59 @@ def spread(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def counted_runs(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Form of attention -> its runs at the rate that was chosen on validation, with the first seed, one for each seed.
+def best(runs: Sequence[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
+    """The run that is best on validation, the one of the lower rate among equals."""
+    sign = -1 if settings.get("lower is better") else 1
+    return max(runs, key=lambda run: (sign * run["validation"], -run["rate"]))
 
-    The lower of equally good rates, as `benchmarks/quality/protocol.py` chooses.
-    """
+
+def counted_runs(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Form of attention -> its runs at the rate that was chosen on validation, with the first seed, one for each
+    seed."""
     first = result["settings"]["seeds"][0]
     found: dict[str, list[dict[str, Any]]] = {}
     for form in result["settings"]["forms"]:
         runs = [run for run in result["runs"] if run["form"] == form]
         tried = [run for run in runs if run["seed"] == first]
         if tried:
-            rate = max(tried, key=lambda run: (run["validation"], -run["rate"]))["rate"]
+            rate = best(tried, result["settings"])["rate"]
             found[form] = [run for run in runs if run["rate"] == rate]
     return found
 
 
+def mean(scores: Sequence[float], digits: int = 1, sign: str = "") -> str:
+    """Mean and standard deviation."""
+    sigma = f" ± {spread(scores):.{digits}f}" if len(scores) > 1 else ""
+    return f"{statistics.fmean(scores):{sign}.{digits}f}{sigma}"
+
+
 def percent(runs: Sequence[dict[str, Any]]) -> str:
     """Mean and standard deviation of the test accuracy, in percent, and the number of runs."""
-    scores = [100 * run["test"] for run in runs]
-    sigma = f" ± {spread(scores):.1f}" if len(scores) > 1 else ""
-    return f"{statistics.fmean(scores):.1f}{sigma} ({len(scores)})"
+    return f"{mean([100 * run['test'] for run in runs])} ({len(runs)})"
 
 
-def _protocol(result: dict[str, Any]) -> str:
+OF_SEEDS = "mean ± standard deviation (number of seeds)"
+
+
+def _protocol(result: dict[str, Any], scores: str, data: str) -> str:
+    """What was learnt and how: `scores` says what the figures are, `data` what a step sees and the test has."""
     s, quick = result["settings"], result["settings"]["quick"]
-    size, examples = s["size"], s["examples"]
-    rates = ", ".join(f"{rate:g}" for rate in s["rates"])
+    size, rates = s["size"], ", ".join(f"{rate:g}" for rate in s["rates"])
     return (
-        f"{s['about']}. {'**A quick set, too short for conclusions.** ' if quick else ''}Test accuracy in percent, "
-        f"mean ± standard deviation (number of seeds); chance {100 * s['chance']:.0f}, the most frequent label "
-        f"{100 * s['majority']:.1f}. {size['layers']} layers, width {size['width']}, {size['heads']} heads, "
-        f"m = {size['m']}; {s['schedule']['steps']} steps of {s['schedule']['batch']} out of {examples[0]} examples, "
-        f"{examples[2]} for the test; rate {'out of ' if len(s['rates']) > 1 else ''}{rates}.\n\n"
+        f"{s['about']}. {'**A quick set, too short for conclusions.** ' if quick else ''}{scores}. "
+        f"{size['layers']} layers, width {size['width']}, {size['heads']} heads, m = {size['m']}; "
+        f"{s['schedule']['steps']} steps of {s['schedule']['batch']} {data}; "
+        f"rate {'out of ' if len(s['rates']) > 1 else ''}{rates}.\n\n"
+    )
+
+
+def _classified(result: dict[str, Any]) -> str:
+    s = result["settings"]
+    return _protocol(
+        result,
+        f"Test accuracy in percent, {OF_SEEDS}; chance {100 * s['chance']:.0f}, the most frequent label "
+        f"{100 * s['majority']:.1f}",
+        f"out of {s['examples'][0]} examples, {s['examples'][2]} for the test",
     )
 
 
@@ -350,16 +404,173 @@ def quality(results: Results, name: str) -> str:
         for form, runs in counted_runs(result).items()
     ]
     return (
-        _protocol(result)
+        _classified(result)
         + table(["attention", "accuracy", "rate", "parameters"], rows)
-        + _runs_left_out(result)
+        + told_apart(result)
+        + _runs_missing(result)
         + results.source(result["machine"], name)
     )
 
 
-def _runs_left_out(result: dict[str, Any]) -> str:
-    left = len(result["left_out"])
-    return f"\n\nRuns left out for time: {left}." if left else ""
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+"""Number of seeds -> how many standard errors a mean has to be from 0, two-sided 95 %; more seeds are taken for ten."""
+
+CONTROLS: dict[str, tuple[str, ...]] = {
+    "full": (),
+    "window": ("csat, block", "csat, block + linear", "csat, block + LISTA"),
+    "csat, block + linear": ("csat, block + LISTA",),
+    "csat + linear": ("csat + LISTA",),
+}
+"""What is held against which forms; against `full` all."""
+
+
+def _differences(runs: Iterable[dict[str, Any]], base: Iterable[dict[str, Any]]) -> list[float]:
+    """Test scores over those of the same seeds: a seed gives all forms the same data in the same order."""
+    of_seed = {run["seed"]: run["test"] for run in base}
+    return [run["test"] - of_seed[run["seed"]] for run in runs if run["seed"] in of_seed]
+
+
+def verdict(differences: Sequence[float], lower_is_better: bool) -> str:
+    """`better`, `worse`, or what cannot be told from these seeds by Student's t."""
+    if len(differences) < 2:
+        return "one seed"
+    error = spread(differences) / math.sqrt(len(differences))
+    away = statistics.fmean(differences) * (-1 if lower_is_better else 1)
+    if abs(away) <= STUDENT[min(len(differences), 10)] * error or not away:
+        return "not told apart"
+    return "better" if away > 0 else "worse"
+
+
+def told_apart(result: dict[str, Any]) -> str:
+    """What the seeds tell of each form against its controls."""
+    found, lower = counted_runs(result), bool(result["settings"].get("lower is better"))
+    sentences = []
+    for control, forms in CONTROLS.items():
+        verdicts: dict[str, list[str]] = {}
+        for form in forms or (name for name in found if name != control):
+            if control in found and form in found:
+                told = verdict(_differences(found[form], found[control]), lower)
+                verdicts.setdefault(told, []).append(f"`{form}`")
+        if verdicts:
+            words = "; ".join(f"{told}: {', '.join(names)}" for told, names in verdicts.items())
+            sentences.append(f"against `{control}` {words}")
+    return f"\n\nSeed by seed (Student's t, 95 %), {'; '.join(sentences)}." if sentences else ""
+
+
+QUALITY_TABLES = (
+    "causal-language",
+    "masked-language",
+    "listops",
+    "pathfinder",
+    "pathfinder-64",
+    "fashion-mnist",
+    "captions",
+    "ablation",
+)
+"""The tables of `benchmarks/quality_tables.py`."""
+SETS = {"quick": "_quick", "published": "", "whole": "_whole"}
+"""A set of a table -> the ending of its result file."""
+
+
+def quality_file(table: str, which: str) -> str:
+    """Name of the result file of a set."""
+    return f"quality_{table}{SETS[which]}".replace("-", "_")
+
+
+def _runs_of_plan(result: dict[str, Any]) -> tuple[int, dict[str, int]]:
+    """Runs that each form has in the end, one at every rate and one for every other seed; those that are there."""
+    s = result["settings"]
+    there = {form: sum(run["form"] == form for run in result["runs"]) for form in s["forms"]}
+    return len(s["rates"]) + len(s["seeds"]) - 1, there
+
+
+def _runs_missing(result: dict[str, Any]) -> str:
+    """Which runs of the plan the file does not have."""
+    each, there = _runs_of_plan(result)
+    missing = [f"`{form}` {each - count}" for form, count in there.items() if count < each]
+    if not missing:
+        return ""
+    left = sum(each - count for count in there.values())
+    return f"\n\n**Not run yet: {left} of {each * len(there)} runs** ({', '.join(missing)})."
+
+
+def sets_run(results: Results) -> str:
+    """What the quality tables are, and how far each of their sets has come."""
+    cells = []
+    for name in QUALITY_TABLES:
+        row = [name]
+        for which in SETS:
+            file = quality_file(name, which)
+            if not results.has(file):
+                row.append("not run")
+                continue
+            each, there = _runs_of_plan(results.load(file))
+            row.append(f"{sum(there.values())} of {each * len(there)} runs")
+        cells.append(row)
+    return (
+        "Protocol: `benchmarks/quality/protocol.py`; command: `benchmarks/quality_tables.py`. Each table has a quick "
+        "set, a quarter of an hour on two cores at most, a published one, two hours at most, and one of LRA's lengths, "
+        "for a GPU. How far they have come:\n\n" + table(["table", *SETS], cells)
+    )
+
+
+def language(results: Results, name: str) -> str:
+    """Bits per byte of each form of attention, and what it needs more than the first form with the same seeds."""
+    result = results.load(name)
+    s, found = result["settings"], counted_runs(result)
+    first = next(iter(s["forms"]))
+    rows = []
+    for form, runs in found.items():
+        more = _differences(runs, found.get(first, ()))
+        over = mean(more, 3, "+") if more and form != first else "-"
+        bits = f"{mean([run['test'] for run in runs], 3)} ({len(runs)})"
+        rows.append([f"`{form}`", bits, over, f"{runs[0]['rate']:g}", f"{s['forms'][form]['parameters']}"])
+    text = _protocol(
+        result,
+        f"Bits per byte of the test text, lower is better, {OF_SEEDS}; frequencies of single bytes: "
+        f"{s['single bytes']:.3f}",
+        f"windows of {s['tokens']} bytes out of {s['bytes'][0]}, {s['bytes'][2]} for the test",
+    )
+    head = ["attention", "bits per byte", f"over `{first}`, seed by seed", "rate", "parameters"]
+    ending = told_apart(result) + _runs_missing(result) + results.source(result["machine"], name)
+    return text + table(head, rows) + ending
+
+
+def captions(results: Results, name: str) -> str:
+    """Recall both ways and the scores of captions for each form of attention, chance beneath."""
+    result = results.load(name)
+    s = result["settings"]
+    chance, rows = None, []
+    for form, runs in counted_runs(result).items():
+        figures = [run["figures"] for run in runs if "figures" in run]
+        if figures:
+            chance = figures[0]
+            rows.append([f"`{form}` ({len(figures)})", *_of_captions(figures, "score"), f"{runs[0]['rate']:g}"])
+    if chance is not None:
+        rows.append(["chance", *_of_captions([chance], "chance"), ""])
+    text = _protocol(
+        result,
+        f"Held-out recall in percent, image to text / text to image, and greedy captions, {OF_SEEDS}",
+        f"pairs out of {s['pairs'][0]}, {s['pairs'][2]} for the test",
+    )
+    parameters = [own["parameters"] for own in s["forms"].values()]
+    equal = f"\n\nParameters: {min(parameters)} to {max(parameters)}."
+    head = ["attention", *(f"{k}" for k in RECALLS), *CAPTIONS, "rate"]
+    told = told_apart(result).replace("Seed by seed", "Mean R@10 of both ways, seed by seed")
+    ending = equal + told + _runs_missing(result) + results.source(result["machine"], name)
+    return text + table(head, rows) + ending
+
+
+RECALLS, CAPTIONS = ("R@1", "R@5", "R@10"), ("BLEU-4", "CIDEr-D")
+
+
+def _of_captions(figures: Sequence[dict[str, Any]], key: str) -> list[str]:
+    """The cells of one row: `score` or `chance` of every metric."""
+    ways = list(figures[0]["retrieval"])
+    recall = [
+        " / ".join(mean([100 * own["retrieval"][way][k][key] for own in figures]) for way in ways) for k in RECALLS
+    ]
+    return recall + [mean([own["captioning"][name][key] for own in figures], 2) for name in CAPTIONS]
 
 
 DECODERS = ("none", "linear", "lista")
@@ -381,38 +592,18 @@ def ablation(results: Results, name: str) -> str:
     of_m = [[d, *(cell("pool", "fixed", d, f"m = {size}") for size in sizes)] for d in ("none", "lista")]
     full = f"Full attention: {percent(runs['full'])}.\n\n" if "full" in runs else ""
     return (
-        _protocol(result)
+        _classified(result)
         + full
         + table([f"ensemble, Phi; {m}", *(f"decoder `{d}`" for d in DECODERS)], rows)
         + "\n\n"
         + table(["pool, fixed; decoder", *(f"m = {size}" for size in sizes)], of_m)
         + "\n\nHere parameters are not made equal: learned Phi and decoders add theirs."
-        + _runs_left_out(result)
+        + _runs_missing(result)
         + results.source(result["machine"], name)
     )
 
 
-# ---- causal forms ----------------------------------------------------------------------------------------------------
-
-
-def language_model(results: Results) -> str:
-    """Held-out bits per byte of each attention, beside the frequencies of single bytes."""
-    result = results.load("language_model")
-    text, s = result["text"], result["settings"]
-    model, data, block = s["model"], s["data"], s["model"]["block"]
-    about = (
-        f"Held-out bits per byte on the {text['name']}, {text['training']} bytes to train on and the last "
-        f"{text['held out']} held out. {model['layers']} layers, width {model['width']}, {model['heads']} heads; "
-        f"{s['steps']} steps of {data['batch_size']} windows of {data['context']} bytes, seed {s['seed']}. "
-        f"`block`: blocks of {block['block_size']} to {block['measurements']} measurements, {block['window_blocks']} "
-        f"exact before the query's own; `prefix`: m = {model['prefix']['measurements']}.\n\n"
-    )
-    rows = [
-        [f"`{name}`", f"{run['bits per byte']:.3f}", f"{run['parameters']}"] for name, run in result["runs"].items()
-    ]
-    rows.append(["*frequencies of single bytes*", f"{result['bits per byte of single bytes']:.3f}", ""])
-    head = ["attention", "bits per byte", "parameters"]
-    return about + table(head, rows) + results.source(result["machine"], "language_model")
+# ---- decoding --------------------------------------------------------------------------------------------------------
 
 
 def decoding(results: Results) -> str:
@@ -436,3 +627,78 @@ def decoding(results: Results) -> str:
     )
     head = ["", *(f"n = {row['n']}" for row in found)]
     return about + table(head, rows) + results.source(result["machine"], "decoding")
+
+
+def causal_cost(results: Results) -> str:
+    """Time of the causal forms over full causal attention, and of a token over that at the shortest length."""
+    result = results.load("causal_cost")
+    shape = result["shape"]
+    growth = next(value for key, value in result.items() if key.startswith("time a token"))
+    shortest = next(iter(growth["sdpa"]))
+    over = result["time over sdpa, forward and backward"]
+    rows = [[f"`{name}`: time over `sdpa`", *(f"{x:.2f}" for x in own.values())] for name, own in over.items()]
+    rows += [
+        [f"`{name}`: a token over its own at n = {shortest}", *(f"{x:.2f}" for x in own.values())]
+        for name, own in growth.items()
+    ]
+    about = (
+        f"The operator alone, forward and backward, {shape['heads']} heads of {shape['width']}, {shape['dtype']}, one "
+        f"thread; r = {shape['r']} measurements of each block, prefix with m = {shape['m']}:\n\n"
+    )
+    head = ["", *(f"n = {n}" for n in growth["sdpa"])]
+    return about + table(head, rows) + results.source(result["machine"], "causal_cost")
+
+
+def language_cost(results: Results, name: str) -> str:
+    """Tokens a second and memory of a training step of the language model as its context grows."""
+    result = results.load(name)
+    s, measured = result["settings"], result["rows"]
+    first = measured[0]["context"]
+    rows = []
+    for form, own in result["ratios"].items():
+        if form == "sdpa":
+            if result["machine"]["device"] != "cpu":  # a processor's speed says little of another's
+                rows.append(
+                    [f"`{form}`: tokens a second", *(f"{row['tokens a second'][form]:.0f}" for row in measured)]
+                )
+            cells = [f"{row['memory_MiB'][form]:.0f}" for row in measured]
+            rows.append([f"`{form}`: MiB", *cells])
+        else:
+            for what in ("time", "memory"):
+                cells = [f"{ratio[f'sdpa {what} over it']:.2f}" for ratio in own.values()]
+                rows.append([f"`{form}`: {what}, `sdpa` over it", *cells])
+    rows += [
+        [
+            f"`{form}`: time a token over its own at {first}",
+            *(f"{ratio['time a token over its own at the first']:.2f}" for ratio in own.values()),
+        ]
+        for form, own in result["ratios"].items()
+    ]
+    about = (
+        f"A training step (loss and all gradients) of `csat lm`: {s['layers']} layers, width {s['width']}, "
+        f"{s['heads']} heads, MLP and output layer included, one window, {s['dtype']}; blocks of {s['block_size']} "
+        f"tokens to {s['measurements_per_block']} measurements, one exact before the query's own; prefix with "
+        f"m = {s['m']}.\n\n"
+    )
+    head = ["", *(f"{row['context']} bytes" for row in measured)]
+    return about + table(head, rows) + results.source(result["machine"], name)
+
+
+def recall(results: Results) -> str:
+    """Accuracy of each form on associative recall, at the better rate on validation with the first seed."""
+    result = results.load("associative_recall")
+    s = result["settings"]
+    rows = []
+    for form in dict.fromkeys(run["form"] for run in result["runs"]):
+        runs = [run for run in result["runs"] if run["form"] == form]
+        rate = max((r for r in runs if r["seed"] == 0), key=lambda r: (r["validation"], -r["rate"]))["rate"]
+        scores = [run["test"] for run in runs if run["rate"] == rate]
+        rows.append([f"`{form}`", ", ".join(f"{score:.2f}" for score in scores), f"{rate:g}"])
+    about = (
+        f"{s['pairs']} pairs, then {s['asked']} keys whose values are asked for, out of {s['values']} (chance "
+        f"{1 / s['values']:.2f}); one layer of width {s['width']}, {s['heads']} heads, m = {s['m']}, no decoder; "
+        f"{s['steps']} steps of {s['batch']} sequences. Test accuracy of every seed:\n\n"
+    )
+    return (
+        about + table(["attention", "accuracy", "rate"], rows) + results.source(result["machine"], "associative_recall")
+    )

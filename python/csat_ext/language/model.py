@@ -48,6 +48,14 @@ def attention(config: ModelConfig, layer: int) -> FullAttention | CSATAttention:
     return CSATAttention(config.width, config.heads, form.replace(layer=layer))
 
 
+def waves(start: int, count: int, width: int) -> Tensor:
+    """Sines and cosines of positions (Vaswani et al. 2017), (count, width) float32, the same however a sequence is
+    split."""
+    at = torch.arange(start, start + count, dtype=torch.float64)[:, None]
+    rates = LONGEST_WAVE ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+    return torch.cat([torch.sin(at * rates), torch.cos(at * rates)], 1).float()
+
+
 def parameters(module: nn.Module) -> int:
     """How many numbers are trained."""
     return sum(p.numel() for p in module.parameters())
@@ -108,7 +116,7 @@ class LanguageModel(nn.Module):
         `new_caches`, which take them up, the next n tokens of one."""
         start = caches[0].length if caches else 0
         x = self.embedding(tokens) * math.sqrt(self.width)
-        x = x + self._positions(start, tokens.shape[1]).to(x)
+        x = x + waves(start, tokens.shape[1], self.width).to(x)
         for i, block in enumerate(self.blocks):
             x = block(x, None if caches is None else caches[i])
         return F.linear(self.norm(x), self.embedding.weight)
@@ -116,9 +124,3 @@ class LanguageModel(nn.Module):
     def new_caches(self) -> list[Cache]:
         """What `logits` keeps of a sequence, one cache a layer."""
         return [block.attn.new_cache() for block in self.blocks]  # type: ignore[operator, union-attr]
-
-    def _positions(self, start: int, count: int) -> Tensor:
-        """(count, width), float32, the same however a sequence is split."""
-        at = torch.arange(start, start + count, dtype=torch.float64)[:, None]
-        waves = LONGEST_WAVE ** -(torch.arange(0, self.width, 2, dtype=torch.float64) / self.width)
-        return torch.cat([torch.sin(at * waves), torch.cos(at * waves)], 1).float()

@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
-CAPTION_SUFFIX = "txt"
+CAPTION_SUFFIX, CAPTIONS_SUFFIX = "txt", "captions.txt"  # the one caption; several, one a line
 PIXEL_MEAN = PIXEL_STD = 0.5  # images leave here in [-1, 1]
 SHUFFLE_BUFFER = 1024  # raw samples held per reader when streaming
 MEMORY_LIMIT = 4 << 30  # bytes of decoded pixels that samples_per_epoch=None may hold
@@ -62,8 +62,8 @@ class DataConfig:
 
     Args:
         train_shards, val_shards: WebDataset shards: a URL or path pattern with brace expansion and (paths) globs, or
-            several. Tar files, in gzip or not, with members ``KEY.{png,jpg,jpeg,webp}`` and ``KEY.txt``. ``pipe:`` is
-            refused.
+            several. Tar files, in gzip or not, with members ``KEY.{png,jpg,jpeg,webp}`` and ``KEY.txt``, the caption,
+            or ``KEY.captions.txt``, one caption a line. ``pipe:`` is refused.
         tokenizer: path of a `tokenizers` JSON with [PAD], [BOS], [EOS] that encodes a caption as [BOS] ... [EOS].
         image_size: side of the square images, in pixels.
         text_length: tokens of a caption, [BOS] and [EOS] included. Longer captions lose their last words, never [EOS].
@@ -169,10 +169,10 @@ class CaptionTokenizer:
 
 @dataclass
 class Sample:
-    """One decoded pair: pixels (3, H, W) uint8, tokens (L,) int64, token_mask (L,) bool."""
+    """One image with its C captions: pixels (3, H, W) uint8, tokens (C, L) int64, token_mask (C, L) bool."""
 
     key: str
-    caption: str
+    captions: tuple[str, ...]
     pixels: Tensor
     tokens: Tensor
     token_mask: Tensor
@@ -235,23 +235,26 @@ def raw_samples(shards: list[str], handler: Callable[[Exception], bool]) -> Iter
 
 
 def decode(raw: dict[str, Any], image_size: int, tokenizer: CaptionTokenizer) -> Sample:
-    """One sample from its members: the image over white, RGB, resized to a square of image_size; the caption stripped.
+    """One sample from its members: the image over white, RGB, resized to a square of image_size; captions stripped.
 
     Raises:
-        ValueError: no image, an image that Pillow cannot read, no caption, or a caption that is empty or not UTF-8.
+        ValueError: no image, an image that Pillow cannot read, no caption, or captions that are empty or not UTF-8.
     """
     where = f"sample {raw['__key__']!r} of {raw['__url__']!r}"
     members = sorted(name for name in raw if not name.startswith("__"))
     suffix = next((s for s in IMAGE_SUFFIXES if s in raw), None)
     if suffix is None:
         raise ValueError(f"{where} has no image: members {members}, accepted {list(IMAGE_SUFFIXES)}")
-    if CAPTION_SUFFIX not in raw:
+    written = next((s for s in (CAPTION_SUFFIX, CAPTIONS_SUFFIX) if s in raw), None)
+    if written is None:
         raise ValueError(f"{where} has no caption: members {members}, needs {CAPTION_SUFFIX!r}")
     try:
-        caption = raw[CAPTION_SUFFIX].decode("utf-8").strip()
+        text = raw[written].decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: the caption is not UTF-8 ({error})") from error
-    if not caption:
+    lines = text.splitlines() if written == CAPTIONS_SUFFIX else [text]
+    captions = tuple(caption for line in lines if (caption := line.strip()))
+    if not captions:
         raise ValueError(f"{where}: the caption is empty")
     try:
         with Image.open(io.BytesIO(raw[suffix])) as opened:
@@ -263,7 +266,8 @@ def decode(raw: dict[str, Any], image_size: int, tokenizer: CaptionTokenizer) ->
     if image.size != (image_size, image_size):
         image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-    return Sample(raw["__key__"], caption, pixels, *tokenizer.encode(caption))
+    tokens, masks = zip(*map(tokenizer.encode, captions), strict=True)
+    return Sample(raw["__key__"], captions, pixels, torch.stack(tokens), torch.stack(masks))
 
 
 def decoded(
@@ -283,31 +287,41 @@ def decoded(
 def augmentation(sample: Sample, seed: int, epoch: int) -> Tensor:
     """Affine map (2, 3) from output to input coordinates in [-1, 1] (`affine_grid`): a crop of 76 to 116 % of the side
     (beyond the image its border is repeated), shifted by up to a twentieth of it, mirrored half the time. A function of
-    (seed, epoch, key, caption) alone."""
+    (seed, epoch, key, captions) alone."""
     rng = np.random.default_rng((seed, epoch, zlib.crc32(sample.key.encode())))
     zoom_x, zoom_y = rng.uniform(0.8, 1.1) * rng.uniform(0.95, 1.05, size=2)
     shift_x, shift_y = rng.uniform(-0.1, 0.1, size=2)
-    mirror = -1.0 if rng.random() < 0.5 and _SIDED_WORDS.isdisjoint(sample.caption.lower().split()) else 1.0
+    words = " ".join(sample.captions).lower().split()
+    mirror = -1.0 if rng.random() < 0.5 and _SIDED_WORDS.isdisjoint(words) else 1.0
     return torch.tensor([[mirror * zoom_x, 0.0, shift_x], [0.0, zoom_y, shift_y]], dtype=torch.float32)
 
 
-def collate(samples: list[Sample], augment: tuple[int, int] | None = None) -> Batch:
-    """A batch: image (B, 3, H, W) float32 in [-1, 1], tokens (B, L) int64, token_mask (B, L) bool (True = keep), and
-    the lists key and caption.
+def drawn_caption(sample: Sample, seed: int, epoch: int) -> int:
+    """Which of an image's captions an epoch sees: a function of (seed, epoch, key) and of how many there are."""
+    count = len(sample.captions)
+    return int(np.random.default_rng((seed, epoch, zlib.crc32(sample.key.encode()), 1)).integers(count))
 
-    `augment` is (seed, epoch), or None for the images as they are.
+
+def collate(samples: list[Sample], drawn: tuple[int, int] | None = None, augment: bool = False) -> Batch:
+    """A batch: image (B, 3, H, W) float32 in [-1, 1], tokens (B, L) int64, token_mask (B, L) bool (True = keep) of one
+    caption of each, and the lists key, caption (that one) and captions (all of each).
+
+    `drawn` is (seed, epoch), which draw the caption and, with `augment`, what becomes of the image; None takes the
+    first caption and the image as it is.
     """
     image = torch.stack([s.pixels for s in samples]).float().div_(255).sub_(PIXEL_MEAN).div_(PIXEL_STD)
-    if augment is not None:
-        maps = torch.stack([augmentation(s, *augment) for s in samples])
+    if drawn is not None and augment:
+        maps = torch.stack([augmentation(s, *drawn) for s in samples])
         grid = F.affine_grid(maps, list(image.shape), align_corners=False)
         image = F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    chosen = [0 if drawn is None else drawn_caption(s, *drawn) for s in samples]
     return {
         "image": image,
-        "tokens": torch.stack([s.tokens for s in samples]),
-        "token_mask": torch.stack([s.token_mask for s in samples]),
+        "tokens": torch.stack([s.tokens[i] for s, i in zip(samples, chosen, strict=True)]),
+        "token_mask": torch.stack([s.token_mask[i] for s, i in zip(samples, chosen, strict=True)]),
         "key": [s.key for s in samples],
-        "caption": [s.caption for s in samples],
+        "caption": [s.captions[i] for s, i in zip(samples, chosen, strict=True)],
+        "captions": [list(s.captions) for s in samples],
     }
 
 
@@ -354,11 +368,11 @@ def _load_samples(
 class _InMemory(Dataset[Batch]):
     """Batches of decoded samples by lists of indices."""
 
-    def __init__(self, samples: tuple[Sample, ...], augment: tuple[int, int] | None) -> None:
-        self.samples, self.augment = samples, augment
+    def __init__(self, samples: tuple[Sample, ...], drawn: tuple[int, int], augment: bool) -> None:
+        self.samples, self.drawn, self.augment = samples, drawn, augment
 
     def __getitem__(self, indices: list[int]) -> Batch:
-        return collate([self.samples[i] for i in indices], self.augment)
+        return collate([self.samples[i] for i in indices], self.drawn, self.augment)
 
 
 # --- streaming ---
@@ -381,13 +395,13 @@ class _Streaming(IterableDataset[Batch]):
         part = (worker + self.start_batch) % workers
         own = range(part, self.batches, workers)
         samples = self._samples(self.rank * workers + part, self.world_size * workers)
-        augment = (self.config.seed, self.epoch) if self.config.augment else None
+        drawn = self.config.seed, self.epoch
         for batch in own:
             group = [
                 next(samples) for _ in range(self.config.batch_size)
             ]  # decoded even if skipped: only good ones count
             if batch >= self.start_batch:
-                yield collate(group, augment)
+                yield collate(group, drawn, self.config.augment)
 
     def _samples(self, reader: int, readers: int) -> Iterator[Sample]:
         """Endless: passes over this reader's shards, each in another order."""
@@ -450,8 +464,8 @@ def train_batches(
     """The train batches of one epoch and rank from `start_batch` on (see `collate` for their contents).
 
     Ranks see disjoint samples within an epoch (streaming: within a pass over the shards). The same arguments give the
-    same batches, and `start_batch=k` gives them without the first k, whatever was read before; the augmentation of a
-    sample depends on (seed, epoch, key).
+    same batches, and `start_batch=k` gives them without the first k, whatever was read before; the caption and the
+    augmentation of a sample depend on (seed, epoch, key).
 
     Raises:
         ValueError: epoch < 0, rank or start_batch out of range, too few samples, nothing readable.
@@ -470,7 +484,7 @@ def train_batches(
     samples = load_samples(config)
     permutation = np.random.default_rng((config.seed, epoch)).permutation(len(samples))
     own = permutation[rank::world_size][: batches * config.batch_size].reshape(batches, config.batch_size)
-    dataset = _InMemory(samples, (config.seed, epoch) if config.augment else None)
+    dataset = _InMemory(samples, (config.seed, epoch), config.augment)
     return _loaded(dataset, own[start_batch:].tolist(), config.num_workers)
 
 

@@ -11,13 +11,14 @@ import sys
 import textwrap
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from csat_ext.pretrain.data import PIXEL_MEAN, PIXEL_STD, CaptionTokenizer, validation_batches
+from csat_ext.pretrain.data import PIXEL_MEAN, PIXEL_STD, CaptionTokenizer, DataConfig, validation_batches
 from csat_ext.pretrain.metrics import bleu4, chance_recall_at_k, cider_d, recall_at_k
 from csat_ext.pretrain.model import VisionLanguageModel
 from csat_ext.pretrain.train import CHECKPOINTS, METRICS, RUN, Run, build_model
@@ -44,12 +45,11 @@ def evaluate(checkpoint: Path, output: Path | None = None) -> dict[str, Any]:
     """
     output = checkpoint / "evaluation" if output is None else output
     run, model, step = load_trained(checkpoint)
-    items = _embed_and_caption(run, model)
+    data = replace(run.config.data, batch_size=run.config.evaluate.batch_size)
+    items = embed_and_caption(model, data, run.config.evaluate.max_items)
     results = {
         "step": step,
-        "items": len(items.captions),
-        "retrieval": _retrieval(items.image @ items.text.T, items.captions),
-        "captioning": _captioning(items.generated, items.captions),
+        **measured(items),
         "training": _last_metrics(checkpoint),
         "config": _relative(json.loads((checkpoint / RUN).read_text())),
         "command": shlex.join(["csat", *sys.argv[1:]]),
@@ -129,53 +129,84 @@ def stored_weights(folder: Path, tag: str) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class _Items:
-    """The held-out split: unit embeddings (N, E), true and generated captions, pictures (N, 3, S, S)."""
+class Items:
+    """The held-out split: unit embeddings (N, E) of the images and (T, E) of all their captions, one image's after
+    another's; the captions of each, a generated one, pictures (N, 3, S, S)."""
 
     image: Tensor
     text: Tensor
-    captions: list[str]
+    captions: list[tuple[str, ...]]
     generated: list[str]
     pictures: Tensor
 
+    def first(self, count: int | None) -> Items:
+        """The first so many images."""
+        texts = sum(map(len, self.captions[:count]))
+        return Items(
+            self.image[:count],
+            self.text[:texts],
+            self.captions[:count],
+            self.generated[:count],
+            self.pictures[:count],
+        )
+
+
+def measured(items: Items) -> dict[str, Any]:
+    """How many items there are, and every metric beside its chance level."""
+    return {
+        "items": len(items.captions),
+        "retrieval": retrieval(items),
+        "captioning": _captioning(items.generated, items.captions),
+    }
+
 
 @torch.inference_mode()
-def _embed_and_caption(run: Run, model: VisionLanguageModel) -> _Items:
-    data = replace(run.config.data, batch_size=run.config.evaluate.batch_size)
+def embed_and_caption(
+    model: VisionLanguageModel, data: DataConfig, max_items: int | None = None, caption: bool = True
+) -> Items:
+    """Passes the validation split of `data`, or its first items, through a model in evaluation mode; without `caption`
+    nothing is generated.
+
+    Raises:
+        ValueError: the split is empty.
+    """
     tokenizer = CaptionTokenizer(data.tokenizer, data.text_length)
     device = next(model.parameters()).device
     image, text, pictures = [], [], []
-    captions: list[str] = []
+    captions: list[tuple[str, ...]] = []
     generated: list[str] = []
     for batch in validation_batches(data):
         embedding, visual = model.encode_image(batch["image"].to(device))
         image.append(embedding.cpu())
-        text.append(model.encode_text(batch["tokens"].to(device), batch["token_mask"].to(device)).cpu())
+        tokens, masks = map(torch.stack, zip(*map(tokenizer.encode, chain(*batch["captions"])), strict=True))
+        text.append(model.encode_text(tokens.to(device), masks.to(device)).cpu())
         pictures.append(batch["image"])
-        captions += batch["caption"]
-        generated += map(tokenizer.decode, greedy_captions(model, visual, tokenizer))
-        if run.config.evaluate.max_items is not None and len(captions) >= run.config.evaluate.max_items:
+        captions += map(tuple, batch["captions"])
+        if caption:
+            generated += map(tokenizer.decode, greedy_captions(model, visual, tokenizer))
+        if max_items is not None and len(captions) >= max_items:
             break
     if not captions:
-        raise ValueError(f"data.val_shards: {run.config.data.val_shards} hold no items")
-    n = run.config.evaluate.max_items
-    return _Items(torch.cat(image)[:n], torch.cat(text)[:n], captions[:n], generated[:n], torch.cat(pictures)[:n])
+        raise ValueError(f"data.val_shards: {data.val_shards} hold no items")
+    return Items(torch.cat(image), torch.cat(text), captions, generated, torch.cat(pictures)).first(max_items)
 
 
-def _retrieval(similarity: Tensor, captions: list[str]) -> dict[str, dict[str, dict[str, float]]]:
-    """Recall@k of a (images, texts) similarity; pictures with one caption match each other's text."""
-    scores, chance = (f(similarity, RANKS, captions) for f in (recall_at_k, chance_recall_at_k))
+def retrieval(items: Items) -> dict[str, dict[str, dict[str, float]]]:
+    """Recall@k of images among texts and of texts among images; an image matches each of its captions, and pictures
+    with the same captions match each other's."""
+    of_texts = [captions for captions in items.captions for _ in captions]
+    similarity = items.image @ items.text.T
+    scores, chance = (f(similarity, RANKS, items.captions, of_texts) for f in (recall_at_k, chance_recall_at_k))
     return {
         direction: {f"R@{k}": {"score": scores[direction][k], "chance": chance[direction][k]} for k in RANKS}
         for direction in scores
     }
 
 
-def _captioning(generated: list[str], captions: list[str]) -> dict[str, dict[str, float]]:
+def _captioning(generated: list[str], references: list[tuple[str, ...]]) -> dict[str, dict[str, float]]:
     """BLEU-4 and CIDEr-D, and the same against the references of other images."""
-    half = len(captions) // 2
-    wrong = captions[half:] + captions[:half]
-    references, others = [[c] for c in captions], [[c] for c in wrong]
+    half = len(references) // 2
+    others = references[half:] + references[:half]
     scores = {"BLEU-4": bleu4, "CIDEr-D": cider_d}
     return {
         name: {"score": score(generated, references), "chance": score(generated, others)}
@@ -213,12 +244,13 @@ def _picture(pixels: Tensor) -> Any:
     return (pixels * PIXEL_STD + PIXEL_MEAN).clamp(0, 1).permute(1, 2, 0).numpy()
 
 
-def _draw(items: _Items, rows: int, path: Path) -> None:
+def _draw(items: Items, rows: int, path: Path) -> None:
     """One row an example, evenly spread over the split: an image, its captions, the five images nearest to its text."""
     from matplotlib.figure import Figure
 
     nearest = 5
     chosen = torch.linspace(0, len(items.captions) - 1, min(rows, len(items.captions))).long().tolist()
+    texts = [0, *accumulate(map(len, items.captions))]  # of each image's first caption
     figure = Figure(figsize=(13, 1.9 * len(chosen) + 0.5), layout="constrained")
     axes = figure.subplots(len(chosen), nearest + 2, squeeze=False, width_ratios=[1, 2] + [1] * nearest)
     for row, index in zip(axes, chosen, strict=True):
@@ -227,10 +259,10 @@ def _draw(items: _Items, rows: int, path: Path) -> None:
             axis.set_yticks([])
         row[0].imshow(_picture(items.pictures[index]))
         row[1].axis("off")
-        words = {"reference": items.captions[index], "generated": items.generated[index]}
+        words = {"reference": items.captions[index][0], "generated": items.generated[index]}
         text = "\n\n".join(textwrap.fill(f"{name}: {caption}", 32) for name, caption in words.items())
         row[1].text(0, 0.5, text, va="center", fontsize=9, transform=row[1].transAxes)
-        order = (items.image @ items.text[index]).argsort(descending=True)
+        order = (items.image @ items.text[texts[index]]).argsort(descending=True)
         right = [items.captions[found] == items.captions[index] for found in order.tolist()]
         for axis, found, is_right in zip(row[2:], order.tolist(), right, strict=False):
             axis.imshow(_picture(items.pictures[found]))

@@ -1,0 +1,54 @@
+"""The transformer of every table but the captions', and how it gets equal parameters under each form of attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from mechanisms import Block, LayerShape
+from torch import Tensor, nn
+
+Layer = Callable[[LayerShape], nn.Module]
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of the model; `hidden` is the width of its MLPs before parameters are made equal, `m` as in `LayerShape`."""
+
+    layers: int
+    width: int
+    heads: int
+    hidden: int
+    m: int
+
+    def shape(self, tokens: int, seed: int, layer: int) -> LayerShape:
+        return LayerShape(self.width, self.heads, tokens, self.m, seed, layer)
+
+
+class Trunk(nn.Module):
+    """Embedding of tokens and positions, pre-norm blocks, a norm: tokens (B, N) integers -> (B, N, width)."""
+
+    def __init__(self, layer: Layer, size: Size, hidden: int, tokens: int, vocabulary: int, seed: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, size.width)
+        self.positions = nn.Parameter(0.02 * torch.randn(tokens, size.width))
+        shapes = [size.shape(tokens, seed, i) for i in range(size.layers)]
+        self.blocks = nn.ModuleList(Block(layer(shape), size.width, hidden) for shape in shapes)
+        self.norm = nn.LayerNorm(size.width)
+
+    def forward(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
+        x = self.embedding(tokens.int()) + self.positions
+        for block in self.blocks:
+            x = block(x, keep)
+        return self.norm(x)
+
+
+def equal_hidden(counts: dict[str, int], size: Size) -> dict[str, int]:
+    """Widths of the MLPs with which all have the parameters of the largest, to less than one unit of each MLP.
+
+    counts: name -> parameters with `size.hidden`. What a mechanism does not spend on itself it gets as MLP.
+    """
+    unit = size.layers * (2 * size.width + 1)  # weights in, out and the bias of one hidden unit of every block
+    most = max(counts.values())
+    return {name: size.hidden + round((most - own) / unit) for name, own in counts.items()}
