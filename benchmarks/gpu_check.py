@@ -144,6 +144,8 @@ SANITIZED = (
     *(
         "attend_causal-no-window",
         "attend_causal_backward-grouped-masked",
+        "attend_prefix-grouped-masked",
+        "attend_prefix_backward-grouped-masked",
         "attend-streamed",
         "attend-wide",
         "attend_backward-D80",

@@ -164,10 +164,14 @@ def test_the_future_has_no_gradient_at_all(form: str, attention: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_kernels_of_the_block_form_see_no_future(kernels: Backend, dtype: torch.dtype) -> None:
-    n, phi = 75, block_phi(1)[0].float()
+@pytest.mark.parametrize("form", ["block", "prefix"])
+def test_the_kernels_see_no_future(kernels: Backend, form: str, dtype: torch.dtype) -> None:
+    n, options = 75, {"window_blocks": 1} if form == "block" else {}
+    phi = kernels.to(block_phi(1)[0].float() if form == "block" else prefix_phi(n=n).float())
     leaves = [kernels.to(x).requires_grad_() for x in tokens(n, dtype)]
-    out = csat_attention(*leaves, kernels.to(phi), causal="block", window_blocks=1)
+    if form == "prefix":
+        leaves.append(phi.requires_grad_())
+    out = csat_attention(*leaves[:3], phi, causal=form, **options)
     for t in (0, BK - 1, 40, n - 2):
         for grad in torch.autograd.grad(out[:, :, t].sum(), leaves, retain_graph=True):
             assert bool((grad[:, :, t + 1 :] == 0).all()) and bool(grad.isfinite().all())
