@@ -147,6 +147,8 @@ SANITIZED = (
         "attend_causal_backward-D64",
         "attend_causal_backward-D128",
         "attend_causal_decode-D64-P128",
+        "attend_prefix-grouped-masked",
+        "attend_prefix_backward-grouped-masked",
         "attend-streamed",
         "attend-wide",
         "attend_backward-D80",

@@ -13,7 +13,7 @@ from operator_cases import Case, make_inputs
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from csat_ext import CSATAttention, CSATConfig, causal, csat_attention, measurement, reference
+from csat_ext import CSATAttention, CSATConfig, csat_attention, measurement, reference
 from csat_ext.measurements import BY_POSITION, ENSEMBLES, columns_by_position
 
 B, H, HK, N, D, DV, M, R, BK = 2, 4, 2, 37, 8, 6, 5, 3, 8
@@ -107,10 +107,9 @@ def test_masked_pools_are_exact_over_what_is_left() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("n", [1, 5, 37, 40])
-def test_agrees_with_the_reference(form: str, masked: bool, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs and all gradients, with tiles and chunks shorter than the sequence; what is masked is NaN."""
-    monkeypatch.setattr(causal, "CHUNK", 7)
+@pytest.mark.parametrize("n", [1, 5, 37, 40, 101])
+def test_agrees_with_the_reference(form: str, masked: bool, n: int) -> None:
+    """Outputs and all gradients, with tiles and chunks shorter than the longest sequence; what is masked is NaN."""
     oracle, make_phi, options = FORMS[form]
     q, k, v = tokens(n)
     phi = make_phi() if name_of(form) == "block" else make_phi(n=n)
@@ -186,22 +185,26 @@ def test_the_future_has_no_gradient_at_all(form: str, attention: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_kernels_of_the_block_form_see_no_future(kernels: Backend, dtype: torch.dtype) -> None:
-    n, phi = 75, block_phi(1)[0].float()
+@pytest.mark.parametrize("form", ["block", "prefix"])
+def test_the_kernels_see_no_future(kernels: Backend, form: str, dtype: torch.dtype) -> None:
+    n, options = 75, {"window_blocks": 1} if form == "block" else {}
+    phi = kernels.to(block_phi(1)[0].float() if form == "block" else prefix_phi(n=n).float())
     leaves = [kernels.to(x).requires_grad_() for x in tokens(n, dtype)]
-    out = csat_attention(*leaves, kernels.to(phi), causal="block", window_blocks=1)
+    if form == "prefix":
+        leaves.append(phi.requires_grad_())
+    out = csat_attention(*leaves[:3], phi, causal=form, **options)
     for t in (0, BK - 1, 40, n - 2):
         for grad in torch.autograd.grad(out[:, :, t].sum(), leaves, retain_graph=True):
             assert bool((grad[:, :, t + 1 :] == 0).all()) and bool(grad.isfinite().all())
 
 
-@pytest.mark.parametrize("size", [1, 16, 37, 64])
+@pytest.mark.parametrize("n", [47, 48, 49, 96, 97, 200])
 @pytest.mark.parametrize("form", FORMS)
-def test_the_tile_and_the_chunk_do_not_matter(form: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(causal, "CHUNK", size)
+def test_the_tile_and_the_chunk_do_not_matter(form: str, n: int) -> None:
     oracle, make_phi, options = FORMS[form]
-    got = csat_attention(*tokens(), make_phi(), causal=name_of(form), **options)
-    torch.testing.assert_close(got, oracle(*tokens(), make_phi(), **options), rtol=1e-10, atol=1e-12)
+    phi = make_phi() if name_of(form) == "block" else make_phi(n=n)
+    got = csat_attention(*tokens(n), phi, causal=name_of(form), **options)
+    torch.testing.assert_close(got, oracle(*tokens(n), phi, **options), rtol=1e-10, atol=1e-12)
 
 
 # ---- dtypes and backends ---------------------------------------------------------------------------------------------

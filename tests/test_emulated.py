@@ -228,6 +228,67 @@ def test_attend_causal(
         assert all(bool((d.masked_select(masked_out) == 0).all()) for d in gradients[3:5])
 
 
+# batch, heads, heads of k, of phi, batch of phi; tokens, measurements, head dim, features
+PREFIX = [
+    (2, 2, 2, 2, 2, 131, 13, 20, 24),
+    (1, 2, 1, 1, 1, 65, 130, 7, 5),
+    (1, 4, 2, 4, 1, 64, 70, 66, 33),
+    (1, 1, 1, 1, 1, 1, 2, 1, 1),
+    (1, 2, 1, 2, 1, 33, 5, 130, 9),
+    (1, 4, 2, 1, 1, 140, 40, 48, 48),
+]
+
+
+def _prefix_inputs(
+    generator: torch.Generator, dtype: torch.dtype, sizes: tuple[int, ...], masked: bool, signed: bool
+) -> tuple[Any, ...]:
+    batch, heads, key_heads, phi_heads, phi_batch, tokens, m, head_dim, features = sizes
+    state_heads = max(key_heads, phi_heads)
+    attend = (batch, heads, key_heads, tokens, m, head_dim, features)
+    q, _, _, bias, scale = _attend_inputs(generator, dtype, attend, "masked" if masked and heads > 1 else "none")
+    k, v = (_tokens(generator, dtype, batch, key_heads, tokens, d) for d in (head_dim, features))
+    phi, before = (torch.randn(b, h, n, m, generator=generator) for b, h, n in (
+        (phi_batch, phi_heads, tokens), (batch, state_heads, 5)
+    ))  # fmt: skip
+    phi, before = (x.sign() if signed else x.softmax(-1) for x in (phi, before))
+    if masked and not signed and m > 2:
+        phi[:, :, :7, m // 2 :], before[..., m // 2 :] = 0, 0  # measurements without mass at first
+    mass = torch.full((batch, 1, 1), 5.0) if signed else before.sum(2)
+    sums = [before.mT @ torch.randn(batch, state_heads, 5, d, generator=generator) for d in (head_dim, features)]
+    keep = torch.rand(batch, tokens, generator=generator) < 0.7 if masked else None
+    return q, k, v, phi.to(dtype) if masked else phi, *sums, mass, bias, keep, scale, signed
+
+
+@pytest.mark.parametrize(("signed", "masked"), [(False, False), (False, True), (True, True)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", PREFIX, ids=str)
+def test_attend_prefix(
+    library: Any, generator: torch.Generator, sizes: tuple[int, ...], dtype: torch.dtype, signed: bool, masked: bool
+) -> None:
+    ops = EmulatedOps(library, seed=3 if masked else 0)
+    q, k, v, phi, *rest, keep, scale, _ = _prefix_inputs(generator, dtype, sizes, masked, signed)
+    if keep is not None:  # a masked token is never read
+        k, v = (x.masked_fill(~keep[:, None, :, None], math.nan) for x in (k, v))
+    tensors = _strided(q), _strided(k), _strided(v), _strided(phi), *rest, keep
+    z, lse, *ends = check(ops, "attend_prefix", *tensors, scale, signed)
+    of_ends = [torch.randn(x.shape, generator=generator) for x in ends]
+    dz = _strided(_tokens(generator, dtype, *z.shape))
+    gradients = check(ops, "attend_prefix_backward", dz, *of_ends, *tensors, lse, scale, signed)
+    if keep is not None:
+        masked_out = ~keep[:, None, :, None]
+        assert all(bool((d.masked_select(masked_out) == 0).all()) for d in gradients[1:4])
+
+
+def test_attend_prefix_in_parts_is_the_same(library: Any, generator: torch.Generator) -> None:
+    """Batch elements and key heads that go together in one call, and each in a call of its own, bit for bit."""
+    ops = EmulatedOps(library)
+    *data, bias, keep, scale, signed = _prefix_inputs(generator, torch.float32, PREFIX[0], True, False)
+    together = ops.attend_prefix(*data, bias, keep, scale, signed)
+    for b in range(2):
+        alone = ops.attend_prefix(*(x[b : b + 1] for x in data), bias, keep[b : b + 1], scale, signed)
+        assert all(torch.equal(x[b : b + 1], y) for x, y in zip(together, alone, strict=True))
+
+
 SIXTEEN_BITS = [torch.bfloat16, torch.float16]
 
 

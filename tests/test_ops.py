@@ -42,6 +42,33 @@ def naive_attend(q: Tensor, kc: Tensor, vc: Tensor, bias: Tensor | None, scale: 
     return scores.softmax(-1) @ vc
 
 
+def naive_attend_prefix(
+    q: Tensor, k: Tensor, v: Tensor, phi: Tensor, kc: Tensor, vc: Tensor, mass: Tensor, bias: Tensor | None,
+    mask: Tensor | None, scale: float, signed: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """z, lse and the state behind, every state of every token in memory."""
+    heads, of_state = q.shape[1], kc.shape[1]
+    phi = phi.expand(q.shape[0], -1, -1, -1)
+    if mask is not None:
+        k, v, phi = (torch.where(mask[:, None, :, None], x, torch.zeros_like(x)) for x in (k, v, phi))
+    k, v, phi = (x.repeat_interleave(of_state // x.shape[1], 1) for x in (k, v, phi))
+    kcs, vcs = (c.unsqueeze(2) + (phi[..., None] * x[..., None, :]).cumsum(2) for c, x in ((kc, k), (vc, v)))
+    counted = torch.ones(q.shape[0], 1, q.shape[2], 1, dtype=q.dtype) if mask is None else mask[:, None, :, None]
+    masses = mass.unsqueeze(2) + (counted.to(q.dtype) if signed else phi).cumsum(2)
+    ends = kcs[:, :, -1], vcs[:, :, -1], masses[:, :, -1]
+    kcs, vcs = (x.repeat_interleave(heads // of_state, 1) for x in (kcs, vcs))
+    g = masses if signed else masses.repeat_interleave(heads // of_state, 1)
+    filled = g > 0
+    g = torch.where(filled, g, torch.ones_like(g))
+    scores = scale * torch.einsum("bhtd,bhtjd->bhtj", q, kcs)
+    scores = scores / g.sqrt() if signed else scores / g + g.log()
+    scores = scores if bias is None else scores + bias.unsqueeze(2)
+    scores = scores.masked_fill(~filled, -torch.inf)
+    empty = scores.isneginf().all(-1, keepdim=True)
+    p = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+    return torch.einsum("bhtj,bhtjd->bhtd", p / (g.sqrt() if signed else g), vcs), scores.logsumexp(-1), *ends
+
+
 def naive_decode(z: Tensor, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor, step: Tensor) -> Tensor:
     a = z.new_zeros((*z.shape[:-1], theta.shape[-1]))
     for t in range(theta.shape[1]):
@@ -78,6 +105,19 @@ def attend_inputs(b=2, h=4, hk=2, nq=63, m=33, d=17, r=19, dtype=torch.float64) 
     return [randn(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes)]
 
 
+def prefix_inputs(
+    b: int = 2, h: int = 4, hk: int = 2, hp: int = 2, bp: int = 2, n: int = 203, m: int = 13, d: int = 9, r: int = 7,
+    signed: bool = False, dtype: torch.dtype = torch.float64,
+) -> list[Any]:  # fmt: skip
+    """q, k, v, phi and the state of a prefix before them; phi and the state in the accumulation type."""
+    q, k, v = (randn(b, x, n, y, seed=i, dtype=dtype) for i, (x, y) in enumerate(((h, d), (hk, d), (hk, r))))
+    phi, before, hs = randn(bp, hp, n, m, seed=3), randn(b, max(hk, hp), 20, m, seed=4), max(hk, hp)
+    phi, before = (x.sign() if signed else (2 * x).softmax(-1) for x in (phi, before))
+    mass = torch.full((b, 1, 1), 20.0) if signed else before.sum(2)
+    state = before.mT @ randn(b, hs, 20, d, seed=5), before.mT @ randn(b, hs, 20, r, seed=6), mass
+    return [q, k, v, *(x.to(lse_dtype(dtype)) for x in (phi, *state))]
+
+
 def strided(t: Tensor) -> Tensor:
     """The same values as a (B, H, N, D) view of (B, N, H, D) storage."""
     return t.transpose(1, 2).contiguous().transpose(1, 2)
@@ -109,7 +149,9 @@ def compare(op: Callable[..., Any], naive: Callable[..., Tensor], args: list[Any
     assert out.dtype == dtype
     weight = randn(*out.shape, seed=99, dtype=dtype)
     got = torch.autograd.grad(out, [ours[i] for i in leaves], weight)
-    wanted = torch.autograd.grad(expected, [exact[i] for i in leaves], weight.double())
+    wanted = torch.autograd.grad(
+        expected, [exact[i] for i in leaves], weight.double(), allow_unused=True, materialize_grads=True
+    )
     for i, a, b in zip(leaves, got, wanted, strict=True):
         assert a.dtype == args[i].dtype
         # A parameter's gradient sums over all rows; one in low precision is rounded once more.
@@ -215,6 +257,95 @@ def test_attend_causal_decode(dtype: torch.dtype) -> None:
         assert not z.requires_grad and not lse.requires_grad
         for a, b in zip(torch.autograd.grad(out, leaves, weight), gradients, strict=True):
             assert torch.equal(a, b)
+
+
+# H, Hk, Hp, Bp, n: chunks of tokens with a tail, one token, two
+PREFIXES = [(4, 2, 2, 2, 203), (4, 2, 1, 1, 97), (4, 2, 4, 1, 96), (3, 1, 3, 2, 2), (3, 3, 3, 2, 1), (4, 1, 2, 2, 1)]
+
+
+def prefix_result(op: Callable[..., Any], result: int, mask: Tensor | None, signed: bool) -> Callable[..., Tensor]:
+    """One result of q, k, v, phi, kc, vc, mass, bias; a mass of integers is no leaf of a comparison."""
+    return lambda *a: op(*a[:6], a[6].to(a[4].dtype), a[7], mask, 0.3, signed)[result]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("sizes", PREFIXES, ids=str)
+def test_attend_prefix(dtype: torch.dtype, signed: bool, sizes: tuple[int, ...]) -> None:
+    h, hk, hp, bp, n = sizes
+    q, k, v, phi, kc, vc, mass = prefix_inputs(2, h, hk, hp, bp, n, signed=signed, dtype=dtype)
+    bias, keep = randn(1, h, 13, seed=7).to(phi.dtype), randn(2, n, seed=8) > -1
+    data = [strided(q), strided(k), strided(v), phi, kc, vc, mass.long() if signed else mass]
+    for some_bias, mask in ((bias, keep), (None, None)):
+        for result in range(1 if dtype.itemsize == 2 else 4 if signed else 5):
+            if result != 1:  # the log-sum-exp has no gradient
+                rivals = (prefix_result(op, result, mask, signed) for op in (csat.attend_prefix, naive_attend_prefix))
+                compare(*rivals, [*data, some_bias], dtype)
+        exact = naive_attend_prefix(*(x.double() for x in (q, k, v, phi, kc, vc, mass)), None, mask, 0.3, signed)
+        got = csat.attend_prefix(q, k, v, phi, kc, vc, mass, None, mask, 0.3, signed)
+        for name, a, b in zip(("lse", "kc", "vc", "mass"), got[1:], exact[1:], strict=True):
+            assert a.dtype == phi.dtype
+            assert_close(name, a, b, dtype)
+
+
+def test_attend_prefix_continues_with_gradients() -> None:
+    """In parts of any length as at once; what comes after a state reaches the tokens before it."""
+    *data, kc, vc, mass = (x.requires_grad_() for x in prefix_inputs(n=203))
+    bias, keep = randn(2, 1, 13, seed=7).requires_grad_(), randn(2, 203, seed=8) > -1
+    leaves = [*data, kc, vc, mass, bias]
+
+    def whole(cuts: tuple[int, ...]) -> list[Tensor]:
+        state: tuple[Tensor, ...] = kc, vc, mass
+        rows = []
+        for start, stop in zip((0, *cuts), (*cuts, 203), strict=True):
+            z, _, *state = csat.attend_prefix(
+                *(x[:, :, start:stop] for x in data), *state, bias, keep[:, start:stop], 0.3, False
+            )
+            rows.append(z)
+        z = torch.cat(rows, 2)
+        return [z, *state, *torch.autograd.grad(z.sin().sum() + sum(x.square().sum() for x in state), leaves)]
+
+    at_once = whole(())
+    for cuts in ((1,), (96, 97, 97, 192), (50, 150)):
+        torch.testing.assert_close(whole(cuts), at_once)
+
+
+def test_attend_prefix_never_reads_masked_tokens() -> None:
+    q, k, v, *rest = prefix_inputs(dtype=torch.float32)
+    keep = randn(2, 203, seed=8) > -0.5
+    masked = ~keep[:, None, :, None]
+    rest[0] = rest[0].clone()
+    outputs = []
+    for junk in (0.0, torch.nan):
+        data = [x.masked_fill(masked, junk) for x in (k, v, rest[0])]
+        leaves = [x.requires_grad_() for x in (q.clone(), *data)]
+        results = csat.attend_prefix(*leaves, *rest[1:], None, keep, 0.3, False)
+        gradients = torch.autograd.grad(results[0].sum() + results[2].sum() + results[4].sum(), leaves)
+        assert all(bool((g.masked_select(masked) == 0).all()) for g in gradients[1:])
+        outputs.append([*results, *gradients])
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_attend_prefix_without_anything_to_look_at(signed: bool) -> None:
+    """Nothing before, the first tokens masked or without mass: z = 0, lse = -inf. Without some columns: left out."""
+    q, k, v, phi, *state = prefix_inputs(n=11, signed=signed)
+    state = [torch.zeros_like(x) for x in state]
+    keep = torch.arange(11).expand(2, 11) > 2
+    bias = torch.zeros(1, 4, 13, dtype=torch.float64)
+    bias[0, 1], bias[0, 2, ::2] = -torch.inf, -torch.inf
+    if not signed:
+        phi = phi.index_fill(3, torch.tensor([0, 5]), 0.0)
+        phi[:, :, :5] = 0
+    empty = 3 if signed else 5
+    leaves = [x.requires_grad_() for x in (q, k, v, phi)]
+    z, lse, *_ = csat.attend_prefix(*leaves, *state, bias, keep, 0.3, signed)
+    expected, expected_lse, *_ = naive_attend_prefix(*leaves, *state, bias, keep, 0.3, signed)
+    assert bool((z[:, :, :empty] == 0).all()) and bool(lse[:, :, :empty].isneginf().all())
+    assert bool((z[:, 1] == 0).all()) and bool(lse[:, 0, empty:].isfinite().all())
+    torch.testing.assert_close((z, lse), (expected, expected_lse))
+    got, wanted = (torch.autograd.grad(x.sin().sum(), leaves) for x in (z, expected))
+    torch.testing.assert_close(got, wanted)
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -342,6 +473,11 @@ def test_empty_tensors() -> None:
         out, z, lse = csat.attend_decode(*leaves[:3], None, 1.0, *leaves[3:], True)
         assert out.shape == (b, 4, nq, 5) and z.shape == (b, 4, nq, 4) and (m > 0 or lse.isneginf().all())
         assert all((g == 0).all() for g in torch.autograd.grad(out.sum(), leaves))
+        tokens = [t.requires_grad_() for t in prefix_inputs(b=b, bp=b, n=nq, m=m, dtype=torch.float32)]
+        z, lse, *state = csat.attend_prefix(*tokens, None, None, 1.0, False)
+        assert z.shape == (b, 4, nq, 7) and (m > 0 or ((z == 0).all() and lse.isneginf().all()))
+        gradients = torch.autograd.grad(z.sum() + sum(t.sum() for t in state), tokens)
+        assert all(g.isfinite().all() for g in gradients) and [t.shape for t in state] == [t.shape for t in tokens[4:]]
     x, phi = torch.randn(2, 1, 0, 3, requires_grad=True), torch.randn(1, 1, 4, 0, requires_grad=True)
     y = csat.project(x, phi, None)
     assert (y == 0).all() and y.shape == (2, 1, 4, 3)
@@ -365,11 +501,18 @@ def samples(dtype: torch.dtype = torch.float64, grad: bool = True) -> dict[str, 
     k, v = leaf(randn(1, 2, 7, 3, seed=8)), leaf(randn(1, 2, 7, 3, seed=9))
     local = torch.tensor([[True, True, False, True, True, False, True]])
     causal = (q, kc, vc, k, v, bias, local, 0.5, 2, 1, 1)
+    prefixes = {}
+    for name, signed in (("attend_prefix", False), ("attend_prefix, signed", True)):
+        tokens = prefix_inputs(1, 2, 1, 2, 1, 5, 4, 3, 3, signed)
+        leaves = [leaf(x) for x in tokens[:6]]
+        mass = tokens[6].to(dtype) if signed else leaf(tokens[6])
+        prefixes[name] = csat.attend_prefix.default, (*leaves, mass, bias, local[:, :5], 0.5, signed)
     return {
         "project": (csat.project.default, (leaf(randn(1, 2, 6, 3, seed=3)), leaf(randn(1, 4, 4, 6, seed=4)), mask)),
         "project_implicit": (csat.project_implicit.default, implicit),
         "attend": (csat.attend.default, (q, kc, vc, bias, 0.5)),
         "attend_causal": (csat.attend_causal.default, causal),
+        **prefixes,
         "decode": (csat.decode.default, (leaf(randn(1, 2, 5, 3, seed=5)), *weights)),
         "attend_decode": (csat.attend_decode.default, (q, kc, vc, bias, 0.5, *weights, True)),
         "attend_causal_decode": (csat.attend_causal_decode.default, (*causal, *weights, True)),
@@ -416,6 +559,12 @@ def test_opcheck_of_backward_ops() -> None:
     for b, m in ((bias, mask), (None, None)):
         arguments = (z, *data, b, m, z, lse, scale, size, window, rows)
         torch.library.opcheck(csat.attend_causal_backward.default, arguments)
+    for name in ("attend_prefix", "attend_prefix, signed"):
+        *data, bias, mask, scale, signed = plain(all_samples[name][1])
+        z, lse, *state = csat.attend_prefix(*data, bias, mask, scale, signed)
+        for b, m in ((bias, mask), (None, None)):
+            arguments = (z, *state, *data, b, m, lse, scale, signed)
+            torch.library.opcheck(csat.attend_prefix_backward.default, arguments)
     z, *weights = plain(all_samples["decode"][1])
     torch.library.opcheck(csat.decode_backward.default, (torch.randn(1, 2, 5, 3), z, *weights))
 
@@ -477,6 +626,11 @@ def test_plain_torch_backward_agrees_with_the_kernels() -> None:
         z, lse = csat.attend_causal(*data, b, m, scale, size, window, rows)
         arguments = (torch.ones_like(z), *data, b, m, z, lse, scale, size, window, rows)
         calls.append(("attend_causal_backward", arguments))
+    for name in ("attend_prefix", "attend_prefix, signed"):
+        *data, bias, mask, scale, signed = samples(grad=False)[name][1]
+        for b, m in ((bias, mask), (None, None)):
+            z, lse, *state = csat.attend_prefix(*data, b, m, scale, signed)
+            calls.append(("attend_prefix_backward", (z, *state, *data, b, m, lse, scale, signed)))
     z, *per_head = samples(grad=False)["decode"][1]
     for weights in (per_head, decoder(3, 4, 3, 2, 1, 1, 2)):
         calls.append(("decode_backward", (randn(1, 2, 5, 3, seed=9), z, *weights)))
@@ -488,6 +642,7 @@ def test_deterministic_for_any_number_of_threads() -> None:
     q, kc, vc = attend_inputs(b=2, h=4, hk=2, nq=600, m=40, d=32, r=32, dtype=torch.float32)
     x, phi = randn(2, 4, 700, 32, seed=1, dtype=torch.float32), randn(1, 1, 40, 700, seed=2, dtype=torch.float32)
     weights = decoder(32, 48, 32, 4, 1, 1, 4, torch.float32)
+    prefix = prefix_inputs(n=500, dtype=torch.float32)
 
     def run() -> list[Tensor]:
         leaves = [t.clone().requires_grad_() for t in (q, kc, vc, x, phi, *weights)]
@@ -496,8 +651,11 @@ def test_deterministic_for_any_number_of_threads() -> None:
         near = csat.attend_causal(*leaves[:3], leaves[3], leaves[3], None, None, 0.2, 50, 4, 4)[
             0
         ]  # 10 blocks have left
+        tokens = [t.clone().requires_grad_() for t in prefix]
+        of_prefix = csat.attend_prefix(*tokens, None, None, 0.3, False)
         gradients = torch.autograd.grad((out.square() + near.square()).sum() + y.square().sum(), leaves)
-        return [out, y, near, *gradients]
+        of_tokens = torch.autograd.grad(sum(t.square().sum() for t in (of_prefix[0], *of_prefix[2:])), tokens)
+        return [out, y, near, *gradients, *of_prefix, *of_tokens]
 
     before = torch.get_num_threads()
     try:
@@ -559,6 +717,12 @@ def full_calls() -> dict[str, dict[str, Any]]:
     causal = dict(zip(causal_names, s["attend_causal"][1], strict=True))
     z_causal, lse_causal = csat.attend_causal(*causal.values())
     tensors, numbers = list(causal.items())[:7], list(causal.items())[7:]
+    state = ("kc", "vc", "mass")
+    prefix_names = ("q", "k", "v", "phi", *state, "score_bias", "key_mask", "scale", "signed")
+    prefix = dict(zip(prefix_names, s["attend_prefix"][1], strict=True))
+    z_prefix, lse_prefix, *end = csat.attend_prefix(*prefix.values())
+    of_prefix = {"dz": z_prefix, **dict(zip((f"d{name}_end" for name in state), end, strict=True))}
+    leading, last = list(prefix.items())[:9], list(prefix.items())[9:]
     return {
         "project": project,
         "project_backward": {"dy": randn(1, 4, 4, 3, seed=8).float(), **project, "need_dx": True, "need_dphi": True},
@@ -568,6 +732,8 @@ def full_calls() -> dict[str, dict[str, Any]]:
         "attend_backward": {"dz": z, **dict(list(attend.items())[:4]), "z": z, "lse": lse, "scale": 0.5},
         "attend_causal": causal,
         "attend_causal_backward": {"dz": z_causal, **dict(tensors), "z": z_causal, "lse": lse_causal, **dict(numbers)},
+        "attend_prefix": prefix,
+        "attend_prefix_backward": {**of_prefix, **dict(leading), "lse": lse_prefix, **dict(last)},
         "decode": decode,
         "decode_backward": {"dc": randn(1, 2, 5, 3, seed=9).float(), **decode},
         "attend_decode": {**attend, **{n: decode[n] for n in names}, "need_z": True},
@@ -607,6 +773,7 @@ SETS_DTYPE = {
     *(("project", "x"), ("project_implicit", "x"), ("project_implicit_backward", "dy")),
     *(("attend", "q"), ("attend_causal", "q"), ("decode", "z"), ("attend_decode", "q")),
     ("attend_causal_decode", "q"),
+    *(("attend", "q"), ("attend_causal", "q"), ("attend_prefix", "q"), ("decode", "z"), ("attend_decode", "q")),
 }
 
 
@@ -677,6 +844,21 @@ def test_wrong_windows_are_named(name: str, value: Any, message: str) -> None:
         assert message in refused("attend_causal_backward", name, value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("scale", float("inf"), "scale must be finite; got inf"),
+        ("signed", True, "mass must have shape (B, 1, 1) with size 1 on axis 1; got shape (1, 2, 4)"),
+        ("phi", torch.zeros(1, 3, 5, 4), "phi must have 1 head or a multiple of the 1 heads of k that divides the 2"),
+        ("kc", torch.zeros(1, 1, 4, 3), "kc must have shape (B, max(Hk, Hp), M, D) with size 2 on axis 1"),
+        ("mass", torch.zeros(1, 2, 4).bfloat16(), "mass must be float32 (the accumulation dtype); got bfloat16"),
+    ],
+)
+def test_wrong_prefixes_are_named(name: str, value: Any, message: str) -> None:
+    assert message in refused("attend_prefix", name, value)
+    assert message in refused("attend_prefix_backward", name, value)
+
+
 def test_head_counts_and_layers() -> None:
     assert "phi must have 1 head or a multiple of the 2 heads of x" in refused(
         "project", "phi", torch.zeros(1, 3, 4, 6)
@@ -687,6 +869,9 @@ def test_head_counts_and_layers() -> None:
     call = {**CALLS["attend_causal"], "k": torch.zeros(1, 3, 7, 3), "v": torch.zeros(1, 3, 7, 3)}
     with pytest.raises(REFUSED, match="k must have a number of heads that divides the 2 heads of q"):
         csat.attend_causal(**call)
+    call = {**CALLS["attend_prefix"], "k": torch.zeros(1, 3, 5, 3), "v": torch.zeros(1, 3, 5, 3)}
+    with pytest.raises(REFUSED, match="k must have a number of heads that divides the 2 heads of q"):
+        csat.attend_prefix(**call)
     assert "theta must have shape" in refused("decode", "theta", torch.zeros(2, 0, 4))
     assert "S must have shape" in refused("decode", "S", torch.zeros(2, 5, 4, 4))
     with pytest.raises(REFUSED, match=r"x must have shape .* with size 1 or more"):

@@ -2,6 +2,7 @@
 #pragma once
 #include "csat/attend_backward.cuh"
 #include "csat/attend_causal.cuh"
+#include "csat/attend_prefix.cuh"
 #include "csat/decode_backward.cuh"
 #include "csat/forward.cuh"
 
@@ -19,6 +20,11 @@ namespace csat {
   prefix template int launch_query_backward_causal<T>(const AttendCausalBackwardArgs&, int64_t, int64_t, void*);       \
   prefix template int launch_measurement_backward_causal<T>(const AttendCausalBackwardArgs&, int64_t, int64_t, void*); \
   prefix template int launch_token_backward_causal<T>(const AttendCausalBackwardArgs&, int64_t, int64_t, void*);
+#define CSAT_ATTEND_PREFIX_INSTANCES(prefix, T)                                                            \
+  prefix template int launch_prefix_sums<T>(const PrefixSumsArgs&, int64_t, int64_t, void*);               \
+  prefix template int launch_attend_prefix<T>(const PrefixArgs&, int64_t, int64_t, void*);                 \
+  prefix template int launch_prefix_query_backward<T>(const PrefixBackwardArgs&, int64_t, int64_t, void*); \
+  prefix template int launch_prefix_token_backward<T>(const PrefixTokenArgs&, int64_t, int64_t, void*);
 #define CSAT_DECODE_BACKWARD_INSTANCES(prefix, T) \
   prefix template int launch_decode_backward<T>(const DecodeBackwardArgs&, int64_t, int64_t, void*);
 
@@ -26,6 +32,7 @@ namespace csat {
   CSAT_FORWARD_INSTANCES(extern, T)         \
   CSAT_ATTEND_BACKWARD_INSTANCES(extern, T) \
   CSAT_ATTEND_CAUSAL_INSTANCES(extern, T)   \
+  CSAT_ATTEND_PREFIX_INSTANCES(extern, T)   \
   CSAT_DECODE_BACKWARD_INSTANCES(extern, T)
 #ifndef CSAT_INSTANTIATE
 CSAT_EXTERN(float)

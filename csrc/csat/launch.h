@@ -59,6 +59,32 @@ struct AttendCausalBackwardParams {
   View dk, dv;  // (B, Hn, N, D) and (B, Hn, N, R), T
 };
 
+// attend_prefix: attend over measurements of the tokens up to the query's own, from the state of those before. Hs is
+// Hk, or the heads of a phi that has more.
+struct PrefixParams {
+  View q;                           // (B, H, N, D), T
+  View k, v;                        // (B, Hk, N, D), (B, Hk, N, R), T; head h reads head h / (H / Hk)
+  View phi;                         // (B, Hs, N, M), T or float32; a broadcast axis has stride 0
+  View kc, vc, mass;                // (B, Hs, M, D), (B, Hs, M, R), (B, Hs, M) in axes 0, 1, 3 of the view, float32;
+                                    // the mass of signed: (B) in axis 0, the number of tokens
+  View bias;                        // (B, H, M) in axes 0, 1, 3 of the view; data null: no bias
+  View z, lse;                      // (B, H, N, R), T; (B, H, N) in axes 0, 1, 2 of the view, float32
+  View kc_end, vc_end, mass_end;    // like kc, vc, mass: the state behind the last token
+  const unsigned char* keep;        // (B, N) contiguous, or null: every token is kept; another is never read
+  int64_t batch, heads, key_heads;  // B, H, Hk
+  int64_t state_heads, phi_batch, phi_heads;         // Hs; 1 or B, 1 or Hs: what phi is not broadcast over
+  int64_t tokens, measurements, head_dim, features;  // N, M, D, R
+  float scale;
+  bool is_signed;
+};
+struct PrefixBackwardParams {
+  PrefixParams forward;                  // z and the end are not read
+  View dz, dkc_end, dvc_end, dmass_end;  // the last is not read where signed
+  View dq, dk, dv, dphi;                 // like q, k, v; (B, Hs, N, M), float32
+  View dkc, dvc, dmass;                  // like kc, vc, mass; the last is not written where signed
+  View dbias;                            // (B, H, M) in axes 0, 1, 3 of the view, float32; data null: not wanted
+};
+
 // The learned decoder: u_t = a_t + step_t (S_t a_t + B_t z - a_t), a_{t+1} = soft(u_t, theta_t), a_0 = 0, c = psi a_T.
 // Every weight has a dtype of its own; `heads` is 1 (shared) or H.
 struct Decoder {
@@ -126,6 +152,12 @@ int attend_causal_forward(const AttendCausalParams& p, void* workspace, void* st
 
 int64_t attend_causal_backward_workspace(const AttendCausalBackwardParams& p);
 int attend_causal_backward(const AttendCausalBackwardParams& p, void* workspace, void* stream);
+
+int64_t attend_prefix_workspace(const PrefixParams& p);
+int attend_prefix_forward(const PrefixParams& p, void* workspace, void* stream);
+
+int64_t attend_prefix_backward_workspace(const PrefixBackwardParams& p);
+int attend_prefix_backward(const PrefixBackwardParams& p, void* workspace, void* stream);
 
 int64_t decode_workspace(const DecodeParams& p);
 int decode_forward(const DecodeParams& p, void* workspace, void* stream);

@@ -28,6 +28,7 @@ constexpr int kMicroColumns = 64;
 constexpr int kOuterRows = 16;         // the same for sums of outer products
 constexpr int kMeasurementTile = 128;  // measurements whose scores one row tile holds at a time
 constexpr int kOuterDepth = 32;        // rows staged at a time by the sums of outer products
+constexpr int kPrefixChunk = 64;       // tokens from one state of attend_prefix to the next
 constexpr int kMaxFeature = 1024;      // D, R, P, Dv
 
 constexpr int64_t kSharedPreferred = 72 * 1024;  // two blocks on an SM of 163 KiB, three on one of 227 KiB
@@ -48,7 +49,8 @@ constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;
 constexpr int64_t kWorkspaceCap = int64_t(512) << 10, kOuterSplitRows = 128, kProductDepth = 8;
 constexpr int64_t kProductGain = 4, kSharedOperandBytes = int64_t(2) << 10;
 #else
-constexpr int64_t kWorkspaceCap = int64_t(256) << 20;  // bytes of saved iterates before decode_backward goes in chunks
+constexpr int64_t kWorkspaceCap =
+    int64_t(256) << 20;  // bytes before decode_backward (its saved iterates) and attend_prefix go in parts
 constexpr int64_t kOuterSplitRows = 1024;  // the least of a split on tensor cores, which writes 4 bytes an output
 constexpr int64_t kProductDepth = 1024;    // the same of a dense product
 constexpr int64_t kProductGain = 16, kSharedOperandBytes = int64_t(4) << 20;
@@ -112,6 +114,13 @@ constexpr int64_t attend_causal_row(int64_t columns, int64_t D, int64_t R) {
 // One softmax over measurements and tokens: the longer stretch sets the panels.
 constexpr int64_t causal_columns(const AttendParams& measured, const CausalTokens& tokens) {
   return measured.measurements > tokens.count ? measured.measurements : tokens.count;
+}
+// Of attend_prefix beside the floats of attend: products with the tokens of the chunk, twice, and masses.
+constexpr int64_t attend_prefix_row(int64_t M, int64_t D, int64_t R) {
+  return attend_row(M, D, R) + 2 * kPrefixChunk + measurement_tile(M);
+}
+constexpr int64_t prefix_query_backward_row(int64_t M, int64_t D, int64_t R) {
+  return column_pad(D) + depth_pad(R) + 2 * kPrefixChunk + 2 * measurement_tile(M) + 4;
 }
 constexpr int64_t decode_row(int64_t P, int64_t R) { return column_pad(R) + 3 * int64_t(column_pad(P)); }
 constexpr int64_t attend_decode_row(const AttendParams& a, const DecodeParams& d) {
@@ -337,6 +346,8 @@ const char* why_not(const AttendParams& p, int64_t shared_limit);
 const char* why_not(const AttendBackwardParams& p, int64_t shared_limit);
 const char* why_not(const AttendCausalParams& p, int64_t shared_limit);
 const char* why_not(const AttendCausalBackwardParams& p, int64_t shared_limit);
+const char* why_not(const PrefixParams& p, int64_t shared_limit);
+const char* why_not(const PrefixBackwardParams& p, int64_t shared_limit);
 const char* why_not(const DecodeParams& p, int64_t shared_limit);
 const char* why_not(const DecodeBackwardParams& p, int64_t shared_limit);
 const char* why_not(const AttendParams& attend, const DecodeParams& decode, int64_t shared_limit);

@@ -5,9 +5,9 @@
 // Words: __global__, __launch_bounds__, threadIdx.x, blockIdx.x, __syncthreads(), dim3, float4 as in CUDA; CSAT_DEVICE,
 // CSAT_DYN_SMEM, CSAT_LAUNCH; bf16, f16, to_float, from_float, pack2, pack2_magnitudes, unpack2; lane_id, warp_id,
 // warpgroup_id, sync_warp, shfl_xor, warp_any, warp_sum, warp_max, quad_sum, quad_max, load4, exp_f32, exp2_approx,
-// divide_approx, log_f32, positive_part, soft_threshold, soft_threshold_pack2; cp_async16, ldmatrix_x4, mma_m16n8k16,
-// named_barrier_sync and their kin; of Hopper mbarrier_*, bulk_*, tensor_copy_*, wgmma_*, registers_*; on the host
-// make_tensor_map, last_error, max_shared_bytes, compute_capability, multiprocessors.
+// divide_approx, log_f32, sqrt_f32, positive_part, soft_threshold, soft_threshold_pack2; cp_async16, ldmatrix_x4,
+// mma_m16n8k16, named_barrier_sync and their kin; of Hopper mbarrier_*, bulk_*, tensor_copy_*, wgmma_*, registers_*; on
+// the host make_tensor_map, last_error, max_shared_bytes, compute_capability, multiprocessors.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -505,6 +505,7 @@ constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 // Full precision: nothing here is compiled with fast-math.
 CSAT_DEVICE float exp_f32(float x) { return expf(x); }
 CSAT_DEVICE float log_f32(float x) { return logf(x); }
+CSAT_DEVICE float sqrt_f32(float x) { return sqrtf(x); }
 
 // soft(u, theta) = sign(u) max(|u| - theta, 0); a NaN in either stays a NaN. Zero has the sign of u.
 CSAT_DEVICE float soft_threshold(float u, float theta) { return copysignf(positive_part(fabsf(u) - theta), u); }

@@ -200,6 +200,28 @@ const char* why_not(const AttendCausalBackwardParams& p, int64_t shared_limit) {
 
 namespace {
 
+const char* check_prefix(const PrefixParams& p) {
+  return first_of(
+      {check_feature(p.head_dim, "head dimension D above 1024"),
+       check_feature(p.features, "feature count R above 1024"),
+       p.batch * p.heads * ceil_div(p.tokens, kMicroRows) > kMaxBlocks ? "more than 2^31 row tiles" : nullptr});
+}
+
+}  // namespace
+
+const char* why_not(const PrefixParams& p, int64_t shared_limit) {
+  return first_of(
+      {check_prefix(p), check_row(attend_prefix_row(p.measurements, p.head_dim, p.features), shared_limit)});
+}
+
+const char* why_not(const PrefixBackwardParams& p, int64_t shared_limit) {
+  const PrefixParams& f = p.forward;
+  return first_of(
+      {check_prefix(f), check_row(prefix_query_backward_row(f.measurements, f.head_dim, f.features), shared_limit)});
+}
+
+namespace {
+
 const char* plan_backward_sizes(AttendBackwardPlan& plan, const AttendBackwardParams& p, int (*feature_of)(int64_t),
                                 const char* feature_reason) {
   const AttendParams& f = p.forward;

@@ -42,6 +42,11 @@ struct CausalSizes {
   AttendSizes tokens;    // k and v; M is N; a bias for each batch element where there is a key mask
   CausalWindow window;
 };
+struct PrefixSizes {
+  int64_t B, H, Hk, Hs, N, M, D, R;  // Hs: heads of the state, max(Hk, Hp)
+  int64_t Bp, Hp;                    // leading sizes of phi, each 1 or that of the batch, of the state
+  int64_t Bb, Hb;                    // of score_bias, as above
+};
 struct DecodeSizes {
   int64_t B, H, Nq, Hd, T, Ts, Tb, P, R, Dv;
 };
@@ -159,6 +164,30 @@ struct Argument {
   }
 };
 
+inline void check_key_mask(const Argument& like, const std::optional<Tensor>& key_mask, int64_t batch, int64_t tokens) {
+  if (!key_mask) return;
+  const Argument mask{like.op, "key_mask", *key_mask};
+  mask.shape({batch, tokens}, "(B, N)");
+  mask.dtype(ScalarType::Bool, "(True = keep)");
+  mask.same_device(like);
+}
+
+// `n` has the sizes B, H and M, and gets those of the bias.
+template <class Sizes>
+void check_score_bias(const Argument& q, const std::optional<Tensor>& score_bias, Sizes& n) {
+  if (!score_bias) return;
+  const Argument bias{q.op, "score_bias", *score_bias};
+  constexpr const char* bias_shape = "(1 or B, 1 or H, M)";
+  bias.dims(3, bias_shape);
+  bias.axis(0, {1, n.B}, bias_shape);
+  bias.axis(1, {1, n.H}, bias_shape);
+  bias.axis(2, {n.M}, bias_shape);
+  bias.same_device(q);
+  bias.parameter_dtype(q.tensor.scalar_type());
+  n.Bb = score_bias->size(0);
+  n.Hb = score_bias->size(1);
+}
+
 inline void check_decoder(const char* op, const Argument& z, const Tensor& S, const Tensor& B, const Tensor& theta,
                           const MaybeTensor& psi, const Tensor& step, DecodeSizes& n) {
   const Argument S_arg{op, "S", S}, B_arg{op, "B", B}, theta_arg{op, "theta", theta}, step_arg{op, "step", step};
@@ -228,12 +257,7 @@ inline ProjectSizes check_project(const char* op, const Tensor& x, const Tensor&
     detail::fail(op, "phi must have 1 head or a multiple of the ", n.Hx, " heads of x on axis 1; got shape ",
                  detail::shape_string(phi));
   n.Hout = n.Hp > n.Hx ? n.Hp : n.Hx;
-  if (key_mask) {
-    const detail::Argument mask{op, "key_mask", *key_mask};
-    mask.shape({n.B, n.N}, "(B, N)");
-    mask.dtype(ScalarType::Bool, "(True = keep)");
-    mask.same_device(x_arg);
-  }
+  detail::check_key_mask(x_arg, key_mask, n.B, n.N);
   return n;
 }
 
@@ -327,18 +351,7 @@ inline AttendSizes check_attend(const char* op, const Tensor& q, const Tensor& k
   if (n.Hk < 1 || n.H % n.Hk != 0)
     detail::fail(op, "kc must have a number of heads that divides the ", n.H, " heads of q; got shape ",
                  detail::shape_string(kc));
-  if (score_bias) {
-    const detail::Argument bias{op, "score_bias", *score_bias};
-    constexpr const char* bias_shape = "(1 or B, 1 or H, M)";
-    bias.dims(3, bias_shape);
-    bias.axis(0, {1, n.B}, bias_shape);
-    bias.axis(1, {1, n.H}, bias_shape);
-    bias.axis(2, {n.M}, bias_shape);
-    bias.same_device(q_arg);
-    bias.parameter_dtype(q.scalar_type());
-    n.Bb = score_bias->size(0);
-    n.Hb = score_bias->size(1);
-  }
+  detail::check_score_bias(q_arg, score_bias, n);
   if (!std::isfinite(scale)) detail::fail(op, "scale must be finite; got ", scale);
   return n;
 }
@@ -385,11 +398,8 @@ inline CausalSizes check_attend_causal(const char* op, const Tensor& q, const Te
   if (n.tokens.Nq > N || N > kMaxTokens)
     detail::fail(op, "k must have a token for each of the ", n.tokens.Nq, " queries and at most 2^31 - 2; got shape ",
                  detail::shape_string(k));
+  detail::check_key_mask(q_arg, key_mask, n.tokens.B, N);
   if (key_mask) {
-    const detail::Argument mask{op, "key_mask", *key_mask};
-    mask.shape({n.tokens.B, N}, "(B, N)");
-    mask.dtype(ScalarType::Bool, "(True = keep)");
-    mask.same_device(q_arg);
     n.tokens.Bb = n.tokens.B;
     n.tokens.Hb = 1;
   }
@@ -414,6 +424,90 @@ inline CausalSizes check_attend_causal_backward(const char* op, const Tensor& dz
                                                 const Tensor& z, const Tensor& lse, const CausalNumbers& numbers) {
   check_attend_backward(op, dz, q, kc, vc, score_bias, z, lse, numbers.scale);
   return check_attend_causal(op, q, kc, vc, k, v, score_bias, key_mask, numbers);
+}
+
+// The arguments of attend_prefix.
+struct PrefixInputs {
+  const Tensor &q, &k, &v, &phi, &kc, &vc, &mass;
+  const std::optional<Tensor>&score_bias, &key_mask;
+  double scale;
+  bool is_signed;
+};
+
+inline void check_prefix_state(const char* op, const PrefixInputs& in, const PrefixSizes& n) {
+  const detail::Argument q{op, "q", in.q}, kc{op, "kc", in.kc}, vc{op, "vc", in.vc}, mass{op, "mass", in.mass};
+  kc.shape({n.B, n.Hs, n.M, n.D}, "(B, max(Hk, Hp), M, D)");
+  vc.shape({n.B, n.Hs, n.M, n.R}, "(B, max(Hk, Hp), M, R)");
+  if (in.is_signed)
+    mass.shape({n.B, 1, 1}, "(B, 1, 1)");
+  else
+    mass.shape({n.B, n.Hs, n.M}, "(B, max(Hk, Hp), M)");
+  for (const detail::Argument* sum : {&kc, &vc, &mass}) {
+    sum->same_device(q);
+    sum->dtype(accumulate_dtype(in.q.scalar_type()), "(the accumulation dtype)");
+  }
+}
+
+inline PrefixSizes check_attend_prefix(const char* op, const PrefixInputs& in) {
+  const detail::Argument q{op, "q", in.q}, k{op, "k", in.k}, v{op, "v", in.v}, phi{op, "phi", in.phi};
+  constexpr const char *q_shape = "(B, H, N, D)", *k_shape = "(B, Hk, N, D)", *v_shape = "(B, Hk, N, R)",
+                       *phi_shape = "(1 or B, Hp, N, M)";
+  q.dims(4, q_shape);
+  q.at_least_one(1, q_shape);
+  q.data_dtype();
+  PrefixSizes n{};
+  n.B = q.size(0), n.H = q.size(1), n.N = q.size(2), n.D = q.size(3);
+  k.dims(4, k_shape);
+  k.at_least_one(1, k_shape);
+  n.Hk = k.size(1);
+  k.shape({n.B, n.Hk, n.N, n.D}, k_shape);
+  k.same_kind(q);
+  v.dims(4, v_shape);
+  n.R = v.size(3);
+  v.shape({n.B, n.Hk, n.N, n.R}, v_shape);
+  v.same_kind(q);
+  phi.dims(4, phi_shape);
+  phi.axis(0, {1, n.B}, phi_shape);
+  phi.at_least_one(1, phi_shape);
+  phi.axis(2, {n.N}, phi_shape);
+  phi.same_device(q);
+  phi.parameter_dtype(in.q.scalar_type());
+  n.Bp = phi.size(0), n.Hp = phi.size(1), n.M = phi.size(3);
+  n.Hs = n.Hp > n.Hk ? n.Hp : n.Hk;
+  if (n.H % n.Hk != 0)
+    detail::fail(op, "k must have a number of heads that divides the ", n.H, " heads of q; got shape ",
+                 detail::shape_string(in.k));
+  if (n.Hp != 1 && (n.Hp % n.Hk != 0 || n.H % n.Hp != 0))
+    detail::fail(op, "phi must have 1 head or a multiple of the ", n.Hk, " heads of k that divides the ", n.H,
+                 " heads of q; got shape ", detail::shape_string(in.phi));
+  check_prefix_state(op, in, n);
+  detail::check_score_bias(q, in.score_bias, n);
+  detail::check_key_mask(q, in.key_mask, n.B, n.N);
+  if (!std::isfinite(in.scale)) detail::fail(op, "scale must be finite; got ", in.scale);
+  return n;
+}
+
+// The gradients of what attend_prefix returns, and the log-sum-exp that it returned.
+struct PrefixGradients {
+  const Tensor &dz, &dkc, &dvc, &dmass, &lse;
+};
+
+inline PrefixSizes check_attend_prefix_backward(const char* op, const PrefixInputs& in, const PrefixGradients& of) {
+  const PrefixSizes n = check_attend_prefix(op, in);
+  const detail::Argument q{op, "q", in.q}, dz{op, "dz", of.dz}, lse{op, "lse", of.lse};
+  dz.shape({n.B, n.H, n.N, n.R}, "(B, H, N, R)");
+  dz.same_kind(q);
+  lse.shape({n.B, n.H, n.N}, "(B, H, N)");
+  lse.same_device(q);
+  lse.dtype(accumulate_dtype(in.q.scalar_type()), "(the accumulation dtype)");
+  const detail::Argument dkc{op, "dkc_end", of.dkc}, dvc{op, "dvc_end", of.dvc}, dmass{op, "dmass_end", of.dmass};
+  dkc.shape({n.B, n.Hs, n.M, n.D}, "(B, max(Hk, Hp), M, D)");
+  dkc.same_kind({op, "kc", in.kc});
+  dvc.shape({n.B, n.Hs, n.M, n.R}, "(B, max(Hk, Hp), M, R)");
+  dvc.same_kind({op, "vc", in.vc});
+  dmass.shape({n.B, in.mass.size(1), in.mass.size(2)}, "of mass");
+  dmass.same_kind({op, "mass", in.mass});
+  return n;
 }
 
 inline DecodeSizes check_decode(const char* op, const Tensor& z, const Tensor& S, const Tensor& B, const Tensor& theta,

@@ -45,6 +45,13 @@ STABLE_TORCH_LIBRARY(csat, library) {
       "attend_causal_backward(Tensor dz, Tensor q, Tensor kc, Tensor vc, Tensor k, Tensor v, Tensor? score_bias, "
       "Tensor? key_mask, Tensor z, Tensor lse, float scale, int block_size, int window_blocks, "
       "SymInt measurements_per_block) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "attend_prefix(Tensor q, Tensor k, Tensor v, Tensor phi, Tensor kc, Tensor vc, Tensor mass, Tensor? score_bias, "
+      "Tensor? key_mask, float scale, bool signed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "attend_prefix_backward(Tensor dz, Tensor dkc_end, Tensor dvc_end, Tensor dmass_end, Tensor q, Tensor k, "
+      "Tensor v, Tensor phi, Tensor kc, Tensor vc, Tensor mass, Tensor? score_bias, Tensor? key_mask, Tensor lse, "
+      "float scale, bool signed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def("decode(Tensor z, Tensor S, Tensor B, Tensor theta, Tensor? psi, Tensor step) -> Tensor");
   library.def(
       "decode_backward(Tensor dc, Tensor z, Tensor S, Tensor B, Tensor theta, Tensor? psi, Tensor step) -> "
@@ -67,6 +74,8 @@ STABLE_TORCH_LIBRARY_IMPL(csat, CPU, library) {
   library.impl("attend_backward", TORCH_BOX(&cpu::attend_backward));
   library.impl("attend_causal", TORCH_BOX(&cpu::attend_causal));
   library.impl("attend_causal_backward", TORCH_BOX(&cpu::attend_causal_backward));
+  library.impl("attend_prefix", TORCH_BOX(&cpu::attend_prefix));
+  library.impl("attend_prefix_backward", TORCH_BOX(&cpu::attend_prefix_backward));
   library.impl("decode", TORCH_BOX(&cpu::decode));
   library.impl("decode_backward", TORCH_BOX(&cpu::decode_backward));
   library.impl("attend_decode", TORCH_BOX(&cpu::attend_decode));
@@ -102,9 +111,10 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CSAT operators on the CPU; every function is torch.ops.csat.* of the same name.";
-  for (const char* name : {"project", "project_backward", "project_implicit", "project_implicit_backward", "attend",
-                           "attend_backward", "attend_causal", "attend_causal_backward", "decode", "decode_backward",
-                           "attend_decode", "attend_causal_decode"})
+  for (const char* name :
+       {"project", "project_backward", "project_implicit", "project_implicit_backward", "attend", "attend_backward",
+        "attend_causal", "attend_causal_backward", "attend_prefix", "attend_prefix_backward", "decode",
+        "decode_backward", "attend_decode", "attend_causal_decode"})
     expose(m, name);
   m.def(
       "can_run", &csat::can_run, py::arg("kernel"), py::arg("family"), py::arg("sizes"), py::arg("dtype"),

@@ -324,6 +324,104 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attend_causal_backwar
   return {dq, dkc, dvc, dk, dv, dbias};
 }
 
+// A mass (B, Hs, M), or the number of tokens (B, 1, 1).
+View mass_view(const Tensor& mass, bool is_signed) {
+  View view = view_of(mass, {0, 1, 3});
+  if (is_signed) view.stride[3] = 0;
+  return view;
+}
+
+PrefixParams prefix_params(const PrefixSizes& n, const PrefixInputs& in, const MaybeTensor& keep) {
+  PrefixParams p{};
+  p.q = view_of(in.q);
+  p.k = view_of(in.k);
+  p.v = view_of(in.v);
+  p.phi = view_of(in.phi);
+  p.kc = view_of(in.kc);
+  p.vc = view_of(in.vc);
+  p.mass = mass_view(in.mass, in.is_signed);
+  if (in.score_bias) p.bias = view_of(*in.score_bias, {0, 1, 3});
+  if (keep) p.keep = static_cast<const unsigned char*>(keep->data_ptr());
+  p.batch = n.B;
+  p.heads = n.H;
+  p.key_heads = n.Hk;
+  p.state_heads = n.Hs;
+  p.phi_batch = n.Bp;
+  p.phi_heads = n.Hp;
+  p.tokens = n.N;
+  p.measurements = n.M;
+  p.head_dim = n.D;
+  p.features = n.R;
+  p.scale = static_cast<float>(in.scale);
+  p.is_signed = in.is_signed;
+  return p;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_prefix(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                                 const Tensor& phi, const Tensor& kc, const Tensor& vc,
+                                                                 const Tensor& mass, const MaybeTensor& score_bias,
+                                                                 const MaybeTensor& key_mask, double scale,
+                                                                 bool is_signed) {
+  const PrefixInputs in{q, k, v, phi, kc, vc, mass, score_bias, key_mask, scale, is_signed};
+  const PrefixSizes n = check_attend_prefix("attend_prefix", in);
+  const Device device("attend_prefix", q);
+  const MaybeTensor keep = contiguous(key_mask);
+  Tensor z = torch::stable::new_empty(q, {n.B, n.H, n.N, n.R});
+  Tensor lse = torch::stable::new_empty(q, {n.B, n.H, n.N}, ScalarType::Float);
+  Tensor kc_end = torch::stable::new_empty(kc, {n.B, n.Hs, n.M, n.D});
+  Tensor vc_end = torch::stable::new_empty(vc, {n.B, n.Hs, n.M, n.R});
+  Tensor mass_end = torch::stable::new_empty(mass, {n.B, mass.size(1), mass.size(2)});
+  PrefixParams p = prefix_params(n, in, keep);
+  p.z = view_of(z);
+  p.lse = view_of(lse, {0, 1, 2});
+  p.kc_end = view_of(kc_end);
+  p.vc_end = view_of(vc_end);
+  p.mass_end = mass_view(mass_end, is_signed);
+  device.supported(limits::why_not(p, shared_memory_limit()));
+  Tensor space = workspace(q, attend_prefix_workspace(p));
+  device.done(attend_prefix_forward(p, space.data_ptr(), device.stream()));
+  return {z, lse, kc_end, vc_end, mass_end};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attend_prefix_backward(
+    const Tensor& dz, const Tensor& dkc_end, const Tensor& dvc_end, const Tensor& dmass_end, const Tensor& q,
+    const Tensor& k, const Tensor& v, const Tensor& phi, const Tensor& kc, const Tensor& vc, const Tensor& mass,
+    const MaybeTensor& score_bias, const MaybeTensor& key_mask, const Tensor& lse, double scale, bool is_signed) {
+  const PrefixInputs in{q, k, v, phi, kc, vc, mass, score_bias, key_mask, scale, is_signed};
+  const PrefixSizes n =
+      check_attend_prefix_backward("attend_prefix_backward", in, {dz, dkc_end, dvc_end, dmass_end, lse});
+  const Device device("attend_prefix_backward", q);
+  const MaybeTensor keep = contiguous(key_mask);
+  const auto floats = [&](std::initializer_list<int64_t> sizes) {
+    return torch::stable::new_empty(q, sizes, ScalarType::Float);
+  };
+  Tensor dq = torch::stable::new_empty(q, {n.B, n.H, n.N, n.D});
+  Tensor dk = torch::stable::new_empty(k, {n.B, n.Hk, n.N, n.D}),
+         dv = torch::stable::new_empty(v, {n.B, n.Hk, n.N, n.R});
+  Tensor dphi = floats({n.B, n.Hs, n.N, n.M}), dkc = floats({n.B, n.Hs, n.M, n.D}), dvc = floats({n.B, n.Hs, n.M, n.R});
+  Tensor dmass = is_signed ? floats({0}) : floats({n.B, n.Hs, n.M});
+  Tensor dbias = score_bias ? floats({n.B, n.H, n.M}) : floats({0});
+  PrefixBackwardParams p{};
+  p.forward = prefix_params(n, in, keep);
+  p.forward.lse = view_of(lse, {0, 1, 2});
+  p.dz = view_of(dz);
+  p.dkc_end = view_of(dkc_end);
+  p.dvc_end = view_of(dvc_end);
+  p.dmass_end = mass_view(dmass_end, is_signed);
+  p.dq = view_of(dq);
+  p.dk = view_of(dk);
+  p.dv = view_of(dv);
+  p.dphi = view_of(dphi);
+  p.dkc = view_of(dkc);
+  p.dvc = view_of(dvc);
+  if (!is_signed) p.dmass = view_of(dmass, {0, 1, 3});
+  if (score_bias) p.dbias = view_of(dbias, {0, 1, 3});
+  device.supported(limits::why_not(p, shared_memory_limit()));
+  Tensor space = workspace(q, attend_prefix_backward_workspace(p));
+  device.done(csat::attend_prefix_backward(p, space.data_ptr(), device.stream()));
+  return {dq, dk, dv, dphi, dkc, dvc, dmass, dbias};
+}
+
 Tensor decode(const Tensor& z, const Tensor& S, const Tensor& B, const Tensor& theta, const MaybeTensor& psi,
               const Tensor& step) {
   const DecodeSizes n = check_decode("decode", z, S, B, theta, psi, step);
@@ -438,6 +536,8 @@ STABLE_TORCH_LIBRARY_IMPL(csat, CUDA, library) {
   library.impl("attend_backward", TORCH_BOX(&attend_backward));
   library.impl("attend_causal", TORCH_BOX(&attend_causal));
   library.impl("attend_causal_backward", TORCH_BOX(&attend_causal_backward));
+  library.impl("attend_prefix", TORCH_BOX(&attend_prefix));
+  library.impl("attend_prefix_backward", TORCH_BOX(&attend_prefix_backward));
   library.impl("decode", TORCH_BOX(&decode));
   library.impl("decode_backward", TORCH_BOX(&decode_backward));
   library.impl("attend_decode", TORCH_BOX(&attend_decode));

@@ -62,6 +62,37 @@ def attend_causal_backward(
     window_blocks: int,
     measurements_per_block: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...
+def attend_prefix(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi: Tensor,
+    kc: Tensor,
+    vc: Tensor,
+    mass: Tensor,
+    score_bias: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
+    signed: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: ...
+def attend_prefix_backward(
+    dz: Tensor,
+    dkc_end: Tensor,
+    dvc_end: Tensor,
+    dmass_end: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi: Tensor,
+    kc: Tensor,
+    vc: Tensor,
+    mass: Tensor,
+    score_bias: Tensor | None,
+    key_mask: Tensor | None,
+    lse: Tensor,
+    scale: float,
+    signed: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...
 def decode(z: Tensor, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor, step: Tensor) -> Tensor: ...
 def decode_backward(
     dc: Tensor, z: Tensor, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor, step: Tensor

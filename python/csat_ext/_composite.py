@@ -1,14 +1,15 @@
 """The csat operators in plain torch: what runs on a device that csat has no kernels for.
 
 Same formulas, same accumulation type and same rules as the kernels (see docs/architecture.md); only slower, and the
-scores are stored whole. Registered under CompositeExplicitAutograd, so that a kernel for the device always comes first.
+scores are stored whole (`attend_prefix`: those of a chunk of tokens). Registered under CompositeExplicitAutograd, so
+that a kernel for the device always comes first.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from csat_ext._library import backend_of
 from csat_ext.measurements import rows_over_places
 
 _warned: set[str] = set()
+_PREFIX_CHUNK = 128  # tokens of attend_prefix at a time
 
 
 def _announced(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -235,6 +237,155 @@ def attend_causal_backward(
     return dq.to(q.dtype), dkc, dvc, dk, dv, lse.new_empty(0) if score_bias is None else dbias[..., :e].contiguous()
 
 
+class _PrefixChunk(NamedTuple):
+    """Some tokens of `attend_prefix`, zeros where they are masked, with the heads of q and in the accumulation type."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    phi: Tensor
+    added: Tensor  # to the mass: phi, or 1 (B, 1, n, 1) of a token that counts
+
+
+def _prefix_chunks(
+    q: Tensor, k: Tensor, v: Tensor, phi: Tensor, key_mask: Tensor | None, signed: bool
+) -> Iterator[_PrefixChunk]:
+    phi = phi.expand(q.shape[0], -1, -1, -1)
+    for start in range(0, q.shape[2], _PREFIX_CHUNK):
+        at = slice(start, start + _PREFIX_CHUNK)
+        keep = None if key_mask is None else key_mask[:, at]
+        tokens = (_to_heads(_unmasked(x[:, :, at], keep), q.shape[1]) for x in (k, v, phi))
+        queries, keys, values, added = _accumulate(q, q[:, :, at], *tokens)
+        counted = torch.ones_like(queries[:, :1, :, :1])
+        yield _PrefixChunk(queries, keys, values, added, _unmasked(counted, keep) if signed else added)
+
+
+def _prefix_scores(
+    chunk: _PrefixChunk, kc: Tensor, mass: Tensor, bias: Tensor | None, scale: float, signed: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The lower triangle of q k^T; g; u = scale raw / g; the scores, -inf where a measurement has no mass."""
+    running = mass + chunk.added.cumsum(2)
+    filled = running > 0
+    g = torch.where(filled, running, 1)
+    g = g.sqrt() if signed else g
+    near = (chunk.q @ chunk.k.mT).tril()
+    u = scale * (chunk.q @ kc.mT + near @ chunk.phi) / g
+    scores = u if signed else u + g.log()
+    scores = scores if bias is None else scores + bias.to(scores.dtype)
+    return near, g, u, scores.masked_fill(~filled, -torch.inf)
+
+
+_PrefixSums = tuple[Tensor, Tensor, Tensor]  # kc, vc and the mass (B, H, 1, M), signed: (B, 1, 1, 1)
+
+
+def _behind(chunk: _PrefixChunk, state: _PrefixSums) -> _PrefixSums:
+    kc, vc, mass = state
+    return kc + chunk.phi.mT @ chunk.k, vc + chunk.phi.mT @ chunk.v, mass + chunk.added.sum(2, keepdim=True)
+
+
+def _prefix_start(kc: Tensor, vc: Tensor, mass: Tensor, heads: int, signed: bool) -> _PrefixSums:
+    mass = mass.unsqueeze(2)
+    return _to_heads(kc, heads), _to_heads(vc, heads), mass if signed else _to_heads(mass, heads)
+
+
+def attend_prefix(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi: Tensor,
+    kc: Tensor,
+    vc: Tensor,
+    mass: Tensor,
+    score_bias: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
+    signed: bool,
+) -> tuple[Tensor, ...]:
+    heads, bias = q.shape[1], None if score_bias is None else score_bias.unsqueeze(2)
+    state = _prefix_start(kc, vc, mass, heads, signed)
+    rows, sums = [q.new_empty((*q.shape[:2], 0, v.shape[3]))], [kc.new_empty((*q.shape[:2], 0))]
+    for chunk in _prefix_chunks(q, k, v, phi, key_mask, signed):
+        _, g, _, scores = _prefix_scores(chunk, state[0], state[2], bias, scale, signed)
+        lse = scores.logsumexp(-1)
+        empty = lse.isneginf().unsqueeze(-1)
+        w = (scores - lse.unsqueeze(-1)).exp().masked_fill(empty, 0) / g
+        rows.append((w @ state[1] + (w @ chunk.phi.mT).tril() @ chunk.v).to(q.dtype))
+        sums.append(lse)
+        state = _behind(chunk, state)
+    ends = (x[:, :: heads // kc.shape[1]] for x in state[:2])
+    mass_end = state[2] if signed else state[2][:, :: heads // kc.shape[1]]
+    return torch.cat(rows, 2), torch.cat(sums, 2), *(x.clone() for x in (*ends, mass_end.squeeze(2)))
+
+
+def attend_prefix_backward(
+    dz: Tensor,
+    dkc_end: Tensor,
+    dvc_end: Tensor,
+    dmass_end: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi: Tensor,
+    kc: Tensor,
+    vc: Tensor,
+    mass: Tensor,
+    score_bias: Tensor | None,
+    key_mask: Tensor | None,
+    lse: Tensor,
+    scale: float,
+    signed: bool,
+) -> tuple[Tensor, ...]:
+    heads, bias = q.shape[1], None if score_bias is None else score_bias.unsqueeze(2)
+    chunks = list(_prefix_chunks(q, k, v, phi, key_mask, signed))
+    states = [_prefix_start(kc, vc, mass, heads, signed)]
+    for chunk in chunks[:-1]:
+        states.append(_behind(chunk, states[-1]))
+    dkc, dvc = (_of_first_heads(x, heads) for x in (dkc_end, dvc_end))
+    dmass = None if signed else _of_first_heads(dmass_end.unsqueeze(2), heads)
+    dbias = lse.new_zeros((*q.shape[:2], phi.shape[3]))
+    of_tokens: list[tuple[Tensor, ...]] = []
+    parts = zip(chunks, states, dz.split(_PREFIX_CHUNK, 2), lse.split(_PREFIX_CHUNK, 2), strict=True)
+    for chunk, (kp, vp, masses), grad, sums in reversed(list(parts if chunks else ())):
+        (grad,) = _accumulate(q, grad)
+        near, g, u, scores = _prefix_scores(chunk, kp, masses, bias, scale, signed)
+        empty = sums.isneginf().unsqueeze(-1)
+        p = (scores - sums.unsqueeze(-1)).exp().masked_fill(empty, 0)
+        of_values = (grad @ chunk.v.mT).tril()
+        dp = (grad @ vp.mT + of_values @ chunk.phi) / g
+        delta = (p * dp).sum(-1, keepdim=True)
+        ds = (p * (dp - delta)).masked_fill(empty, 0)
+        w, a = p / g, scale * ds / g
+        of_keys = (a @ chunk.phi.mT).tril()
+        dq = a @ kp + of_keys @ chunk.k
+        dk = of_keys.mT @ chunk.q + chunk.phi @ dkc
+        dv = (w @ chunk.phi.mT).tril().mT @ grad + chunk.phi @ dvc
+        dphi = near.mT @ a + chunk.k @ dkc.mT + of_values.mT @ w + chunk.v @ dvc.mT
+        if dmass is not None:
+            dg = (ds * (1 - u) - p * dp) / g
+            dphi = dphi + dg.flip(2).cumsum(2).flip(2) + dmass
+            dmass = dmass + dg.sum(2, keepdim=True)
+        dkc, dvc = dkc + a.mT @ chunk.q, dvc + w.mT @ grad
+        dbias += ds.sum(2)
+        of_tokens.append((dq, dk, dv, dphi))
+    if not of_tokens:
+        of_tokens.append(tuple(lse.new_empty((*q.shape[:2], 0, x.shape[3])) for x in (q, k, v, phi)))
+    dq, dk, dv, dphi = (torch.cat(x, 2) for x in zip(*reversed(of_tokens), strict=True))
+    of_state = (_from_heads(x, kc.shape[1]) for x in (dkc, dvc))
+    return (
+        *(dq.to(q.dtype), _from_heads(dk, k.shape[1]).to(q.dtype), _from_heads(dv, v.shape[1]).to(q.dtype)),
+        _unmasked(_from_heads(dphi, kc.shape[1]), key_mask),
+        *of_state,
+        lse.new_empty(0) if dmass is None else _from_heads(dmass, kc.shape[1]).squeeze(2),
+        lse.new_empty(0) if score_bias is None else dbias,
+    )
+
+
+def _of_first_heads(x: Tensor, heads: int) -> Tensor:
+    """Another transpose of `_from_heads`: x at the first of the heads that share it, zeros at the others."""
+    group = heads // x.shape[1]
+    return torch.nn.functional.pad(x.unsqueeze(2), (0, 0, 0, 0, 0, group - 1)).flatten(1, 2)
+
+
 def _layer(weights: Tensor, t: int) -> Tensor:
     """Layer t of S or B, which are tied when their layer axis is 1."""
     return weights[:, t if weights.shape[1] > 1 else 0]
@@ -327,7 +478,7 @@ def attend_causal_decode(
 _IMPLEMENTATIONS = torch.library.Library("csat", "IMPL")
 for _function in (
     *(project, project_backward, project_implicit, project_implicit_backward),
-    *(attend, attend_backward, attend_causal, attend_causal_backward, decode, decode_backward),
-    *(attend_decode, attend_causal_decode),
+    *(attend, attend_backward, attend_causal, attend_causal_backward, attend_prefix, attend_prefix_backward),
+    *(decode, decode_backward, attend_decode, attend_causal_decode),
 ):
     _IMPLEMENTATIONS.impl(_function.__name__, _announced(_function), "CompositeExplicitAutograd")

@@ -231,7 +231,7 @@ class MeasurementStream(_Memory):
             key, value, phi = (torch.where(counted, x, 0) for x in (key, value, phi))
         wide = accumulate_dtype(key.dtype)
         phi, counted = phi.to(wide), counted.to(wide).expand(key.shape[0], -1, -1, -1)
-        mass = (counted if self.signed else phi.expand(key.shape[0], key.shape[1], -1, -1)).sum(2, keepdim=True)
+        mass = counted.sum(2) if self.signed else phi.expand(key.shape[0], key.shape[1], -1, -1).sum(2)
         sums = phi.mT @ key.to(wide), phi.mT @ value.to(wide), mass
         self._state = PrefixState(*(sums if past is None else (a + b for a, b in zip(past, sums, strict=True))))
         self._length += key.shape[2]
@@ -246,12 +246,12 @@ class MeasurementStream(_Memory):
             raise ValueError("measurements of no token were asked for; append comes first")
         kc, vc, mass = self._sums
         filled = mass > 0
-        normal = torch.where(filled, mass, 1.0).mT  # (B, Hk, M, 1), signed (B, 1, 1, 1)
+        normal = torch.where(filled, mass, 1.0)  # (B, Hk, M), signed (B, 1, 1)
         if self.signed:
             normal = normal.sqrt()
         bias = torch.zeros_like(normal) if self.signed else normal.log()
-        bias = bias.masked_fill(~filled.mT, -math.inf)[..., 0].expand(kc.shape[:3])
-        return kc / normal, vc / normal, bias
+        bias = bias.masked_fill(~filled, -math.inf).expand(kc.shape[:3])
+        return kc / normal[..., None], vc / normal[..., None], bias
 
     def attend(
         self,

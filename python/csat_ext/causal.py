@@ -7,28 +7,21 @@ being the r N / Bk measurements of finished blocks:
 | form | multiplications, forward | kept for the backward pass | state of decoding |
 |---|---|---|---|
 | block | N (r N / Bk + (w + 1) Bk) D | q, k, v, E D | E (2 D + 1) + 2 (w + 1) Bk D |
-| prefix | N (4 M + 2 C) D, C = `CHUNK` | q, k, v, N M, and 2 M D for each chunk | M (2 D + 1) |
+| prefix | N (2 M + C) (D + Dv), C tokens a chunk | q, k, v, N M | M (D + Dv + 1) |
 
-The block form is `torch.ops.csat.attend_causal`, with a sparse decoder behind it `attend_causal_decode`. The prefix
-form has no kernel of its own yet: its products run in float32 (float64 for float64) through torch's matmul on every
-device, a chunk of tokens at a time.
+Both are operators of their own: `torch.ops.csat.attend_causal`, with a sparse decoder behind it `attend_causal_decode`,
+and `torch.ops.csat.attend_prefix`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from csat_ext._composite import accumulate_dtype
-from csat_ext.reference.attention import repeat_heads
-
-CHUNK = 128
-"""Tokens of one chunk of the prefix form."""
 
 Measure = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]
 """From blocks of keys, of values (blocks, Hk, Bk, D) and of the key mask (blocks, Bk) to Kc (blocks, Hc, r, D), Vc and
@@ -51,7 +44,7 @@ class PrefixState(NamedTuple):
 
     kc: Tensor  # (B, Hs, M, D), sum of phi_sj k_s
     vc: Tensor  # (B, Hs, M, Dv), sum of phi_sj v_s
-    mass: Tensor  # (B, Hs, 1, M), sum of phi_sj; signed: (B, 1, 1, 1), the number of tokens
+    mass: Tensor  # (B, Hs, M), sum of phi_sj; signed: (B, 1, 1), the number of tokens
 
 
 def attend_blocks(
@@ -117,73 +110,17 @@ def attend_prefixes(
     scale: float,
 ) -> tuple[Tensor, PrefixState]:  # z (B, H, n, Dv), dtype of q; the state after these tokens
     """Prefix form: two causal linear attentions, q k -> phi and softmax phi -> v, around the softmax over M."""
-    heads = max(k.shape[1], phi.shape[1])
-    k, v = repeat_heads(k, heads), repeat_heads(v, heads)
-    counted = torch.ones((1, 1, k.shape[2], 1), dtype=torch.bool, device=k.device)
-    if key_mask is not None:
-        counted = key_mask[:, None, :, None]
-        k, v, phi = (torch.where(counted, x, 0) for x in (k, v, phi))
     if state is None:
-        sums = (k.shape[0], heads, phi.shape[3])
-        mass = (k.shape[0], 1, 1, 1) if signed else (k.shape[0], heads, 1, phi.shape[3])
-        shapes = (*sums, k.shape[3]), (*sums, v.shape[3]), mass
+        batch, heads, m = k.shape[0], max(k.shape[1], phi.shape[1]), phi.shape[3]
+        shapes = (batch, heads, m, k.shape[3]), (batch, heads, m, v.shape[3]), (batch, heads, m)
+        if signed:
+            shapes = *shapes[:2], (batch, 1, 1)
         state = PrefixState(*(torch.zeros(s, dtype=accumulate_dtype(q.dtype), device=q.device) for s in shapes))
-    bias = None if score_bias is None else score_bias.unsqueeze(2)
-    rows = []
-    for part in zip(*(x.split(CHUNK, 2) for x in (q, k, v, phi, counted)), strict=True):
-        z, *state = _recomputed(_chunk, *part, *state, bias, signed, scale)
-        rows.append(z)
-    return torch.cat(rows, 2) if rows else q.new_empty((*q.shape[:3], v.shape[3])), PrefixState(*state)
+    z, _, *sums = torch.ops.csat.attend_prefix(q, k, v, phi, *state, score_bias, key_mask, scale, signed)
+    return z, PrefixState(*sums)
 
 
-def _chunk(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    phi: Tensor,
-    counted: Tensor,
-    kc: Tensor,
-    vc: Tensor,
-    mass: Tensor,
-    bias: Tensor | None,
-    signed: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows of z of one chunk, and the state after it."""
-    rows, k, v, phi, counted = (x.to(kc.dtype) for x in (q, k, v, phi, counted))
-    running = mass + (counted if signed else phi).cumsum(2)
-    at_row = running if running.shape[1] == 1 else repeat_heads(running, q.shape[1])
-    filled = at_row > 0
-    normal = torch.where(filled, at_row, 1.0)
-    scores = _grouped(rows, kc.mT) + _grouped(_grouped(rows, k.mT).tril(), phi)
-    scores = scores * scale / normal.sqrt() if signed else scores * scale / normal + normal.log()
-    scores = scores if bias is None else scores + bias
-    weights = _softmax(scores.masked_fill(~filled, -math.inf)) / (normal.sqrt() if signed else normal)
-    z = _grouped(weights, vc) + _grouped(_grouped(weights, phi.mT).tril(), v)
-    return z.to(q.dtype), kc + phi.mT @ k, vc + phi.mT @ v, running[:, :, -1:]
-
-
-# ---- what both need --------------------------------------------------------------------------------------------------
-
-
-def _grouped(rows: Tensor, matrix: Tensor) -> Tensor:
-    """(B, H, n, x) @ (1 or B, Hx, x, y): head h meets matrix h / (H / Hx), which is not copied for the others."""
-    heads = matrix.shape[1]
-    grouped = rows.reshape(rows.shape[0], heads, rows.shape[1] // heads * rows.shape[2], rows.shape[3]) @ matrix
-    return grouped.reshape(*rows.shape[:3], matrix.shape[3])
-
-
-def _softmax(scores: Tensor) -> Tensor:
-    """The softmax of each row, and zeros for a row of -inf alone."""
-    nothing = (scores == -math.inf).all(-1, keepdim=True)
-    return torch.softmax(scores.masked_fill(nothing, 0.0), -1).masked_fill(nothing, 0.0)
-
-
-def _recomputed(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args), whose intermediates the backward pass computes anew."""
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
-    return function(*args)
+# ---- what the block form needs ---------------------------------------------------------------------------------------
 
 
 def _joined(past: Tensor, new: Tensor) -> Tensor:

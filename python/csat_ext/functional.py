@@ -172,8 +172,7 @@ def csat_attention(
               t. phi_k holds what each token adds, (1 or B, 1, Hk or H, N, M) or without the leading axes, not negative
               unless ``signed``; any strides; the log of the running mass is added to ``score_bias``.
 
-            The prefix form runs in plain torch on every device, in float32 (float64) inside; no kernel is written for
-            it yet.
+            The state that runs along the sequence is float32 (float64).
         block_size, measurements_per_block: Bk and r of the block form, needed where phi_k is absent.
         window_blocks: w of the block form.
         signed: for the prefix form: phi_k has entries of both signs and variance 1. Sums are divided by the square root

@@ -2,7 +2,8 @@
 
 The operators, their shapes and dtypes are listed in docs/architecture.md; arguments are checked at the binding. First
 derivatives exist for all but the backward operators; a second derivative raises NotImplementedError.
-The log-sum-exp that the attends return, and the z of those that decode, carry no gradient.
+What carries no gradient: the log-sum-exp that the attend operators return, the z of those that decode, and the number
+of tokens that is the mass of `attend_prefix(..., signed=True)`.
 """
 
 from __future__ import annotations
@@ -133,6 +134,50 @@ def _(
     dbias = q.new_empty(bias_shape, dtype=accumulate_dtype(q.dtype))
     dq, dkc, dvc, dk, dv = (t.new_empty(t.shape) for t in (q, kc, vc, k, v))
     return dq, dkc, dvc, dk, dv, dbias
+
+
+@_register_fake("attend_prefix")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi: Tensor,
+    kc: Tensor,
+    vc: Tensor,
+    mass: Tensor,
+    score_bias: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
+    signed: bool,
+) -> tuple[Tensor, ...]:
+    lse = q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
+    return q.new_empty((*q.shape[:3], v.shape[3])), lse, *(t.new_empty(t.shape) for t in (kc, vc, mass))
+
+
+@_register_fake("attend_prefix_backward")
+def _(
+    dz: Tensor,
+    dkc_end: Tensor,
+    dvc_end: Tensor,
+    dmass_end: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi: Tensor,
+    kc: Tensor,
+    vc: Tensor,
+    mass: Tensor,
+    score_bias: Tensor | None,
+    key_mask: Tensor | None,
+    lse: Tensor,
+    scale: float,
+    signed: bool,
+) -> tuple[Tensor, ...]:
+    dphi = lse.new_empty((q.shape[0], kc.shape[1], *phi.shape[2:]))
+    dmass = lse.new_empty(0 if signed else mass.shape)
+    dbias = lse.new_empty((0,) if score_bias is None else (*q.shape[:2], phi.shape[3]))
+    dq, dk, dv, dkc, dvc = (t.new_empty(t.shape) for t in (q, k, v, kc, vc))
+    return dq, dk, dv, dphi, dkc, dvc, dmass, dbias
 
 
 @_register_fake("decode")
@@ -273,6 +318,27 @@ def _attend_causal_backward(ctx: Any, dz: Tensor, _dlse: Tensor) -> tuple[Tensor
     return _attend_causal_gradients(ctx.needs_input_grad, dz, ctx.saved_tensors, ctx.numbers)
 
 
+def _attend_prefix_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.scale, ctx.signed = inputs
+    _, lse, _, _, mass = output
+    ctx.mark_non_differentiable(lse, *((mass,) if ctx.signed else ()))  # signed: a number of tokens
+    ctx.save_for_backward(*tensors, lse)
+
+
+def _attend_prefix_backward(
+    ctx: Any, dz: Tensor, _dlse: Tensor, dkc: Tensor, dvc: Tensor, dmass: Tensor
+) -> tuple[Tensor | None, ...]:
+    *data, bias, key_mask, lse = ctx.saved_tensors
+    *gradients, dbias = _csat.attend_prefix_backward(
+        dz, dkc, dvc, dmass, *data, bias, key_mask, lse, ctx.scale, ctx.signed
+    )
+    needs = list(ctx.needs_input_grad)
+    needs[6] &= not ctx.signed
+    gradients[3] = gradients[3].sum_to_size(data[3].shape)  # of phi: over what it was broadcast to
+    of_bias = dbias.sum_to_size(bias.shape).to(bias.dtype) if bias is not None and needs[7] else None
+    return *_if_needed(tuple(needs[:7]), tuple(gradients), tuple(data)), of_bias, None, None, None
+
+
 def _decode_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -335,6 +401,7 @@ torch.library.register_autograd(
 )
 torch.library.register_autograd("csat::attend", _attend_backward, setup_context=_attend_context)
 torch.library.register_autograd("csat::attend_causal", _attend_causal_backward, setup_context=_attend_causal_context)
+torch.library.register_autograd("csat::attend_prefix", _attend_prefix_backward, setup_context=_attend_prefix_context)
 torch.library.register_autograd("csat::decode", _decode_backward, setup_context=_decode_context)
 torch.library.register_autograd("csat::attend_decode", _attend_decode_backward, setup_context=_attend_decode_context)
 torch.library.register_autograd(
@@ -342,7 +409,7 @@ torch.library.register_autograd(
 )
 for _name in (
     *("project_backward", "project_implicit_backward"),
-    *("attend_backward", "attend_causal_backward", "decode_backward"),
+    *("attend_backward", "attend_causal_backward", "attend_prefix_backward", "decode_backward"),
 ):
     torch.library.register_autograd(f"csat::{_name}", _no_second_derivative(_name))
 
@@ -351,7 +418,7 @@ for _name in (
 # The arguments cast under autocast: x, q, kc, vc, k, v, z. float64 is left alone, as everywhere in torch's autocast.
 _AUTOCAST_ARGUMENTS = {
     **{"project": 1, "project_implicit": 1, "decode": 1},
-    **{"attend": 3, "attend_decode": 3, "attend_causal": 5, "attend_causal_decode": 5},
+    **{"attend": 3, "attend_decode": 3, "attend_causal": 5, "attend_causal_decode": 5, "attend_prefix": 3},
 }
 
 

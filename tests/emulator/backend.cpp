@@ -53,6 +53,8 @@ int64_t csat_sizeof(const char* name) {
   if (is("AttendBackwardParams")) return sizeof(csat::AttendBackwardParams);
   if (is("AttendCausalParams")) return sizeof(csat::AttendCausalParams);
   if (is("AttendCausalBackwardParams")) return sizeof(csat::AttendCausalBackwardParams);
+  if (is("PrefixParams")) return sizeof(csat::PrefixParams);
+  if (is("PrefixBackwardParams")) return sizeof(csat::PrefixBackwardParams);
   if (is("Decoder")) return sizeof(csat::Decoder);
   if (is("DecodeParams")) return sizeof(csat::DecodeParams);
   if (is("DecodeBackwardParams")) return sizeof(csat::DecodeBackwardParams);
@@ -72,6 +74,10 @@ CSAT_EXPORT(attend_backward, AttendBackwardParams) { return csat::attend_backwar
 CSAT_EXPORT(attend_causal, AttendCausalParams) { return csat::attend_causal_forward(*p, workspace, nullptr); }
 CSAT_EXPORT(attend_causal_backward, AttendCausalBackwardParams) {
   return csat::attend_causal_backward(*p, workspace, nullptr);
+}
+CSAT_EXPORT(attend_prefix, PrefixParams) { return csat::attend_prefix_forward(*p, workspace, nullptr); }
+CSAT_EXPORT(attend_prefix_backward, PrefixBackwardParams) {
+  return csat::attend_prefix_backward(*p, workspace, nullptr);
 }
 CSAT_EXPORT(decode, DecodeParams) { return csat::decode_forward(*p, workspace, nullptr); }
 CSAT_EXPORT(decode_backward, DecodeBackwardParams) { return csat::decode_backward(*p, workspace, nullptr); }

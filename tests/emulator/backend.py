@@ -15,7 +15,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from ctypes import Structure, c_char_p, c_float, c_int, c_int64, c_uint64, c_void_p
+from ctypes import Structure, c_bool, c_char_p, c_float, c_int, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
 import torch
@@ -88,6 +88,24 @@ class AttendCausalBackwardParams(Structure):
     _fields_ = (("measured", AttendBackwardParams), ("tokens", CausalTokens), *_views("dk", "dv"))
 
 
+class PrefixParams(Structure):
+    _fields_ = (
+        *_views("q", "k", "v", "phi", "kc", "vc", "mass", "bias", "z", "lse", "kc_end", "vc_end", "mass_end"),
+        ("keep", c_void_p),
+        *_sizes("batch", "heads", "key_heads", "state_heads", "phi_batch", "phi_heads"),
+        *_sizes("tokens", "measurements", "head_dim", "features"),
+        *(("scale", c_float), ("is_signed", c_bool)),
+    )
+
+
+class PrefixBackwardParams(Structure):
+    _fields_ = (
+        ("forward", PrefixParams),
+        *_views("dz", "dkc_end", "dvc_end", "dmass_end"),
+        *_views("dq", "dk", "dv", "dphi", "dkc", "dvc", "dmass", "dbias"),
+    )
+
+
 class Decoder(Structure):
     _fields_ = (
         *_views("S", "B", "theta", "psi", "step"),
@@ -147,6 +165,7 @@ class Counters(Structure):
 
 _STRUCTURES = (
     *(View, AttendParams, AttendBackwardParams, AttendCausalParams, AttendCausalBackwardParams),
+    *(PrefixParams, PrefixBackwardParams),
     *(Decoder, DecodeParams, DecodeBackwardParams),
     *(ProjectParams, ProjectBackwardParams, ImplicitParams, Counters),
 )
@@ -216,8 +235,8 @@ class EmulatedOps:
     def _output(self, like: Tensor, axes: tuple[int, ...] = _ALL) -> View:
         """A contiguous, unwritten tensor of the shape and dtype of `like`."""
         view = View(self._allocate(like.numel() * like.element_size()), DTYPES[like.dtype])
-        for axis, stride in zip(axes, like.stride(), strict=True):
-            view.stride[axis] = stride
+        for axis, n, stride in zip(axes, like.shape, like.stride(), strict=True):
+            view.stride[axis] = 0 if axis < 2 and n == 1 else stride  # as the CUDA binding
         return view
 
     def _download(self, like: Tensor, data: int) -> Tensor:
@@ -443,6 +462,81 @@ class EmulatedOps:
         known = zip(gradients, views, strict=True)
         return self._results(*known, (dbias, None if score_bias is None else bias))
 
+    def _prefix_params(
+        self, data: tuple[Tensor, ...], score_bias: Tensor | None, key_mask: Tensor | None, scale: float, signed: bool
+    ) -> PrefixParams:
+        q, k, v, phi, kc, _, _ = data
+        (batch, heads, tokens, head_dim), (phi_batch, phi_heads) = q.shape, phi.shape[:2]
+        bias = None if score_bias is None else score_bias.expand(batch, heads, phi.shape[3])
+        keep = None if key_mask is None else self._upload(key_mask.contiguous())
+        views = [self._input(x) for x in data[:6]]
+        nothing = (View(),) * 5
+        return PrefixParams(
+            *(*views, self._input(data[6], _NO_ROW), self._input(bias, _NO_ROW), *nothing, keep),
+            *(batch, heads, k.shape[1], kc.shape[1], phi_batch, phi_heads),
+            *(tokens, phi.shape[3], head_dim, v.shape[3], scale, signed),
+        )
+
+    def attend_prefix(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        phi: Tensor,
+        kc: Tensor,
+        vc: Tensor,
+        mass: Tensor,
+        score_bias: Tensor | None,
+        key_mask: Tensor | None,
+        scale: float,
+        signed: bool,
+    ) -> tuple[Tensor, ...]:
+        self._reset()
+        params = self._prefix_params((q, k, v, phi, kc, vc, mass), score_bias, key_mask, scale, signed)
+        z, lse = q.new_empty(*q.shape[:-1], v.shape[-1]), torch.empty(q.shape[:-1])
+        ends = [torch.empty(x.shape) for x in (kc, vc, mass)]
+        params.z, params.lse = self._output(z), self._output(lse, _NO_LAST)
+        params.kc_end, params.vc_end = self._output(ends[0]), self._output(ends[1])
+        params.mass_end = self._output(ends[2], _NO_ROW)
+        self._launch("attend_prefix", params)
+        known = zip(ends, (params.kc_end, params.vc_end, params.mass_end), strict=True)
+        return self._results((z, params.z), (lse, params.lse), *known)
+
+    def attend_prefix_backward(
+        self,
+        dz: Tensor,
+        dkc_end: Tensor,
+        dvc_end: Tensor,
+        dmass_end: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        phi: Tensor,
+        kc: Tensor,
+        vc: Tensor,
+        mass: Tensor,
+        score_bias: Tensor | None,
+        key_mask: Tensor | None,
+        lse: Tensor,
+        scale: float,
+        signed: bool,
+    ) -> tuple[Tensor, ...]:
+        self._reset()
+        forward = self._prefix_params((q, k, v, phi, kc, vc, mass), score_bias, key_mask, scale, signed)
+        forward.lse = self._input(lse, _NO_LAST)
+        dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v))
+        dphi, dkc, dvc = (torch.empty(*x) for x in ((q.shape[0], kc.shape[1], *phi.shape[2:]), kc.shape, vc.shape))
+        dmass = torch.empty(0 if signed else mass.shape)
+        dbias = torch.empty(0 if score_bias is None else (*q.shape[:2], phi.shape[3]))
+        views = [self._output(t) for t in (dq, dk, dv, dphi, dkc, dvc)]
+        of_mass = None if signed else self._output(dmass, _NO_ROW)
+        of_bias = None if score_bias is None else self._output(dbias, _NO_ROW)
+        ends = self._input(dkc_end), self._input(dvc_end), self._input(dmass_end, _NO_ROW)
+        params = PrefixBackwardParams(forward, self._input(dz), *ends, *views, of_mass or View(), of_bias or View())
+        self._launch("attend_prefix_backward", params)
+        known = zip((dq, dk, dv, dphi, dkc, dvc), views, strict=True)
+        return self._results(*known, (dmass, of_mass), (dbias, of_bias))
+
     def decode(self, z: Tensor, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor | None, step: Tensor) -> Tensor:
         self._reset()
         out = z.new_empty(*z.shape[:-1], _outputs(theta, psi))
@@ -530,6 +624,7 @@ def _outputs(theta: Tensor, psi: Tensor | None) -> int:
 OPERATORS = (
     *("project", "project_backward", "project_implicit", "project_implicit_backward"),
     *("attend", "attend_backward", "attend_causal", "attend_causal_backward"),
+    *("attend_prefix", "attend_prefix_backward"),
     *("decode", "decode_backward", "attend_decode", "attend_causal_decode"),
 )
 

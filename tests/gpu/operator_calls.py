@@ -31,6 +31,8 @@ RESULTS = {
     "attend_backward": ("dq", "dkc", "dvc", "dbias"),
     "attend_causal": ("z", "lse"),
     "attend_causal_backward": ("dq", "dkc", "dvc", "dk", "dv", "dbias"),
+    "attend_prefix": ("z", "lse", "kc_end", "vc_end", "mass_end"),
+    "attend_prefix_backward": ("dq", "dk", "dv", "dphi", "dkc", "dvc", "dmass", "dbias"),
     "decode": ("c",),
     "decode_backward": ("dz", "dS", "dB", "dtheta", "dpsi", "dstep"),
     "attend_decode": ("c", "z", "lse"),
@@ -68,6 +70,9 @@ class Call:
         if self.op == "attend_causal_backward":
             dz, *data, _, _, scale, size, window, rows = args
             args = (dz, *data, *_composite.attend_causal(*data, scale, size, window, rows), scale, size, window, rows)
+        if self.op == "attend_prefix_backward":
+            *others, _, scale, signed = args
+            args = (*others, _composite.attend_prefix(*others[4:], scale, signed)[1], scale, signed)
         return as_tuple(getattr(_composite, self.op)(*args))
 
     def plain(self) -> tuple[Tensor, ...]:
@@ -284,6 +289,41 @@ def attend_causal_calls(dtype: torch.dtype) -> Iterator[Call]:
     yield Call("attend_causal_backward", "alike-values", (values(*z.shape), *data, z, lse, scale, 16, 1, 5))
 
 
+def attend_prefix_calls(dtype: torch.dtype) -> Iterator[Call]:
+    # B, H, Hk, heads and batch of phi, N, M, D, R; is phi signed, is there a mask
+    sizes: dict[str, tuple[tuple[int, ...], bool, bool]] = {
+        "chunks": ((2, 2, 2, 2, 2, 150, 33, 16, 16), False, False),
+        "grouped-masked": ((2, 4, 2, 2, 2, 200, 20, 20, 24), False, True),
+        "heads-of-queries": ((1, 4, 2, 4, 1, 130, 70, 17, 5), False, False),
+        "signed": ((2, 4, 1, 1, 1, 140, 40, 24, 24), True, True),
+        "many-measurements": ((1, 2, 1, 1, 1, 70, 300, 32, 32), False, True),
+        "D128": ((1, 2, 1, 1, 1, 200, 128, 128, 128), False, False),
+        "wide": ((1, 1, 1, 1, 1, 40, 20, 260, 200), False, False),
+        "one-token": ((2, 4, 2, 2, 2, 1, 16, 64, 64), False, False),
+        "in-parts": ((2, 2, 2, 2, 1, 4096, 512, 64, 64), False, False),
+        "no-batch": ((0, 2, 1, 1, 1, 5, 4, 8, 8), False, False),
+        "no-tokens": ((2, 2, 1, 1, 1, 0, 4, 8, 8), False, True),
+    }
+    for label, (shape, signed, masked) in sizes.items():
+        values = Values(dtype)
+        batch, heads, key_heads, phi_heads, phi_batch, n, m, dim, features = shape
+        state_heads, f32 = max(key_heads, phi_heads), torch.float32
+        q, k = values.strided(batch, heads, n, dim), values.strided(batch, key_heads, n, dim)
+        v = values.strided(batch, key_heads, n, features)
+        phi, before = values(phi_batch, phi_heads, n, m, dtype=f32), values(batch, state_heads, 9, m, dtype=f32)
+        phi, before = (x.sign() if signed else x.softmax(-1) for x in (phi, before))
+        mass = torch.full((batch, 1, 1), 9.0) if signed else before.sum(2)
+        state = (*(before.mT @ values(batch, state_heads, 9, d, dtype=f32) for d in (dim, features)), mass)
+        bias = values(1, heads, m, dtype=f32) if masked else None
+        keep = values(batch, n, dtype=f32) > -0.5 if masked else None
+        arguments = (q, k, v, phi.to(dtype) if masked else phi, *state, bias, keep)
+        yield Call("attend_prefix", label, (*arguments, dim**-0.5, signed))
+        z, lse, *ends = _composite.attend_prefix(*arguments, dim**-0.5, signed)
+        of_ends = [values(*x.shape, dtype=f32) for x in ends]
+        backward = (values.strided(*z.shape), *of_ends, *arguments, lse, dim**-0.5, signed)
+        yield Call("attend_prefix_backward", label, backward)
+
+
 def decoder_weights(
     values: Values,
     heads: int,
@@ -384,6 +424,7 @@ def calls(dtype: torch.dtype) -> Iterator[Call]:
         project_implicit_calls,
         attend_calls,
         attend_causal_calls,
+        attend_prefix_calls,
         decode_calls,
         attend_decode_calls,
         attend_causal_decode_calls,

@@ -85,7 +85,7 @@ void backward(const AttendOperands<R>& operands, const Tensor& kc, const Tensor&
         View lse_view = lse.row(b, h);
         lse_view.data = address(lse_view.data, lse_view.type, row * lse_view.col);
         load(lse_view, 1, rows, row_lse[0]);
-        backward_tile(operands, transposes.keys[key], transposes.values_t[key], operands.bias_row(b, h),
+        backward_tile(operands, transposes.keys[key], transposes.values_t[key], operands.bias.of(b, h),
                       operands.keys_t[key], rows, row_lse[0].data, tile, partial, unit);
         store(tile.dq[0], rows, n.D, arrays.dq.matrix(b, h, row));
       }

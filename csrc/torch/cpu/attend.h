@@ -8,6 +8,25 @@
 
 namespace csat::cpu {
 
+// A score bias, (1 or B, 1 or H, M), in the accumulation type: zeros where there is none, -inf in the padding.
+template <class R>
+struct BiasRows {
+  int64_t B, H;  // 0 without a bias
+  Stack<R> rows;
+
+  BiasRows(const std::optional<Tensor>& score_bias, int64_t B, int64_t H, int64_t M)
+      : B(B), H(H), rows(std::max<int64_t>(B * H, 1), 1, M) {
+    for (int64_t i = 0; i < std::max<int64_t>(B * H, 1); ++i) {
+      if (score_bias && score_bias->numel() > 0) load(Array(*score_bias).row(i / H, i % H), 1, M, rows[i]);
+      std::fill(rows[i].data + M, rows[i].data + padded<R>(M), -std::numeric_limits<R>::infinity());
+    }
+  }
+  const R* of(int64_t b, int64_t h) const {
+    if (B == 0) return rows[0].data;
+    return rows[(B == 1 ? 0 : b) * H + (H == 1 ? 0 : h)].data;
+  }
+};
+
 // Keys, values and bias in the accumulation type, loaded once per call and shared by all row tiles.
 template <class R>
 struct AttendOperands {
@@ -15,7 +34,7 @@ struct AttendOperands {
   R scale;
   Stack<R> keys_t;  // (D, M) per (batch, key head)
   Stack<R> values;  // (M, R)
-  Stack<R> bias;    // one row of M, -inf in the padding
+  BiasRows<R> bias;
 
   AttendOperands(const AttendSizes& n, const Tensor& kc, const Tensor& vc, const std::optional<Tensor>& score_bias,
                  double scale)
@@ -23,7 +42,7 @@ struct AttendOperands {
         scale(static_cast<R>(scale)),
         keys_t(n.B * n.Hk, n.D, n.M),
         values(n.B * n.Hk, n.M, n.R),
-        bias(std::max<int64_t>(n.Bb * n.Hb, 1), 1, n.M) {
+        bias(score_bias, n.Bb, n.Hb, n.M) {
     const Array keys_array(kc), values_array(vc);
     parallel(n.B * n.Hk, n.M * (n.D + n.R), [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
@@ -31,16 +50,8 @@ struct AttendOperands {
         load(values_array.matrix(i / n.Hk, i % n.Hk), n.M, n.R, values[i]);
       }
     });
-    for (int64_t i = 0; i < std::max<int64_t>(n.Bb * n.Hb, 1); ++i) {
-      if (score_bias && score_bias->numel() > 0) load(Array(*score_bias).row(i / n.Hb, i % n.Hb), 1, n.M, bias[i]);
-      std::fill(bias[i].data + n.M, bias[i].data + padded<R>(n.M), -std::numeric_limits<R>::infinity());
-    }
   }
   int64_t key_index(int64_t b, int64_t h) const { return b * n.Hk + h / (n.H / n.Hk); }
-  const R* bias_row(int64_t b, int64_t h) const {
-    if (n.Bb == 0) return bias[0].data;
-    return bias[(n.Bb == 1 ? 0 : b) * n.Hb + (n.Hb == 1 ? 0 : h)].data;
-  }
 };
 
 constexpr int64_t kAttendRows = 96;  // query rows of one forward tile, a multiple of the micro kernel's 6
@@ -64,7 +75,7 @@ void attend_tile(const AttendOperands<R>& operands, int64_t b, int64_t h, int64_
                  Block<R> z, R* lse) {
   const AttendSizes& n = operands.n;
   const int64_t key = operands.key_index(b, h);
-  const R* bias = operands.bias_row(b, h);
+  const R* bias = operands.bias.of(b, h);
   R sums[kAttendRows];
   multiply(rows, n.M, n.D, as_is(q), operands.keys_t[key], scores);
   for (int64_t i = 0; i < rows; ++i) {

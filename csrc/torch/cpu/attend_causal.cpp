@@ -26,7 +26,7 @@ struct CausalOperands {
         for (int64_t d = 0; d < n.tokens.D; ++d) tokens.keys_t[key].row(d)[s] = R(0);
         std::fill_n(tokens.values[key].row(s), n.tokens.R, R(0));
       }
-      tokens.bias[b].data[s] = -std::numeric_limits<R>::infinity();
+      tokens.bias.rows[b].data[s] = -std::numeric_limits<R>::infinity();
     });
   }
 
@@ -111,7 +111,7 @@ void forward(const CausalOperands<R>& operands, const Array& q, const Array& z, 
       load(q.matrix(b, h, row), rows, n.D, queries[0]);
       multiply(rows, tile.far, n.D, as_is(queries[0]), operands.measured.keys_t[measured], far);
       multiply(rows, tile.near, n.D, as_is(queries[0]), columns_from(operands.tokens.keys_t[token], tile.low), near);
-      RowBias<R> row_bias(operands.n.window, tile, operands.measured.bias_row(b, h), operands.tokens.bias_row(b, h),
+      RowBias<R> row_bias(operands.n.window, tile, operands.measured.bias.of(b, h), operands.tokens.bias.of(b, h),
                           bias[0].data);
       for (int64_t i = 0; i < rows; ++i) {
         R max;
@@ -270,7 +270,7 @@ void backward_tile(const CausalOperands<R>& operands, const CausalTransposes<R>&
   multiply(rows, tile.near, n.D, as_is(q), columns_from(operands.tokens.keys_t[token], tile.low), near_p);
   multiply(rows, tile.far, n.R, as_is(dz), transposes.measured.values_t[measured], ds);
   multiply(rows, tile.near, n.R, as_is(dz), columns_from(transposes.tokens.values_t[token], tile.low), near_ds);
-  RowBias<R> row_bias(operands.n.window, tile, operands.measured.bias_row(b, h), operands.tokens.bias_row(b, h),
+  RowBias<R> row_bias(operands.n.window, tile, operands.measured.bias.of(b, h), operands.tokens.bias.of(b, h),
                       scratch.bias[0].data);
   R* dbias = scratch.dbias[0].data;
   std::fill_n(dbias, width, R(0));

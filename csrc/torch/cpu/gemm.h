@@ -18,6 +18,9 @@ struct MicroKernels {
   void (*threshold_row)(const R* a, const R* drive, const R* theta, R step, int64_t n, R* y, R* next);
   R (*threshold_backward_row)(const R* next, const R* y, R step, int64_t n, R* g, R* scaled, R* dtheta);
   void (*score_gradient_row)(const R* p, R scale, int64_t n, R* dp, R* dbias);
+  void (*mean_weight_row)(R* s, const R* phi, const R* bias, R scale, int64_t n, R* g, R* max, R* sum);
+  void (*mean_weight_gradient_row)(R* s, const R* phi, const R* bias, R scale, R lse, int64_t n, R* g, R* dw, R* dg,
+                                   R* dbias);
   void (*signs)(const RandomKey& key, int64_t row, int64_t rows, int64_t position, int64_t n, R* out, int64_t ld);
 };
 

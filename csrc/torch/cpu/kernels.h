@@ -35,6 +35,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attend_causal_backwar
     const MaybeTensor& score_bias, const MaybeTensor& key_mask, const Tensor& z, const Tensor& lse, double scale,
     int64_t block_size, int64_t window_blocks, int64_t measurements_per_block);
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_prefix(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                                 const Tensor& phi, const Tensor& kc, const Tensor& vc,
+                                                                 const Tensor& mass, const MaybeTensor& score_bias,
+                                                                 const MaybeTensor& key_mask, double scale,
+                                                                 bool is_signed);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attend_prefix_backward(
+    const Tensor& dz, const Tensor& dkc_end, const Tensor& dvc_end, const Tensor& dmass_end, const Tensor& q,
+    const Tensor& k, const Tensor& v, const Tensor& phi, const Tensor& kc, const Tensor& vc, const Tensor& mass,
+    const MaybeTensor& score_bias, const MaybeTensor& key_mask, const Tensor& lse, double scale, bool is_signed);
+
 Tensor decode(const Tensor& z, const Tensor& S, const Tensor& B, const Tensor& theta, const MaybeTensor& psi,
               const Tensor& step);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> decode_backward(const Tensor& dc, const Tensor& z,

@@ -1,0 +1,6 @@
+#define CSAT_INSTANTIATE
+#include "csat/instances.h"
+
+namespace csat {
+CSAT_ATTEND_PREFIX_INSTANCES(, float)
+}  // namespace csat
