@@ -321,6 +321,7 @@ struct GradientScratch {
   Stack<R> keys, values_t;           // of the state before the chunk
   Stack<R> query_keys, value_grads;  // the lower triangles of q k^T and dz v^T
   Stack<R> near, weights, dweights, dmass, mass, dbias, lse;
+  Stack<R> chunk_keys, chunk_values, chunk_bias;
 
   explicit GradientScratch(const PrefixSizes& n, int64_t masses)
       : q(1, kChunk, n.D),
@@ -340,16 +341,20 @@ struct GradientScratch {
         dmass(1, kChunk, n.M),
         mass(1, 1, masses),
         dbias(n.H, 1, n.M),
-        lse(1, 1, kChunk) {}
+        lse(1, 1, kChunk),
+        chunk_keys(1, n.M, n.D),
+        chunk_values(1, n.M, n.R),
+        chunk_bias(1, 1, n.M) {}
 };
 
-// Rows of s and dw become w and a; the gradients of g in dmass. `mass` moves over the chunk.
+// Rows of s and dw become w and a; the gradients of g in dmass, of the bias added to chunk_bias. x.mass moves over the
+// chunk.
 template <class R>
 void weight_gradients(const PrefixOperands<R>& of, int64_t b, int64_t h, const ChunkTokens<R>& tokens,
-                      const GradientScratch<R>& x, R* dbias) {
+                      const GradientScratch<R>& x) {
   const R* bias = of.bias.of(b, h);
   const int64_t width = padded<R>(of.n.M);
-  R* mass = x.mass[0].data;
+  R *mass = x.mass[0].data, *dbias = x.chunk_bias[0].data;
   for (int64_t t = 0; t < tokens.count; ++t) {
     R *w = x.weights[0].row(t), *dw = x.dweights[0].row(t), *dg = x.dmass[0].row(t);
     const R lse = x.lse[0].data[t];
@@ -391,7 +396,8 @@ void head_gradients(const PrefixOperands<R>& of, int64_t b, int64_t h, const Chu
   multiply_to_lower(count, n.R, dz, x.v_t[0], x.value_grads[0]);
   multiply(count, n.M, n.R, as_is(dz), x.values_t[0], a);
   multiply_add_lower(count, n.M, x.value_grads[0], tokens.phi[0], a);
-  weight_gradients(of, b, h, tokens, x, x.dbias[h].data);
+  clear(x.chunk_bias[0], 1, n.M);
+  weight_gradients(of, b, h, tokens, x);
 
   multiply_to_lower(count, n.M, a, tokens.phi_t[0], near);
   multiply(count, n.D, n.M, as_is(a), x.keys[0], x.dq[0]);
@@ -402,18 +408,22 @@ void head_gradients(const PrefixOperands<R>& of, int64_t b, int64_t h, const Chu
   multiply_add_lower_transposed(count, n.R, near, dz, x.dv[0]);
   multiply_add_lower_transposed(count, n.M, x.query_keys[0], a, x.dphi[0]);
   multiply_add_lower_transposed(count, n.M, x.value_grads[0], w, x.dphi[0]);
-  multiply_add(n.M, n.D, count, transposed(a), q, state.keys[0]);
-  multiply_add(n.M, n.R, count, transposed(w), dz, state.values[0]);
+  // Sums of a chunk first: the error of one after the other would grow with the tokens.
+  multiply(n.M, n.D, count, transposed(a), q, x.chunk_keys[0]);
+  multiply(n.M, n.R, count, transposed(w), dz, x.chunk_values[0]);
+  add(x.chunk_keys[0], n.M, n.D, state.keys[0]);
+  add(x.chunk_values[0], n.M, n.R, state.values[0]);
+  add(x.chunk_bias[0], 1, n.M, x.dbias[h]);
 }
 
-// Adds the gradient of g of one row, and all later ones, to that of its phi.
+// Adds to dphi of each row the gradients of g of that row and all later ones; `behind`, the sum over later chunks,
+// moves before this one.
 template <class R>
-void add_later_rows(int64_t count, int64_t columns, Block<R> dmass, R* later, Block<R> dphi) {
-  for (int64_t t = count - 1; t >= 0; --t)
-    for (int64_t j = 0; j < columns; ++j) {
-      later[j] += dmass.row(t)[j];
-      dphi.row(t)[j] += later[j];
-    }
+void add_later_rows(int64_t count, int64_t columns, Block<R> dmass, R* behind, Block<R> dphi) {
+  for (int64_t t = count - 2; t >= 0; --t) add(rows_from(dmass, t + 1), 1, columns, rows_from(dmass, t));
+  for (int64_t t = 0; t < count; ++t)
+    for (int64_t j = 0; j < columns; ++j) dphi.row(t)[j] += dmass.row(t)[j] + behind[j];
+  for (int64_t j = 0; j < columns; ++j) behind[j] += dmass.row(0)[j];
 }
 
 // One chunk of one state head: its part of x.dk and x.dv, all of dphi; `state` moves before the chunk.
