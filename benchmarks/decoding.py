@@ -65,7 +65,7 @@ def prefix(n: int, heads: int, width: int) -> CSATCache:
     """The sums of n tokens, whose phi are means."""
     cache = CSATCache("prefix")
     kc, vc = torch.randn(2, 1, heads, M, width) * (n / M) ** 0.5
-    state = {"kc": kc, "vc": vc, "mass": torch.full((1, heads, 1, M), n / M)}
+    state = {"kc": kc, "vc": vc, "mass": torch.full((1, heads, M), n / M)}
     cache.load_state_dict({"causal": "prefix", "length": n, **state})
     return cache
 
