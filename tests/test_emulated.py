@@ -751,6 +751,10 @@ def test_attend_causal_decode(
         assert fused_launches == attend_launches + ops.counters.launches
     again = ops.attend_causal_decode(*inputs, *weights, False)
     assert torch.equal(again[0], out) and again[1].shape == (0,) and torch.equal(again[2], lse)
+    S, B, theta, psi, step = weights
+    identity = torch.eye(coefficients).expand(psi.shape[0], -1, -1)
+    without = [ops.attend_causal_decode(*inputs, S, B, theta, own, step, False)[0] for own in (None, identity)]
+    assert torch.equal(*without)
 
 
 # batch, heads of x, batch of phi, heads of phi, tokens, measurements, head dim
