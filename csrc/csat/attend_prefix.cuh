@@ -1,11 +1,12 @@
 // attend_prefix and its backward: attention over measurements of the tokens up to the query's own, in chunks of 64
 // tokens. With (Kp, Vp, g_p) the state before a chunk and L the lower triangle with its diagonal,
 //
-//   s = q Kp^T + (L o q k^T) phi,   g = g_p + cumsum phi,   u = scale s / g + bias,
-//   w = exp(u) / sum(g exp(u)),     z = w Vp + (L o w phi^T) v
+//   s = q Kp^T + (L o q k^T) phi,   g = g_p + cumsum phi,   u = scale s / g,
+//   w = e / sum(g e)  with  e = exp(u + bias),              z = w Vp + (L o w phi^T) v
 //
-// (signed: g is the square root of the number of tokens, w = exp(u) / (g sum exp(u))). Backward, dw = dz Vp^T +
-// (L o dz v^T) phi, dp = dw / g, delta = sum(g w dp), a = scale w (dp - delta), dg = -w (delta + u (dp - delta)):
+// (signed: g is the square root of the number of tokens, w = e / (g sum e)). Backward, with dw = dz Vp^T +
+// (L o dz v^T) phi, dp = dw / g, delta = sum(g w dp) and dK, dV the gradients of the state behind a chunk:
+// a = scale w (dp - delta), dg = -w (delta + u (dp - delta)), and
 //
 //   prefix_sums           sums of outer products of the tokens of each chunk: phi^T k, phi^T v; backward a^T q, w^T dz
 //                         (prefix_scan.cuh: the same of phi alone, of dg; then the state before, or the gradient
@@ -17,10 +18,10 @@
 //
 // Data flow: rows of queries -> shared; panels of tokens and states (tile.cuh) stream from global memory against them,
 // 128 measurements at a time; products of tokens with tokens, and of sums, go through 32 rows of both in shared memory
-// (as in panel.cuh). Budget of a query: 2 M (D + R) + 64 (D + R + 2 M) FLOP, twice that and a half in the backward's
-// first kernel; shared memory limits::attend_prefix_row and limits::prefix_query_backward_row floats; of a chunk
-// M (D + R) floats of state. Limits: D, R up to 1024. The host goes over batch elements and key heads in parts, so that
-// the workspace stays within limits::kWorkspaceCap or that of one key head.
+// (as in panel.cuh). Budget of a query: 2 M (D + R) + 128 (D + R + 2 M) FLOP at most, in prefix_query_backward
+// 2 M (2 D + R) + 128 (2 D + R + 4 M); shared memory limits::attend_prefix_row and limits::prefix_query_backward_row
+// floats; of a chunk M (D + R) floats of state. Limits: D, R up to 1024. The host goes over batch elements and key
+// heads in parts, so that the workspace stays within limits::kWorkspaceCap or that of one key head.
 #pragma once
 #include "csat/forward.cuh"
 
@@ -279,7 +280,7 @@ struct PrefixGradientRows {
   }
 };
 
-// Products s and dw of columns m0 .. become g w and dp; w, dp and u - bias go to the places of w, a and dg.
+// Products s and dw of columns m0 .. become g w and dp; w, dp and u go to the places of w, a and dg.
 CSAT_DEVICE void weigh_gradients(const PrefixBackwardArgs& p, const PrefixPlace& place, const PrefixGradientRows& x,
                                  int64_t m0, int columns) {
   const PrefixArgs& a = p.forward;
