@@ -182,7 +182,7 @@ def ablation_table(which: str, given: argparse.Namespace) -> Table:
 
 
 def language_table(which: str, given: argparse.Namespace, causal: bool) -> Table:
-    """The byte before tells much of the next one; hidden bytes need more steps before a model knows anything of them."""
+    """The byte before tells much of the next one; of hidden bytes a model knows nothing until many more steps."""
     context, judged, protocol = {
         QUICK: (256, 50_000, plan(which, MIDDLE, 600, 4))
         if causal
