@@ -70,7 +70,9 @@ SECTIONS = (
         "Language modelling, masked (Table 1 for attention that has no causal form)",
         "quality_masked*",
         tables.language,
-        "Of the bytes that were hidden, in runs, from the others of the window.",
+        "Of the bytes that were hidden, in runs, from the others of the window. `longformer` (a window) and "
+        "`nystromformer` (its authors' convolution over the values) see neighbours by construction; the others have to "
+        "learn where a neighbour is.",
         drawer=pictures.language,
     ),
     Section(
