@@ -1,7 +1,8 @@
 """Budgets of the CUDA kernels: registers as compiled, and for the published sizes bytes, FLOPs and the floor time.
 
 python benchmarks/kernel_budgets.py check LIBRARY.so     # no spills, registers as recorded, HMMA and HGMMA
-python benchmarks/kernel_budgets.py record LIBRARY.so    # write the registers, and docs/kernels.md with them
+python benchmarks/kernel_budgets.py record LIBRARY.so    # write the registers, and docs/kernels.md with them; --update:
+                                                         # of the kernels in a library of some of them alone
 python benchmarks/kernel_budgets.py page [--check]       # docs/kernels.md from the recorded registers
 
 cuobjdump comes with the CUDA toolkit, and with triton, which a CUDA torch brings along. Nothing here needs a GPU.
@@ -210,14 +211,20 @@ def page() -> str:
     return text
 
 
-def record_registers(library: Path, tool: str) -> None:
+def record_registers(library: Path, tool: str, update: bool) -> None:
     found = {
         architecture: {kernel_name(mangled): used["registers"] for mangled, used in kernels.items()}
         for architecture, kernels in resources(library, tool).items()
     }
+    if update:
+        for architecture, before in json.loads(RECORD.read_text())["registers"].items():
+            new = found.setdefault(architecture, {})
+            built = {name.partition("<")[0] for name in new}
+            new |= {name: count for name, count in before.items() if name.partition("<")[0] not in built}
     compiler = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     release = re.search(r"release ([\d.]+)", compiler)
-    machine = header() | {"command": "python benchmarks/kernel_budgets.py record"}
+    command = "python benchmarks/kernel_budgets.py record" + (" --update" if update else "")
+    machine = header() | {"command": command}
     result = {"machine": machine, "compiler": f"nvcc {release[1] if release else '?'}"}
     RECORD.write_text(json.dumps(result | {"registers": found}, indent=1, sort_keys=True) + "\n")
 
@@ -229,6 +236,10 @@ def main() -> None:
         command = commands.add_parser(name)
         command.add_argument("library", type=Path)
         command.add_argument("--cuobjdump")
+        if name == "record":
+            command.add_argument(
+                "--update", action="store_true", help="keep kernels that the library has no instance of"
+            )
     commands.add_parser("page").add_argument("--check", action="store_true")
     arguments = parser.parse_args()
     if arguments.command == "page":
@@ -241,7 +252,7 @@ def main() -> None:
         return
     tool = find_cuobjdump(arguments.cuobjdump)
     if arguments.command == "record":
-        record_registers(arguments.library, tool)
+        record_registers(arguments.library, tool, arguments.update)
         PAGE.write_text(page())
         return
     found = faults(arguments.library, tool, json.loads(RECORD.read_text())["registers"])
