@@ -68,7 +68,8 @@ def elementwise(x: Tensor) -> Tensor:
     bits = x.view(torch.int32)
     tf32 = torch.where(x.isfinite(), (bits + 0x1000) & ~0x1FFF, bits).view(torch.float32)
     plain = [rounded(x, torch.bfloat16), rounded(x, torch.float16), x]
-    return torch.cat([*plain, *pairs, x.exp(), x.exp2(), x.abs().log(), soft, x.clamp(min=0), x / 3, tf32, *packed])
+    roots = x.abs().log(), x.abs().sqrt()
+    return torch.cat([*plain, *pairs, x.exp(), x.exp2(), *roots, soft, x.clamp(min=0), x / 3, tf32, *packed])
 
 
 def warps(x: Tensor) -> Tensor:
@@ -166,7 +167,7 @@ for case in (
 
 
 def assert_same(name: str, got: Tensor, expected: Tensor) -> None:
-    """Bitwise where numbers only move; else to what float32 sums in any order, ex2.approx, expf and logf promise."""
+    """Bitwise where numbers only move; else to what float32 sums in any order and the library's functions promise."""
     expected = expected.float().flatten()
     computes = name.startswith(("elementwise", "warps", "warp_product", "wgmma"))
     rtol, atol = (1e-6, 1e-4 if "wgmma" in name else 1e-5) if computes else (0.0, 0.0)
