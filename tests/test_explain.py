@@ -137,11 +137,25 @@ def test_the_causal_forms_decoder() -> None:
     assert [choice.op for choice in apart] == ["project", "attend_causal", "decode", *backward]
 
 
+def test_the_prefix_form_runs_float32_arithmetic_and_says_so() -> None:
+    q, k, v, _ = _inputs(36, 12, 32, 32)
+    phi = torch.rand(36, 12)
+    explained = explain(q, k, v, phi, causal="prefix", device="sm_90")
+    assert [(c.op, c.family) for c in explained] == [("attend_prefix", "simt"), ("attend_prefix_backward", "simt")]
+    assert explained["attend_prefix"].refused[1] == ("mma", "no kernel of the prefix form is written")
+    eye = torch.eye(32)
+    decoder = SparseDecoder(eye[None], eye[None], torch.zeros(2, 32), None)
+    ops = [c.op for c in explain(q, k, v, phi, decoder=decoder, causal="prefix", device="sm_90")]
+    assert ops == ["attend_prefix", "decode", "attend_prefix_backward", "decode_backward"]
+    wide = torch.empty(1, 2, 36, 1025, device="meta")
+    assert explain(wide, wide, wide, phi, causal="prefix", device="sm_80")["attend_prefix"].family == "none"
+
+
 @pytest.mark.parametrize(
     "changes,error,message",
     [
         ({}, TypeError, "phi_k must be a torch.Tensor"),
-        ({"causal": "prefix"}, ValueError, "causal = 'prefix' came; accepted: None, 'block'"),
+        ({"causal": "prefix"}, TypeError, "phi_k must be a torch.Tensor, got NoneType"),
         ({"causal": "blocks"}, ValueError, "causal = 'blocks' came"),
         ({"causal": "block"}, ValueError, "needs 1 <= measurements_per_block <= block_size"),
         ({"causal": "block", "block_size": 4, "measurements_per_block": 5}, ValueError, "measurements_per_block = 5"),

@@ -95,32 +95,30 @@ def explain(
 
     Args:
         query, key, value, phi_k, decoder, feature_sensing, causal, block_size, measurements_per_block, window_blocks:
-            as `csat_attention` takes them; causal is None or "block": the prefix form has no kernel.
+            as `csat_attention` takes them.
         device: where it would run: None is the query's own device; "sm_80", "sm_90", .. is a GPU of that compute
             capability, which need not be there.
 
     Raises:
-        TypeError: no phi_k without a causal form.
-        ValueError: an unknown device; causal="prefix"; sizes of a block that do not fit.
+        TypeError: no phi_k without the block form.
+        ValueError: an unknown device; sizes of a block that do not fit.
     """
     import torch
 
     from csat_ext.functional import check_form
 
     check_form(causal, False, block_size, measurements_per_block, window_blocks, False)
-    if causal == "prefix":
-        raise ValueError("causal = 'prefix' came; accepted: None, 'block': the prefix form is products of torch")
     m, n = _measured(phi_k, causal, block_size, measurements_per_block)
     where, capability, shared = _device(query.device if device is None else device)
     if capability is None:
         return Explanation(where, ())
-    attend = "attend" if causal is None else "attend_causal"
+    attend = {None: "attend", "block": "attend_causal", "prefix": "attend_prefix"}[causal]
     if query.dtype == torch.float64:
         return Explanation(where, (KernelChoice(attend, "none", (("simt", "float64 belongs to the CPU"),)),))
     rank = value.shape[3] if feature_sensing is None else feature_sensing.shape[-2]
     sizes = dict(zip(("B", "H", "Nq", "D"), query.shape, strict=True))
     sizes |= {"Hk": key.shape[1], "M": m, "Hn": key.shape[1], "N": key.shape[2]}
-    if causal is not None:  # the blocks that leave the window
+    if causal == "block":  # the blocks that leave the window
         sizes["M"] = m * max(key.shape[2] // n - window_blocks, 0)
     dtypes = {"dtype": _name(query.dtype), "weights": _name(query.dtype)}
     sparse = decoder is not None and hasattr(decoder, "psi")
@@ -131,12 +129,15 @@ def explain(
         dtypes["weights"] = _name(S.dtype)
 
     def choose(op: str) -> KernelChoice:
-        # The causal form senses the rows that it has attended to.
+        # The causal forms sense the rows that they have attended to.
         features = value.shape[3] if causal is not None and op.startswith("attend") else rank
+        if op.startswith("attend_prefix"):
+            return _prefix_choice(op, query.shape[3], features)
         return _choose(op, sizes=sizes | {"R": features}, capability=capability, shared_bytes=shared, **dtypes)
 
-    fused = sparse and (causal is None or feature_sensing is None)
-    choices = [_projection(phi_k, query.dtype), choose(f"{attend}_decode" if fused else attend)]
+    fused = sparse and (causal is None or (causal == "block" and feature_sensing is None))
+    choices = [] if causal == "prefix" else [_projection(phi_k, query.dtype)]
+    choices.append(choose(f"{attend}_decode" if fused else attend))
     if choices[-1].family == "pair":
         choices += [choose(attend), choose("decode")]
     if sparse and not fused:
@@ -146,12 +147,15 @@ def explain(
 
 
 def _measured(phi: Phi | None, causal: str | None, block_size: int | None, per_block: int | None) -> tuple[int, int]:
-    """Rows and columns of a phi: r and Bk of a block."""
+    """Measurements and tokens of a phi: r and Bk of a block."""
     from csat_ext.implicit import ImplicitMeasurement
 
-    if phi is None:
-        if causal is None:
-            raise TypeError("phi_k must be a torch.Tensor or an ImplicitMeasurement, got None")
+    if causal == "prefix" and phi is not None and not isinstance(phi, ImplicitMeasurement):
+        return phi.shape[-1], phi.shape[-2]
+    if phi is None or causal == "prefix":
+        if causal != "block":
+            accepted = "a torch.Tensor" + ("" if causal else " or an ImplicitMeasurement")
+            raise TypeError(f"phi_k must be {accepted}, got {type(phi).__name__}")
         if block_size is None or per_block is None or per_block > block_size:
             raise ValueError(
                 "causal='block' without phi_k needs 1 <= measurements_per_block <= block_size, got "
@@ -176,6 +180,14 @@ def _choose(op: str, **problem: Any) -> KernelChoice:
         if family != "pair" or (op.startswith("attend") and op.endswith("_decode")):
             refused.append((family, reason))
     return KernelChoice(op, "none", tuple(refused))
+
+
+def _prefix_choice(op: str, head_dim: int, features: int) -> KernelChoice:
+    """The prefix form has kernels of one family."""
+    refused = tuple((family, "no kernel of the prefix form is written") for family in ("wgmma", "mma"))
+    if max(head_dim, features) > 1024:  # limits::kMaxFeature
+        return KernelChoice(op, "none", (*refused, ("simt", "head dim D or feature count R above 1024")))
+    return KernelChoice(op, "simt", refused)
 
 
 def _projection(phi: Phi | None, dtype: torch.dtype) -> KernelChoice:
