@@ -88,7 +88,7 @@ def test_causal_examples_are_computed_by_themselves(form: str) -> None:
 
 def test_an_example_without_keys_gives_zeros_and_queries_may_differ_in_number() -> None:
     q, k, v = packed()
-    of_q = torch.tensor([0, 2, 9, 9, 30, 70, TOTAL])
+    of_q = torch.tensor([0, 2, 9, 9, 30, 32, TOTAL])  # the first and the fifth have as many queries, not keys
     phi = measurement_varlen("pool", M, CU, dtype=torch.float64)
     got = csat_attention_varlen(q, k, v, of_q, CU, phi.phi, score_bias=phi.score_bias)
     assert got.shape == (TOTAL, H, DV) and bool((got[2:9] == 0).all()) and bool((got[:2] != 0).all())
