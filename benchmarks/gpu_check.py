@@ -149,6 +149,9 @@ SANITIZED = (
         "attend_causal_decode-D64-P128",
         "attend_prefix-grouped-masked",
         "attend_prefix_backward-grouped-masked",
+        "attend_prefix-D128-signed",
+        "attend_prefix_decode-D64-P64",
+        "attend_prefix_decode-D64-P128",
         "attend-streamed",
         "attend-wide",
         "attend_backward-D80",
@@ -249,6 +252,12 @@ def operations(p: Problem) -> dict[str, Run]:
     causal = (q, p.rows(blocks), p.rows(blocks), k, v, None, None)
     numbers = tau, p.m, 0, causal_block(p.m)
     z_causal, lse_causal = csat.attend_causal(*causal, *numbers)
+    f32, shape = torch.float32, q.shape[:2]
+    sums = [torch.zeros(*shape, *of, device=p.device) for of in ((p.m, p.d), (p.m, p.d), (p.m,))]
+    own_phi = p.randn(*shape, p.n, p.m, dtype=f32).softmax(-1).to(q.dtype)
+    prefix = (q, k, v, own_phi, *sums, None, None)
+    _, lse_prefix, *ends = csat.attend_prefix(*prefix, tau, False)
+    of_ends = [torch.zeros_like(end) for end in ends]
     return {
         "project": lambda: [csat.project(x, phi, None) for x in (k, v)],
         "project_backward": lambda: [
@@ -260,6 +269,9 @@ def operations(p: Problem) -> dict[str, Run]:
         "decode_backward": lambda: csat.decode_backward(dz, z, *decoder),
         "attend_causal": lambda: csat.attend_causal(*causal, *numbers),
         "attend_causal_backward": lambda: csat.attend_causal_backward(dz, *causal, z_causal, lse_causal, *numbers),
+        "attend_prefix": lambda: csat.attend_prefix(*prefix, tau, False),
+        "attend_prefix_decode": lambda: csat.attend_prefix_decode(*prefix, tau, False, *decoder, True),
+        "attend_prefix_backward": lambda: csat.attend_prefix_backward(dz, *of_ends, *prefix, lse_prefix, tau, False),
     }
 
 

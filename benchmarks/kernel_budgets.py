@@ -133,7 +133,7 @@ _BOTH = {"project": "measure", "project_backward": "measure_backward"}
 
 BUDGETED = (
     *("project", "attend", "attend_decode", "attend_backward", "decode_backward"),
-    *("attend_causal", "attend_causal_backward"),
+    *("attend_causal", "attend_causal_backward", "attend_prefix", "attend_prefix_backward"),
 )
 
 
@@ -169,6 +169,7 @@ def choices(m: int, d: int, atoms: int, capability: str) -> dict[str, tuple[str,
     explained += [*explain(tokens, tokens, tokens, phi, decoder=decoder, device=capability)]
     block = meta(causal_block(m), m, dtype=f32)
     explained += [*explain(tokens, tokens, tokens, block, causal="block", device=capability)]
+    explained += [*explain(tokens, tokens, tokens, phi.mT, causal="prefix", device=capability)]
     return {choice.op: (choice.family, choice.shared_bytes) for choice in explained}
 
 

@@ -86,16 +86,18 @@ def rms(tensor: Tensor) -> float:
     return float(tensor.double().square().mean().sqrt()) if tensor.numel() else 0.0
 
 
-def assert_accurate(name: str, got: Tensor, exact: Tensor, plain: Tensor | None = None) -> None:
+def assert_accurate(
+    name: str, got: Tensor, exact: Tensor, plain: Tensor | None = None, dtype: torch.dtype | None = None
+) -> None:
     """The tolerance rule: RMS error over RMS under the dtype's limit, and at most twice that of plain torch in that
-    dtype.
+    dtype; ``dtype``: of the arithmetic, where the result is kept in a wider one.
 
     A quarter of the limit is allowed on top of twice: for a gradient of three numbers plain torch's error is luck.
     """
     assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
     got, exact = got.detach(), exact.detach()
     assert bool(got.isfinite().all()), f"{name}: not finite"
-    limit = RMS_LIMIT[got.dtype]
+    limit = RMS_LIMIT[dtype or got.dtype]
     error, size = rms(got.double().cpu() - exact.double()), rms(exact)
     if plain is not None:
         of_plain = rms(plain.detach().double().cpu() - exact.double())

@@ -150,6 +150,17 @@ def test_work_of_the_causal_form_is_that_of_the_scores_that_are_seen(n: int, m: 
     assert 2 * forward.moved - backward.moved == 3 * 4 * n  # both read what the other writes, but for lse
 
 
+def test_work_of_the_prefix_form_is_that_of_a_running_state() -> None:
+    """Forward: the state of keys and of values, scores, sums of values. Backward: those but the last again, dw, dq, dk,
+    dv, the state's two gradients and two products for dphi."""
+    s = Sizes(pairs=3, n=50, m=8, d=4, atoms=6, layers=2, size=2)
+    product = 3 * 2 * 50 * 8 * 4
+    forward, backward = work("attend_prefix", s), work("attend_prefix_backward", s)
+    assert forward.flops == 4 * product and backward.flops == 11 * product
+    assert forward.moved == 3 * (2 * (4 * 50 * 4 + 50 * 8) + 4 * 50)
+    assert work("attend_prefix_decode", s).flops == forward.flops + work("decode", s).flops
+
+
 @pytest.mark.parametrize("op", ["project", "attend", "decode", "attend_decode"])
 def test_the_flops_of_a_matrix_product_agree_with_torchs_counter(op: str) -> None:
     """The composite in plain torch does the counted products and no others."""

@@ -45,13 +45,16 @@ def check(ops: EmulatedOps, name: str, *arguments: Any) -> Any:
     exact = getattr(_composite, name)(*_map(Tensor.double, arguments))
     plain = getattr(_composite, name)(*arguments)
     assert ops.counters.accesses > 0, "the kernels were built without the checks"
+    # Scores of the prefix form pass through 16 bits on the tensor cores, so its log-sum-exp is no better.
+    log_sum = {"attend_prefix": 1, "attend_prefix_decode": 2}.get(name)
+    rounded = {log_sum: arguments[0].dtype} if ops.counters.mma else {}
     if isinstance(got, Tensor):
         assert_accurate(name, got, exact, plain)
     else:
         for i, (a, b, c) in enumerate(zip(got, exact, plain, strict=True)):
             finite = b.isfinite()
             assert torch.equal(a.isfinite(), finite), f"{name}[{i}]"
-            assert_accurate(f"{name}[{i}]", a[finite], b[finite], c[finite])
+            assert_accurate(f"{name}[{i}]", a[finite], b[finite], c[finite], rounded.get(i))
     return got
 
 
@@ -271,22 +274,133 @@ def test_attend_prefix(
         k, v = (x.masked_fill(~keep[:, None, :, None], math.nan) for x in (k, v))
     tensors = _strided(q), _strided(k), _strided(v), _strided(phi), *rest, keep
     z, lse, *ends = check(ops, "attend_prefix", *tensors, scale, signed)
+    assert (ops.counters.mma > 0) == (dtype != torch.float32 and max(sizes[-2:]) <= 128)
     of_ends = [torch.randn(x.shape, generator=generator) for x in ends]
     dz = _strided(_tokens(generator, dtype, *z.shape))
-    gradients = check(ops, "attend_prefix_backward", dz, *of_ends, *tensors, lse, scale, signed)
+    exact_lse = _composite.attend_prefix(*_map(Tensor.double, tensors), scale, signed)[1].float()
+    arguments = dz, *of_ends, *tensors
+    gradients = check(ops, "attend_prefix_backward", *arguments, exact_lse, scale, signed)
+    own = ops.attend_prefix_backward(*arguments, lse, scale, signed)  # of 16 bits' accuracy on tensor cores
+    for i, (a, b) in enumerate(zip(own, gradients, strict=True)):
+        assert_accurate(f"attend_prefix_backward[{i}] from its own lse", a, b)
     if keep is not None:
         masked_out = ~keep[:, None, :, None]
         assert all(bool((d.masked_select(masked_out) == 0).all()) for d in gradients[1:4])
 
 
-def test_attend_prefix_in_parts_is_the_same(library: Any, generator: torch.Generator) -> None:
+# What the tensor-core kernel has beyond those: several chunks of 128 tokens, stretches of 32 measurements and blocks of
+# 64 of them, both widths, one slot or two (capability 80 has less shared memory).
+PREFIX_MMA = [
+    (1, 2, 1, 1, 1, 300, 70, 64, 64),
+    (1, 1, 1, 1, 1, 129, 33, 128, 100),
+    (2, 2, 1, 2, 2, 257, 64, 40, 64),
+    (1, 2, 2, 1, 1, 128, 65, 72, 16),
+]
+
+
+@pytest.mark.parametrize(("signed", "masked"), [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("sizes", PREFIX_MMA, ids=str)
+def test_attend_prefix_on_tensor_cores(
+    library: Any, generator: torch.Generator, sizes: tuple[int, ...], dtype: torch.dtype, signed: bool, masked: bool
+) -> None:
+    ops = EmulatedOps(library, seed=5, compute_capability=90 if sizes[6] % 2 else 80)
+    q, k, v, *rest, keep, scale, _ = _prefix_inputs(generator, dtype, sizes, masked, signed)
+    if keep is not None:
+        k, v = (x.masked_fill(~keep[:, None, :, None], math.nan) for x in (k, v))
+    check(ops, "attend_prefix", q, k, v, *rest, keep, scale, signed)
+    assert ops.counters.mma > 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_attend_prefix_after_a_million_tokens(library: Any, generator: torch.Generator, dtype: torch.dtype) -> None:
+    """Sums beyond what 16 bits hold: means go to the tensor cores, and weights of single tokens are tiny."""
+    q, k, v, phi, kc, vc, mass, bias, _, scale, _ = _prefix_inputs(generator, dtype, PREFIX_MMA[0], False, False)
+    many = 200_000.0
+    state = kc * many, vc * many, mass * many
+    got = check(EmulatedOps(library), "attend_prefix", q, k, v, phi, *state, bias, None, scale, False)
+    assert all(bool(x.isfinite().all()) for x in got)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_prefix_values_that_are_alike(library: Any, generator: torch.Generator, dtype: torch.dtype) -> None:
+    """A mean of equal values is that value, however phi is rounded: masses are those of the rounded phi."""
+    q, k, v, phi, *_, scale, _ = _prefix_inputs(generator, dtype, PREFIX_MMA[0], False, False)
+    v = torch.full_like(v, 1.5)
+    state = [torch.zeros(1, 1, *s) for s in ((70, 64), (70, 64), (70,))]
+    z = EmulatedOps(library).attend_prefix(q, k, v, phi.float(), *state, None, None, scale, False)[0]
+    assert (z.float() - 1.5).abs().max() <= 1.5 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attend_prefix_in_parts_is_the_same(library: Any, generator: torch.Generator, dtype: torch.dtype) -> None:
     """Batch elements and key heads that go together in one call, and each in a call of its own, bit for bit."""
     ops = EmulatedOps(library)
-    *data, bias, keep, scale, signed = _prefix_inputs(generator, torch.float32, PREFIX[0], True, False)
+    *data, bias, keep, scale, signed = _prefix_inputs(generator, dtype, PREFIX[0], True, False)
     together = ops.attend_prefix(*data, bias, keep, scale, signed)
     for b in range(2):
         alone = ops.attend_prefix(*(x[b : b + 1] for x in data), bias, keep[b : b + 1], scale, signed)
         assert all(torch.equal(x[b : b + 1], y) for x, y in zip(together, alone, strict=True))
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_bank_conflicts_of_the_prefix_form(library: Any, generator: torch.Generator, width: int) -> None:
+    inputs = _prefix_inputs(generator, torch.float16, (1, 2, 1, 1, 1, 200, 70, width, width), True, False)
+    _check_bank_conflicts(EmulatedOps(library, count_bank_conflicts=True), "attend_prefix", *inputs)
+
+
+def test_order_of_threads_does_not_matter_to_the_prefix_form(library: Any, generator: torch.Generator) -> None:
+    inputs = _prefix_inputs(generator, torch.bfloat16, (1, 4, 2, 2, 1, 260, 40, 48, 64), True, False)
+    weights = _decoder(generator, (4, 2, 1, 1, 50, 64, 30))
+    first, *others = (
+        EmulatedOps(library, seed=seed).attend_prefix_decode(*inputs, *weights, True) for seed in (0, 1, 2)
+    )
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+# Sizes of PREFIX, then heads, layers, layers of S, layers of B, coefficients, outputs of the decoder; whether it is one
+# kernel in 16 bits.
+PREFIX_DECODE = [
+    ((1, 2, 1, 2, 1, 150, 13, 20, 24), (1, 3, 1, 1, 33, 16), True),
+    ((1, 2, 1, 1, 1, 131, 33, 64, 60), (2, 2, 2, 2, 128, 50), True),
+    ((1, 1, 1, 1, 1, 130, 70, 128, 100), (1, 2, 1, 1, 64, 128), True),
+    ((1, 1, 1, 1, 1, 1, 2, 8, 8), (1, 1, 1, 1, 8, 8), True),
+    ((1, 1, 1, 1, 1, 40, 5, 128, 100), (1, 2, 1, 1, 70, 128), False),
+    ((1, 2, 1, 1, 1, 40, 5, 32, 32), (2, 2, 1, 1, 256, 32), False),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes,decoder,fused", PREFIX_DECODE, ids=str)
+def test_attend_prefix_decode(
+    library: Any,
+    generator: torch.Generator,
+    sizes: tuple[int, ...],
+    decoder: tuple[int, ...],
+    fused: bool,
+    dtype: torch.dtype,
+) -> None:
+    """What attend_prefix and decode give one after the other, to the bit, from one kernel where it is fused."""
+    ops = EmulatedOps(library, seed=13, compute_capability=90)
+    inputs = _prefix_inputs(generator, dtype, sizes, True, False)
+    heads, layers, s_layers, b_layers, coefficients, outputs = decoder
+    weights = _decoder(generator, (heads, layers, s_layers, b_layers, coefficients, sizes[-1], outputs))
+    out, *rest = check(ops, "attend_prefix_decode", *inputs, *weights, True)
+    fused_launches = ops.counters.launches
+    alone = ops.attend_prefix(*inputs)
+    attend_launches = ops.counters.launches
+    assert all(torch.equal(a, b) for a, b in zip(rest, alone, strict=True))
+    plain = EmulatedOps(library, compute_capability=80)  # on 90 decode alone sums in the order of warpgroups
+    if fused and dtype != torch.float32:
+        assert torch.equal(out, plain.decode(rest[0], *weights))
+        weights_packed = fused_launches - attend_launches  # copies to vector rows: no kernel beyond
+        assert weights_packed < plain.counters.launches
+    else:
+        assert torch.equal(out, ops.decode(rest[0], *weights))
+        assert fused_launches == attend_launches + ops.counters.launches
+    again = ops.attend_prefix_decode(*inputs, *weights, False)
+    assert torch.equal(again[0], out) and again[1].shape == (0,)
+    assert all(torch.equal(a, b) for a, b in zip(again[2:], alone[1:], strict=True))
 
 
 SIXTEEN_BITS = [torch.bfloat16, torch.float16]
@@ -969,7 +1083,7 @@ def test_order_of_threads_does_not_matter(
 # Passes over shared memory above the least possible, as a share of all: what each operator's kernels may have.
 BANK_CONFLICTS = {
     **{"attend": 0.0, "attend_backward": 0.001, "decode": 0.0, "decode_backward": 0.0, "attend_decode": 0.0},
-    **{"attend_causal": 0.001, "attend_causal_backward": 0.001},
+    **{"attend_causal": 0.001, "attend_causal_backward": 0.001, "attend_prefix": 0.001},
 }
 
 

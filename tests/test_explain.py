@@ -137,18 +137,29 @@ def test_the_causal_forms_decoder() -> None:
     assert [choice.op for choice in apart] == ["project", "attend_causal", "decode", *backward]
 
 
-def test_the_prefix_form_runs_float32_arithmetic_and_says_so() -> None:
+def test_the_prefix_form() -> None:
     q, k, v, _ = _inputs(36, 12, 32, 32)
     phi = torch.rand(36, 12)
     explained = explain(q, k, v, phi, causal="prefix", device="sm_90")
-    assert [(c.op, c.family) for c in explained] == [("attend_prefix", "simt"), ("attend_prefix_backward", "simt")]
-    assert explained["attend_prefix"].refused[1] == ("mma", "no kernel of the prefix form is written")
-    eye = torch.eye(32)
-    decoder = SparseDecoder(eye[None], eye[None], torch.zeros(2, 32), None)
-    ops = [c.op for c in explain(q, k, v, phi, decoder=decoder, causal="prefix", device="sm_90")]
-    assert ops == ["attend_prefix", "decode", "attend_prefix_backward", "decode_backward"]
+    assert [(c.op, c.family) for c in explained] == [("attend_prefix", "mma"), ("attend_prefix_backward", "simt")]
+    assert explained["attend_prefix"].refused == (("wgmma", "no wgmma kernel of this op"),)
+    assert dict(explained["attend_prefix_backward"].refused)["mma"] == "no mma kernel of this op"
+    whole = (x.float() for x in (q, k, v))
+    assert explain(*whole, phi, causal="prefix", device="sm_90")["attend_prefix"].family == "simt"
     wide = torch.empty(1, 2, 36, 1025, device="meta")
     assert explain(wide, wide, wide, phi, causal="prefix", device="sm_80")["attend_prefix"].family == "none"
+
+
+def test_the_prefix_forms_decoder() -> None:
+    q, k, v, _ = _inputs(36, 12, 32, 32)
+    phi, backward = torch.rand(36, 12), ["attend_prefix_backward", "decode_backward"]
+    said = explain(q, k, v, phi, decoder=_decoder(2, 128, 32, 32), causal="prefix", device="sm_90")
+    assert [c.op for c in said] == ["attend_prefix_decode", *backward] and said["attend_prefix_decode"].family == "mma"
+    many = explain(q, k, v, phi, decoder=_decoder(2, 200, 32, 32), causal="prefix", device="sm_90")
+    assert [c.op for c in many] == ["attend_prefix_decode", "attend_prefix", "decode", *backward]
+    sensed = {"decoder": _decoder(2, 64, 20, 32), "feature_sensing": torch.rand(20, 32)}
+    apart = explain(q, k, v, phi, causal="prefix", device="sm_90", **sensed)
+    assert [c.op for c in apart] == ["attend_prefix", "decode", *backward]
 
 
 @pytest.mark.parametrize(

@@ -288,6 +288,39 @@ def test_attend_prefix(dtype: torch.dtype, signed: bool, sizes: tuple[int, ...])
             assert_close(name, a, b, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("signed", [False, True])
+def test_attend_prefix_decode(dtype: torch.dtype, signed: bool) -> None:
+    """attend_prefix and decode one after the other, to the bit; gradients of rows and of the state behind too, whether
+    z is kept or computed again."""
+    q, k, v, phi, kc, vc, mass = prefix_inputs(2, 4, 2, 4, 1, 97, signed=signed, dtype=dtype)
+    bias, keep = randn(1, 4, 13, seed=7).to(phi.dtype), randn(2, 97, seed=8) > -1
+    weights = decoder(v.shape[3], 21, 14, 3, 4, 3, 1, lse_dtype(dtype))
+    numbers = keep, 0.3, signed
+
+    def fused(*leaves: Tensor, need_z: bool) -> tuple[Tensor, ...]:
+        return csat.attend_prefix_decode(*leaves[:6], mass, leaves[6], *numbers, *leaves[7:], need_z)
+
+    def apart(*leaves: Tensor) -> tuple[Tensor, ...]:
+        z, *rest = csat.attend_prefix(*leaves[:6], mass, leaves[6], *numbers)
+        return csat.decode(z, *leaves[7:]), z, *rest
+
+    leaves = [t.requires_grad_() for t in (q, k, v, phi, kc, vc, bias, *weights)]
+    if not signed:
+        mass.requires_grad_()
+    ends = 0, 3, 4
+    expected = apart(*leaves)
+    given = [randn(*expected[i].shape, seed=90 + i).to(expected[i].dtype) for i in ends]
+    gradients = torch.autograd.grad([expected[i] for i in ends], leaves, given)
+    for need_z in (True, False):
+        got = fused(*leaves, need_z=need_z)
+        assert all(torch.equal(got[i], expected[i]) for i in (0, 2, 3, 4, 5))
+        assert torch.equal(got[1], expected[1]) if need_z else got[1].shape == (0,)
+        assert [x.requires_grad for x in got] == [True, False, False, True, True, not signed]
+        for a, b in zip(torch.autograd.grad([got[i] for i in ends], leaves, given), gradients, strict=True):
+            assert torch.equal(a, b)
+
+
 def test_attend_prefix_continues_with_gradients() -> None:
     """In parts of any length as at once; what comes after a state reaches the tokens before it."""
     *data, kc, vc, mass = (x.requires_grad_() for x in prefix_inputs(n=203))
@@ -516,6 +549,7 @@ def samples(dtype: torch.dtype = torch.float64, grad: bool = True) -> dict[str, 
         "decode": (csat.decode.default, (leaf(randn(1, 2, 5, 3, seed=5)), *weights)),
         "attend_decode": (csat.attend_decode.default, (q, kc, vc, bias, 0.5, *weights, True)),
         "attend_causal_decode": (csat.attend_causal_decode.default, (*causal, *weights, True)),
+        "attend_prefix_decode": (csat.attend_prefix_decode.default, (*prefixes["attend_prefix"][1], *weights, True)),
     }
 
 
@@ -738,6 +772,7 @@ def full_calls() -> dict[str, dict[str, Any]]:
         "decode_backward": {"dc": randn(1, 2, 5, 3, seed=9).float(), **decode},
         "attend_decode": {**attend, **{n: decode[n] for n in names}, "need_z": True},
         "attend_causal_decode": {**causal, **{n: decode[n] for n in names}, "need_z": True},
+        "attend_prefix_decode": {**prefix, **{n: decode[n] for n in names}, "need_z": True},
     }
 
 
@@ -767,12 +802,13 @@ FREE_AXES = {
     ("attend_decode", "q", 2),
     ("attend_decode", "psi", 1),
     ("attend_causal_decode", "psi", 1),
+    ("attend_prefix_decode", "psi", 1),
 }
 # The first tensor of an op sets the dtype, so that another argument is named when it differs.
 SETS_DTYPE = {
     *(("project", "x"), ("project_implicit", "x"), ("project_implicit_backward", "dy")),
     *(("attend", "q"), ("attend_causal", "q"), ("decode", "z"), ("attend_decode", "q")),
-    ("attend_causal_decode", "q"),
+    *(("attend_causal_decode", "q"), ("attend_prefix_decode", "q")),
     *(("attend", "q"), ("attend_causal", "q"), ("attend_prefix", "q"), ("decode", "z"), ("attend_decode", "q")),
 }
 

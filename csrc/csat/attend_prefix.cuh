@@ -262,8 +262,10 @@ struct PrefixGradientRows {
   float* dz;
   float *query_keys, *value_grads;  // triangles; then, for the sums over measurements, key_weights, value_weights
   float *key_weights, *value_weights;
-  float *w, *dp;                       // of a stretch of columns: g w and dp; then w and a
-  float *lse, *centre, *shift, *mass;  // a row each; delta = centre + shift
+  float *w, *dp;  // of a stretch of columns: g w and dp; then w and a
+  // A row each; delta = centre + shift. Weights are divided by their sum, the mass (then its inverse): the log-sum-exp
+  // of the tensor cores has 16 bits' accuracy, and is only a place to start from.
+  float *lse, *centre, *shift, *mass;
 
   CSAT_DEVICE PrefixGradientRows(const PrefixBackwardArgs& p, float* shared) {
     const ForwardArgs& f = p.forward.rows;
@@ -337,7 +339,7 @@ CSAT_DEVICE void score_gradients(const PrefixBackwardArgs& p, const PrefixPlace&
       float w = 0.f, d = 0.f;
       if (r < place.tile.valid) {
         const float dp = p.score_grads.data[at] - x.centre[r], u = p.mass_grads.data[at], shift = x.shift[r];
-        w = p.weights.data[at];
+        w = p.weights.data[at] *= x.mass[r];
         d = w * (dp - shift);
         p.score_grads.data[at] = f.scale * d;
         p.mass_grads.data[at] = -(w * (x.centre[r] + shift) + u * d);
@@ -406,8 +408,10 @@ __global__ void __launch_bounds__(limits::kThreads, 4) prefix_query_backward_ker
     add_to_shift(p, x, columns, m0 == 0);
     __syncthreads();
   }
-  for (int r = threadIdx.x; r < rows; r += limits::kThreads)
-    x.shift[r] = width == 0 || x.mass[r] == 0.f ? 0.f : x.shift[r] / x.mass[r];
+  for (int r = threadIdx.x; r < rows; r += limits::kThreads) {
+    x.mass[r] = width == 0 || x.mass[r] == 0.f ? 0.f : 1.f / x.mass[r];
+    x.shift[r] = width == 0 ? 0.f : x.shift[r] * x.mass[r];
+  }
   fill(x.dq, rows * p.dq_pitch, 0.f);
   fill(x.key_weights, 2 * rows * kSpan, 0.f);
   __syncthreads();

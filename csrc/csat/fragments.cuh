@@ -277,6 +277,29 @@ CSAT_DEVICE void multiply(Sums<kRows, kColumns>& c, const Operand<T, kRows, kDep
     }
 }
 
+// c (M, N) += a^T b over `depth` rows of both, a multiple of 16; columns `column` .. of a.
+template <typename T, int kRows, int kColumns, int kLeftColumns, int kTileColumns>
+CSAT_DEVICE void multiply_of_transpose(Sums<kRows, kColumns>& c, Tile<T, kLeftColumns> a, int column,
+                                       Tile<T, kTileColumns> b, int depth) {
+  SharedAddress left_from = fragment::lane_of_transposed(Tile<T, kLeftColumns>{a.data + column}),
+                right_from = fragment::lane_of_blocks(b);
+#pragma unroll 1
+  for (int k = 0; k < depth; k += 16) {
+    uint32_t left[kRows / 16][1][4];
+#pragma unroll
+    for (int i = 0; i < kRows / 16; ++i)
+      ldmatrix_x4_transposed(left[i][0], left_from + fragment::block_offset(a, 0, i));
+#pragma unroll
+    for (int j = 0; j < kColumns / 16; ++j) {
+      uint32_t right[4];
+      ldmatrix_x4_transposed(right, right_from + fragment::block_offset(b, 0, j));
+      fragment::multiply_block<T>(c, j, left, 0, right);
+    }
+    left_from += fragment::block_offset(a, 1, 0);
+    right_from += fragment::block_offset(b, 1, 0);
+  }
+}
+
 // ---- rows in global memory
 
 // Rows of a matrix in global memory: element (r, c) at data[r * stride + c]; rows from `rows` and columns from

@@ -68,7 +68,8 @@ struct PrefixParams {
   View kc, vc, mass;                // (B, Hs, M, D), (B, Hs, M, R), (B, Hs, M) in axes 0, 1, 3 of the view, float32;
                                     // the mass of signed: (B) in axis 0, the number of tokens
   View bias;                        // (B, H, M) in axes 0, 1, 3 of the view; data null: no bias
-  View z, lse;                      // (B, H, N, R), T; (B, H, N) in axes 0, 1, 2 of the view, float32
+  View z, lse;                      // (B, H, N, R), T; (B, H, N) in axes 0, 1, 2 of the view, float32; z without
+                                    // data where attend_prefix_decode_forward need not return it
   View kc_end, vc_end, mass_end;    // like kc, vc, mass: the state behind the last token
   const unsigned char* keep;        // (B, N) contiguous, or null: every token is kept; another is never read
   int64_t batch, heads, key_heads;  // B, H, Hk
@@ -173,6 +174,10 @@ int attend_decode_forward(const AttendParams& attend, const DecodeParams& decode
 int64_t attend_causal_decode_workspace(const AttendCausalParams& attend, const DecodeParams& decode);
 int attend_causal_decode_forward(const AttendCausalParams& attend, const DecodeParams& decode, void* workspace,
                                  void* stream);
+
+// attend_prefix and decode, in one kernel where limits::plan_prefix_mma has a plan for both; decode.z and z as above.
+int64_t attend_prefix_decode_workspace(const PrefixParams& attend, const DecodeParams& decode);
+int attend_prefix_decode_forward(const PrefixParams& attend, const DecodeParams& decode, void* workspace, void* stream);
 
 // `blas` is a cublasHandle_t bound to `stream` (see gemm.h).
 int64_t project_workspace(const ProjectParams& p);

@@ -32,6 +32,7 @@ constexpr int kPrefixChunk = 64;       // tokens from one state of attend_prefix
 constexpr int kMaxFeature = 1024;      // D, R, P, Dv
 
 constexpr int64_t kSharedPreferred = 72 * 1024;  // two blocks on an SM of 163 KiB, three on one of 227 KiB
+constexpr int64_t kSharedOfBlock = 1024;         // what a multiprocessor keeps for each block beside its own
 constexpr int64_t kTargetBlocks = 512;           // sums over rows are split until this many blocks run
 constexpr int64_t kOuterBlocks = 256;            // the same on tensor cores
 constexpr int kSignRows = 64;                    // rows of a block that multiplies by signs, 16 a warp
@@ -163,6 +164,32 @@ constexpr int64_t mma_slot_bytes(int feature) {
 constexpr int64_t attend_causal_mma_bytes(int feature) {
   return 2 * mma_slot_bytes(feature) + kMmaWarps * (mma_tile_bytes(kMmaRows, feature) + 2 * kMmaRows * 4);
 }
+// attend_prefix: tokens from one state to the next, which a block of the forward owns; measurements of a block that
+// sums states; of the forward the queries a warp, as registers allow, its warps, and the measurements that it scores at
+// a time.
+constexpr int kPrefixMmaChunk = 128, kPrefixSumRows = 64, kPrefixSumThreads = 128;
+constexpr int prefix_mma_feature(int64_t n) { return smallest_of({64, 128}, n); }
+constexpr int prefix_mma_rows(int feature, int atoms) { return feature <= 64 && atoms <= 64 ? 32 : 16; }
+constexpr int prefix_mma_threads(int feature, int atoms) {
+  return 32 * kPrefixMmaChunk / prefix_mma_rows(feature, atoms);
+}
+// Where shared memory lets them: 128 threads of 255 registers.
+constexpr int prefix_mma_blocks(int feature, int atoms) { return prefix_mma_rows(feature, atoms) == 32 ? 2 : 1; }
+constexpr int kPrefixStretch = 32;
+// Keys and values of the state, phi of the chunk; biases and masses.
+constexpr int64_t prefix_slot_bytes(int feature) {
+  return 2 * mma_tile_bytes(kPrefixStretch, feature) + mma_tile_bytes(kPrefixMmaChunk, kPrefixStretch) +
+         2 * kPrefixStretch * 4;
+}
+// q, k, v of the chunk, and the masses of signed rows.
+constexpr int64_t attend_prefix_mma_bytes(int feature, int slots) {
+  return 3 * mma_tile_bytes(kPrefixMmaChunk, feature) + slots * prefix_slot_bytes(feature) + kPrefixMmaChunk * 4;
+}
+constexpr int64_t prefix_sums_mma_bytes(int feature) {
+  return 2 * (mma_tile_bytes(kPrefixMmaChunk, kPrefixSumRows) + mma_tile_bytes(kPrefixMmaChunk, feature));
+}
+// The most coefficients that the fused kernel's shared memory holds.
+constexpr int prefix_mma_atoms_limit(int feature) { return feature <= 64 ? 128 : 64; }
 // Rows that go through the decoder's layers together: two iterates, z and a group of accumulators in registers.
 constexpr int recover_rows(int feature, int atoms) { return atoms > 64 || feature > 96 ? 16 : 32; }
 // Rows of a warp's tile in decode alone; of 256 coefficients only decode alone has the weights resident.
@@ -221,6 +248,9 @@ const char* plan_wgmma(ForwardMmaPlan& plan, const AttendParams& attend, const D
 const char* plan_wgmma(ForwardMmaPlan& plan, const DecodeParams& decode, const Device& device);
 // attend_causal, with `decode` fused; nullptr and a plan, or the reason why there is none.
 const char* plan_causal_mma(ForwardMmaPlan& plan, const AttendCausalParams& p, const DecodeParams* decode,
+                            int64_t shared_limit);
+// attend_prefix, with `decode` fused; nullptr and a plan, or the reason why there is none.
+const char* plan_prefix_mma(ForwardMmaPlan& plan, const PrefixParams& p, const DecodeParams* decode,
                             int64_t shared_limit);
 // The first of both that has a plan; nullptr and the plan, or why mma has none.
 const char* plan_forward(ForwardMmaPlan& plan, const AttendParams* attend, const DecodeParams* decode,
@@ -352,6 +382,7 @@ const char* why_not(const DecodeParams& p, int64_t shared_limit);
 const char* why_not(const DecodeBackwardParams& p, int64_t shared_limit);
 const char* why_not(const AttendParams& attend, const DecodeParams& decode, int64_t shared_limit);
 const char* why_not(const AttendCausalParams& attend, const DecodeParams& decode, int64_t shared_limit);
+const char* why_not(const PrefixParams& attend, const DecodeParams& decode, int64_t shared_limit);
 
 // ---- the question that dispatch and csat_ext.explain ask
 
@@ -363,14 +394,18 @@ enum class Kernel {
   decode_backward,
   attend_causal,
   attend_causal_decode,
-  attend_causal_backward
+  attend_causal_backward,
+  attend_prefix,
+  attend_prefix_decode,
+  attend_prefix_backward
 };
 // In the order of preference. A pair is attend_decode as attend and decode, one of them at least on tensor cores, or
-// attend_causal_decode as attend_causal and decode, which have no simt kernel together.
+// attend_causal_decode (attend_prefix_decode) as attend_causal (attend_prefix) and decode, which have no simt kernel
+// together.
 enum class Family { wgmma, mma, pair, simt };
 
 // What a kernel works on. decode.z.dtype is read for decode and decode_backward alone, tokens.count for attend_causal
-// and what is made of it, pointers nowhere.
+// and what is made of it, pointers nowhere. The tokens of attend_prefix are its queries.
 struct Problem {
   AttendParams attend;
   DecodeParams decode;

@@ -177,11 +177,11 @@ CSAT_DEVICE void load_thresholds(float* theta, float* step, const DecoderWeights
   for (int i = thread; i < w.layers; i += threads) step[i] = w.step.data[own * w.step.matrix + i];
 }
 
-// The weights of one head -> shared memory, by a whole block of `threads`. Asynchronous, but for theta and step.
+// The weights of one head -> shared memory, by a whole block of `threads`. Asynchronous, but for theta and step. A
+// kernel without a register to spare pins `thread`, so that no address is kept for the next head.
 template <typename T, int kD, int kP>
-CSAT_DEVICE void load_decoder(const DecoderTiles<T, kD, kP>& to, int64_t head, int threads) {
+CSAT_DEVICE void load_decoder(const DecoderTiles<T, kD, kP>& to, int64_t head, int threads, int thread) {
   const DecoderWeights& w = to.w;
-  const int thread = threadIdx.x;
   for (int t = 0; t < w.s_layers; ++t)
     load_rows_async(to.S(t), weight_rows<T>(w, w.S, head, t, w.coefficients, w.coefficients), 0, kP, thread, threads);
   for (int t = 0; t < w.b_layers; ++t)
@@ -189,6 +189,10 @@ CSAT_DEVICE void load_decoder(const DecoderTiles<T, kD, kP>& to, int64_t head, i
   if (w.synthesises())
     load_rows_async(to.psi(), weight_rows<T>(w, w.psi, head, 0, w.outputs, w.coefficients), 0, kD, thread, threads);
   load_thresholds<kP>(to.theta(), to.step(), w, head, thread, threads);
+}
+template <typename T, int kD, int kP>
+CSAT_DEVICE void load_decoder(const DecoderTiles<T, kD, kP>& to, int64_t head, int threads) {
+  load_decoder(to, head, threads, static_cast<int>(threadIdx.x));
 }
 
 }  // namespace csat

@@ -3,22 +3,12 @@
 //   prefix_column_sums  sums of the rows of a chunk, a column a thread
 //   prefix_scan         exclusive scan over the chunks in their order, or back, an element of the state a thread: reads
 //                       and writes M (D + R + 1) floats a chunk
+//   prefix_mean_scan    the same in their order, of keys or values for the tensor cores: leaves what comes before each
+//                       chunk divided by its mass, in 16 bits, 6 bytes an element in all
 #pragma once
-#include "csat/tile.cuh"
+#include "csat/prefix_scan.h"
 
 namespace csat {
-
-// target (1, M) of every (batch element, state head, chunk) = sum of x over its tokens and heads; counts: of 1 for each
-// token that is kept.
-struct PrefixColumnSumsArgs {
-  View x;  // (B, .., N, columns), float32
-  int64_t x_share, heads;
-  int64_t state_heads, chunks, tokens, columns;  // columns: of x, zeros behind
-  bool counts;
-  const unsigned char* keep;
-  Panel target;
-  int64_t blocks;  // for each matrix
-};
 
 CSAT_DEVICE float column_sum(const PrefixColumnSumsArgs& p, int64_t matrix, int64_t column) {
   const int64_t first = matrix % p.chunks * limits::kPrefixChunk, state = matrix / p.chunks;
@@ -40,17 +30,6 @@ __global__ void __launch_bounds__(limits::kThreads) prefix_column_sums_kernel(Pr
   if (column < p.target.pitch) p.target.data[matrix * p.target.matrix + column] = column_sum(p, matrix, column);
 }
 
-// sums (state heads, chunks) of a matrix become what comes before each chunk, or behind it: an exclusive scan from
-// `start`, an element a thread.
-struct PrefixScanArgs {
-  Panel sums;
-  int64_t states, state_heads, chunks;
-  bool reverse;
-  View start, end;        // (B, state heads, rows, columns), float32; what the last step leaves; data null: not wanted
-  int64_t rows, columns;  // of both
-  int64_t end_heads, end_columns;  // of the end alone
-};
-
 __global__ void __launch_bounds__(limits::kThreads) prefix_scan_kernel(PrefixScanArgs p) {
   const int64_t index = int64_t(blockIdx.x) * limits::kThreads + threadIdx.x;
   const int64_t state = index / p.sums.matrix, element = index % p.sums.matrix;
@@ -68,6 +47,26 @@ __global__ void __launch_bounds__(limits::kThreads) prefix_scan_kernel(PrefixSca
   }
   if (p.end.data && exists && head < p.end_heads && column < p.end_columns)
     at<float>(p.end, batch, head, row)[column * p.end.stride[3]] = running;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(limits::kThreads) prefix_mean_scan_kernel(PrefixMeanScanArgs p) {
+  const int64_t matrix = p.padded_rows * p.padded_columns, index = int64_t(blockIdx.x) * limits::kThreads + threadIdx.x;
+  const int64_t state = index / matrix, element = index % matrix;
+  if (state >= p.states) return;
+  const int64_t row = element / p.padded_columns, column = element % p.padded_columns;
+  const int64_t batch = state / p.state_heads, head = state % p.state_heads;
+  const bool exists = row < p.rows && column < p.columns;
+  const float* mass = p.masses.data + state * p.chunks * p.masses.matrix + row;
+  const int64_t first = state * p.chunks * matrix + element;
+  float running = exists ? at<const float>(p.start, batch, head, row)[column * p.start.stride[3]] : 0.f;
+#pragma unroll 4
+  for (int64_t c = 0; c < p.chunks; ++c) {
+    const float g = p.is_signed ? sqrt_f32(mass[c * p.masses.matrix]) : mass[c * p.masses.matrix];
+    static_cast<T*>(p.means)[first + c * matrix] = from_float<T>(g > 0.f ? running / g : 0.f);
+    running += p.sums[first + c * matrix];
+  }
+  if (exists) at<float>(p.end, batch, head, row)[column * p.end.stride[3]] = running;
 }
 
 }  // namespace csat

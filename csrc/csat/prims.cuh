@@ -5,9 +5,9 @@
 // Words: __global__, __launch_bounds__, threadIdx.x, blockIdx.x, __syncthreads(), dim3, float4 as in CUDA; CSAT_DEVICE,
 // CSAT_DYN_SMEM, CSAT_LAUNCH; bf16, f16, to_float, from_float, pack2, pack2_magnitudes, unpack2; lane_id, warp_id,
 // warpgroup_id, sync_warp, shfl_xor, warp_any, warp_sum, warp_max, quad_sum, quad_max, load4, exp_f32, exp2_approx,
-// divide_approx, log_f32, sqrt_f32, positive_part, soft_threshold, soft_threshold_pack2; cp_async16, ldmatrix_x4,
-// mma_m16n8k16, named_barrier_sync and their kin; of Hopper mbarrier_*, bulk_*, tensor_copy_*, wgmma_*, registers_*; on
-// the host make_tensor_map, last_error, max_shared_bytes, compute_capability, multiprocessors.
+// log2_approx, divide_approx, log_f32, sqrt_f32, positive_part, soft_threshold, soft_threshold_pack2; cp_async16,
+// ldmatrix_x4, mma_m16n8k16, named_barrier_sync and their kin; of Hopper mbarrier_*, bulk_*, tensor_copy_*, wgmma_*,
+// registers_*; on the host make_tensor_map, last_error, max_shared_bytes, compute_capability, multiprocessors.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -431,6 +431,13 @@ CSAT_DEVICE float divide_approx(float a, float b) { return __fdividef(a, b); }
 CSAT_DEVICE float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// The logarithm to base 2, absolute error below 2^-22 between 1 / 2 and 2, relative elsewhere (PTX ISA, lg2.approx); of
+// 0 -inf.
+CSAT_DEVICE float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 // max(x, 0), where a NaN stays a NaN.

@@ -75,6 +75,21 @@ inline int take_vector_rows(View& v, Carver& carver, DType dtype, int64_t n0, in
   return carver.sizing() ? 0 : copy_tokens({source, target, keep, n0, n1, rows, columns}, stream);
 }
 
+// 16-byte stores of rows of `columns` elements?
+inline bool vector_stores(const View& v, int64_t columns) { return has_vector_rows(v) && columns % 8 == 0; }
+
+// The bias (batch, heads, M) in axes 0, 1, 3 of the view in float32: as it lies or a copy.
+inline int take_float_bias(View& bias, Carver& carver, int64_t batch, int64_t heads, int64_t measurements,
+                           void* stream) {
+  if (!bias.data || bias.dtype == DType::f32) return 0;
+  PackArgs source = operand(bias, batch, heads, 1, measurements);
+  source.row_stride = 0;
+  Panel panel;
+  const int code = take_panel(panel, carver, source, 1, measurements, stream);
+  bias = {panel.data, DType::f32, {heads * panel.matrix, panel.matrix, 0, 1}};
+  return code;
+}
+
 // k and v of the tokens with vector rows, and zeros in place of those that are not kept.
 inline int take_token_rows(CausalTokens& tokens, Carver& carver, const AttendParams& of, void* stream) {
   const auto take = [&](View& v, int64_t columns) {
@@ -84,10 +99,11 @@ inline int take_token_rows(CausalTokens& tokens, Carver& carver, const AttendPar
   return code ? code : take(tokens.v, of.features);
 }
 
-// z of attend, or rows in the workspace where the caller does not want it.
-inline View take_z_rows(const AttendParams& p, Carver& carver) {
+// z (B, H, rows, R) of attend or one of its kin, or rows in the workspace where the caller does not want it.
+template <typename Params>
+View take_z_rows(const Params& p, int64_t rows, Carver& carver) {
   if (p.z.data) return p.z;
-  const int64_t pitch = limits::round_up(p.features, 8), head = p.queries * pitch;
+  const int64_t pitch = limits::round_up(p.features, 8), head = rows * pitch;
   return {
       carver.take<char>(p.batch * p.heads * head * size_of(p.q.dtype)), p.q.dtype, {p.heads * head, head, pitch, 1}};
 }

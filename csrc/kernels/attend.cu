@@ -67,7 +67,7 @@ struct AttendDecodePair {
   DecodeParams decode;
 
   AttendDecodePair(const AttendParams& a, const DecodeParams& d, Carver& carver) : attend(a), decode(d) {
-    decode.z = attend.z = take_z_rows(a, carver);
+    decode.z = attend.z = take_z_rows(a, a.queries, carver);
   }
 };
 

@@ -40,7 +40,7 @@ struct AttendCausalDecodePair {
   DecodeParams decode;
 
   AttendCausalDecodePair(const AttendCausalParams& a, const DecodeParams& d, Carver& carver) : attend(a), decode(d) {
-    decode.z = attend.measured.z = take_z_rows(a.measured, carver);
+    decode.z = attend.measured.z = take_z_rows(a.measured, a.measured.queries, carver);
   }
 };
 

@@ -1,8 +1,9 @@
 // Host side of attend_prefix and its backward, which go over batch elements and key heads in parts.
+#include "csat/attend_prefix_mma.h"
 #include "csat/dispatch.h"
 #include "csat/instances.h"
-#include "csat/prefix_scan.cuh"
-#include "csat/workspace.h"
+#include "csat/prefix_parts.h"
+#include "csat/prefix_scan.h"
 
 namespace csat {
 namespace {
@@ -10,86 +11,6 @@ namespace {
 using limits::ceil_div;
 using limits::column_pad;
 using limits::depth_pad;
-
-// ---- parts
-
-struct Part {
-  int64_t batch, key_head;  // the first ones
-  int64_t batches, key_heads;
-};
-
-View from(View v, int64_t batch, int64_t head) {
-  const int64_t offset = batch * v.stride[0] + head * v.stride[1];
-  if (v.data) v.data = static_cast<char*>(v.data) + offset * size_of(v.dtype);
-  return v;
-}
-
-PrefixParams part_of(PrefixParams p, const Part& part) {
-  const int64_t heads = p.heads / p.key_heads, state_heads = p.state_heads / p.key_heads;
-  for (View* of_query : {&p.q, &p.bias, &p.z, &p.lse}) *of_query = from(*of_query, part.batch, part.key_head * heads);
-  for (View* of_key : {&p.k, &p.v}) *of_key = from(*of_key, part.batch, part.key_head);
-  for (View* of_state : {&p.phi, &p.kc, &p.vc, &p.mass, &p.kc_end, &p.vc_end, &p.mass_end})
-    *of_state = from(*of_state, part.batch, part.key_head * state_heads);
-  if (p.keep) p.keep += part.batch * p.tokens;
-  p.batch = part.batches;
-  p.key_heads = part.key_heads;
-  p.heads = part.key_heads * heads;
-  p.state_heads = part.key_heads * state_heads;
-  if (p.phi_batch > 1) p.phi_batch = part.batches;
-  if (p.phi_heads > 1) p.phi_heads = p.state_heads;
-  return p;
-}
-PrefixBackwardParams part_of(PrefixBackwardParams p, const Part& part) {
-  const int64_t heads = p.forward.heads / p.forward.key_heads;
-  const int64_t state_heads = p.forward.state_heads / p.forward.key_heads;
-  for (View* of_query : {&p.dz, &p.dq, &p.dbias}) *of_query = from(*of_query, part.batch, part.key_head * heads);
-  for (View* of_key : {&p.dk, &p.dv}) *of_key = from(*of_key, part.batch, part.key_head);
-  for (View* of_state : {&p.dkc_end, &p.dvc_end, &p.dmass_end, &p.dphi, &p.dkc, &p.dvc, &p.dmass})
-    *of_state = from(*of_state, part.batch, part.key_head * state_heads);
-  p.forward = part_of(p.forward, part);
-  return p;
-}
-
-const PrefixParams& forward_of(const PrefixParams& p) { return p; }
-const PrefixParams& forward_of(const PrefixBackwardParams& p) { return p.forward; }
-
-template <typename Plan, typename Params>
-int64_t workspace_of(const Params& p) {
-  Carver carver(nullptr);
-  Plan().take(p, carver, nullptr);
-  return carver.used();
-}
-
-// The first part: as many batch elements as the cap allows, else as many key heads of one.
-template <typename Plan, typename Params>
-Part first_part(const Params& p) {
-  const PrefixParams& f = forward_of(p);
-  const auto at_most = [](int64_t bytes, int64_t all) {
-    const int64_t fit = bytes ? limits::kWorkspaceCap / bytes : all;
-    return fit < 1 ? 1 : (fit < all ? fit : all);
-  };
-  const int64_t element = workspace_of<Plan>(part_of(p, {0, 0, 1, f.key_heads}));
-  if (element <= limits::kWorkspaceCap) return {0, 0, at_most(element, f.batch), f.key_heads};
-  return {0, 0, 1, at_most(workspace_of<Plan>(part_of(p, {0, 0, 1, 1})), f.key_heads)};
-}
-
-template <typename Plan, typename Params>
-int run_in_parts(const Params& p, void* workspace, void* stream) {
-  const PrefixParams& f = forward_of(p);
-  const Part step = first_part<Plan>(p);
-  Part part = step;
-  for (part.batch = 0; part.batch < f.batch; part.batch += step.batches)
-    for (part.key_head = 0; part.key_head < f.key_heads; part.key_head += step.key_heads) {
-      part.batches = f.batch - part.batch < step.batches ? f.batch - part.batch : step.batches;
-      part.key_heads = f.key_heads - part.key_head < step.key_heads ? f.key_heads - part.key_head : step.key_heads;
-      const Params own = part_of(p, part);
-      Carver carver(workspace);
-      Plan plan;
-      CSAT_TRY(plan.take(own, carver, stream));
-      CSAT_TRY(plan.run(own, stream));
-    }
-  return 0;
-}
 
 // ---- sums and scans
 
@@ -140,8 +61,7 @@ int sum_columns(const PrefixParams& p, const View& x, int64_t share, int64_t hea
   const int64_t blocks = ceil_div(target.pitch, limits::kThreads);
   const PrefixColumnSumsArgs args{x,      share,  heads,  p.state_heads, chunks_of(p), p.tokens, p.measurements,
                                   counts, p.keep, target, blocks};
-  const int64_t all = p.batch * p.state_heads * chunks_of(p) * blocks;
-  return all > limits::kMaxBlocks ? kUnsupported : launch_prefix(prefix_column_sums_kernel, args, all, 0, stream);
+  return prefix_column_sums(args, p.batch * p.state_heads * chunks_of(p), stream);
 }
 
 // Which way the chunks are walked, from what, and where the last step goes; data null: nowhere.
@@ -152,19 +72,9 @@ struct Scan {
 
 int scan(const PrefixParams& p, const Panel& sums, int64_t rows, int64_t columns, const Scan& way, void* stream,
          bool is_count = false) {
-  const int64_t states = p.batch * p.state_heads, blocks = ceil_div(states * sums.matrix, limits::kThreads);
-  const PrefixScanArgs args{sums,
-                            states,
-                            p.state_heads,
-                            chunks_of(p),
-                            way.reverse,
-                            way.start,
-                            way.end,
-                            rows,
-                            columns,
-                            is_count ? 1 : p.state_heads,
-                            is_count ? 1 : columns};
-  return blocks > limits::kMaxBlocks ? kUnsupported : launch_prefix(prefix_scan_kernel, args, blocks, 0, stream);
+  return prefix_scan({sums, p.batch * p.state_heads, p.state_heads, chunks_of(p), way.reverse, way.start, way.end, rows,
+                      columns, is_count ? 1 : p.state_heads, is_count ? 1 : columns},
+                     stream);
 }
 
 // ---- what both passes take
@@ -422,14 +332,51 @@ struct BackwardPlan {
   }
 };
 
+// attend_prefix and decode one after the other, with z in the workspace where the caller does not want it.
+struct PrefixDecodePair {
+  PrefixParams attend;
+  DecodeParams decode;
+
+  PrefixDecodePair(const PrefixParams& a, const DecodeParams& d, Carver& carver) : attend(a), decode(d) {
+    decode.z = attend.z = take_z_rows(a, a.tokens, carver);
+  }
+};
+
 }  // namespace
 
 int64_t attend_prefix_workspace(const PrefixParams& p) {
+  limits::ForwardMmaPlan plan;
+  if (!limits::plan_prefix_mma(plan, p, nullptr, shared_memory_limit())) return attend_prefix_mma_workspace(p, nullptr);
   return workspace_of<ForwardPlan>(part_of(p, first_part<ForwardPlan>(p)));
 }
 
 int attend_prefix_forward(const PrefixParams& p, void* workspace, void* stream) {
+  limits::ForwardMmaPlan plan;
+  if (!limits::plan_prefix_mma(plan, p, nullptr, shared_memory_limit()))
+    return attend_prefix_mma(p, nullptr, workspace, stream);
   return run_in_parts<ForwardPlan>(p, workspace, stream);
+}
+
+int64_t attend_prefix_decode_workspace(const PrefixParams& attend, const DecodeParams& decode) {
+  limits::ForwardMmaPlan plan;
+  if (!limits::plan_prefix_mma(plan, attend, &decode, shared_memory_limit()))
+    return attend_prefix_mma_workspace(attend, &decode);
+  Carver carver(nullptr);
+  const PrefixDecodePair pair(attend, decode, carver);
+  const int64_t first = attend_prefix_workspace(pair.attend), second = decode_workspace(pair.decode);
+  return carver.used() + (first > second ? first : second);
+}
+
+int attend_prefix_decode_forward(const PrefixParams& attend, const DecodeParams& decode, void* workspace,
+                                 void* stream) {
+  limits::ForwardMmaPlan plan;
+  if (!limits::plan_prefix_mma(plan, attend, &decode, shared_memory_limit()))
+    return attend_prefix_mma(attend, &decode, workspace, stream);
+  Carver carver(workspace);
+  const PrefixDecodePair pair(attend, decode, carver);
+  void* rest = static_cast<char*>(workspace) + carver.used();
+  CSAT_TRY(attend_prefix_forward(pair.attend, rest, stream));
+  return decode_forward(pair.decode, rest, stream);
 }
 
 int64_t attend_prefix_backward_workspace(const PrefixBackwardParams& p) {

@@ -12,8 +12,6 @@ namespace {
 
 using limits::ceil_div;
 
-bool vector_stores(const View& v, int64_t columns) { return has_vector_rows(v) && columns % 8 == 0; }
-
 int take_attend(ForwardMmaArgs& args, const limits::ForwardMmaPlan& plan, const AttendParams& p, Carver& carver,
                 void* stream) {
   const DType dtype = p.q.dtype;
@@ -39,25 +37,7 @@ int take_attend(ForwardMmaArgs& args, const limits::ForwardMmaPlan& plan, const 
   CSAT_TRY(take_vector_rows(args.q, carver, dtype, B, H, p.queries, p.head_dim, stream));
   CSAT_TRY(take_vector_rows(args.kc, carver, dtype, B, Hk, p.measurements, p.head_dim, stream));
   CSAT_TRY(take_vector_rows(args.vc, carver, dtype, B, Hk, p.measurements, p.features, stream));
-  if (!p.bias.data || p.bias.dtype == DType::f32) return 0;
-  Panel bias;
-  const PackArgs source{p.bias.data,
-                        p.bias.dtype,
-                        B,
-                        H,
-                        p.bias.stride[0],
-                        p.bias.stride[1],
-                        1,
-                        p.measurements,
-                        0,
-                        p.bias.stride[3],
-                        nullptr,
-                        0,
-                        0,
-                        0.f};
-  CSAT_TRY(take_panel(bias, carver, source, 1, p.measurements, stream));
-  args.bias = {bias.data, DType::f32, {H * bias.matrix, bias.matrix, 0, 1}};
-  return 0;
+  return take_float_bias(args.bias, carver, B, H, p.measurements, stream);
 }
 
 int take_decoder(ForwardMmaArgs& args, const DecodeParams& p, DType dtype, Carver& carver, void* stream) {

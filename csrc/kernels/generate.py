@@ -17,6 +17,7 @@ KERNELS: dict[str, tuple[int, ...]] = {
     "forward_wgmma": (64, 128),
     "attend_causal_mma": MMA_FEATURES,
     "attend_causal_backward_mma": MMA_FEATURES,
+    "attend_prefix_mma": (64, 128),
     "decode_wgmma": (64, 128),
     "attend_backward_mma": MMA_FEATURES,
     "attend_backward_wgmma": (64, 128),

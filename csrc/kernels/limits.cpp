@@ -109,6 +109,40 @@ const char* plan_causal_mma(ForwardMmaPlan& plan, const AttendCausalParams& p, c
                 : "two chunks of columns exceed the shared memory of a block";
 }
 
+const char* plan_prefix_mma(ForwardMmaPlan& plan, const PrefixParams& p, const DecodeParams* decode,
+                            int64_t shared_limit) {
+  plan = {};
+  AttendParams rows{};
+  rows.q.dtype = p.q.dtype;
+  rows.batch = p.batch;
+  rows.heads = p.heads;
+  rows.head_dim = p.head_dim;
+  rows.features = p.features;
+  rows.measurements = p.measurements;
+  const char* feature_reason = decode ? "D, R or Dv above 128" : "D or R above 128";
+  if (const char* reason = plan_sizes(plan, &rows, decode, prefix_mma_feature, feature_reason)) return reason;
+  if (p.tokens == 0) return "no tokens";
+  if (p.tokens > kMaxTokens) return "more than 2^31 - 2 tokens";
+  if (decode && plan.atoms > prefix_mma_atoms_limit(plan.feature))
+    return "coefficient count P above 64 in the fused kernel of D = 128";
+  const int64_t chunks = ceil_div(p.tokens, kPrefixMmaChunk), states = p.batch * p.state_heads * chunks;
+  const int64_t rows_of_state = ceil_div(p.measurements, kPrefixSumRows);
+  if (states * rows_of_state > kMaxBlocks || p.batch * p.heads * chunks > kMaxBlocks ||
+      p.batch * p.state_heads * rows_of_state * kPrefixSumRows * plan.feature / kThreads > kMaxBlocks)
+    return "more than 2^31 blocks";
+  plan.chunks = static_cast<int>(ceil_div(p.measurements, kPrefixStretch));
+  const int64_t weights = decode ? decoder_mma_bytes(decode->decoder, plan.feature, plan.atoms) : 0;
+  const auto bytes = [&](int slots) { return attend_prefix_mma_bytes(plan.feature, slots) + weights; };
+  // Two slots where two blocks still share a multiprocessor, or where one slot would not let them; else one.
+  const bool shares = prefix_mma_blocks(plan.feature, plan.atoms) == 2;
+  const auto pair = [&](int slots) { return shares && 2 * bytes(slots) <= shared_limit - kSharedOfBlock; };
+  plan.slots = (pair(2) || !pair(1)) && bytes(2) <= shared_limit ? 2 : 1;
+  plan.shared_bytes = bytes(plan.slots);
+  if (plan.shared_bytes <= shared_limit && prefix_sums_mma_bytes(plan.feature) <= shared_limit) return nullptr;
+  return decode ? "a chunk of tokens and the decoder's weights exceed the shared memory of a block"
+                : "a chunk of tokens exceeds the shared memory of a block";
+}
+
 const char* plan_wgmma(ForwardMmaPlan& plan, const AttendParams& attend, const DecodeParams* decode,
                        const Device& device) {
   plan = {};
@@ -319,6 +353,10 @@ const char* why_not(const AttendCausalParams& attend, const DecodeParams& decode
   return first_of({why_not(attend, shared_limit), why_not(decode, shared_limit)});
 }
 
+const char* why_not(const PrefixParams& attend, const DecodeParams& decode, int64_t shared_limit) {
+  return first_of({why_not(attend, shared_limit), why_not(decode, shared_limit)});
+}
+
 namespace {
 
 constexpr const char* kNoPair = "not a fused kernel";
@@ -326,6 +364,25 @@ constexpr const char* kNoPair = "not a fused kernel";
 bool is_causal(Kernel kernel) {
   return kernel == Kernel::attend_causal || kernel == Kernel::attend_causal_decode ||
          kernel == Kernel::attend_causal_backward;
+}
+
+bool is_prefix(Kernel kernel) {
+  return kernel == Kernel::attend_prefix || kernel == Kernel::attend_prefix_decode ||
+         kernel == Kernel::attend_prefix_backward;
+}
+
+PrefixParams prefix_of(const Problem& p) {
+  const AttendParams& a = p.attend;
+  PrefixParams prefix{};
+  prefix.q.dtype = a.q.dtype;
+  prefix.batch = a.batch;
+  prefix.heads = a.heads;
+  prefix.key_heads = prefix.state_heads = a.key_heads;
+  prefix.tokens = a.queries;
+  prefix.measurements = a.measurements;
+  prefix.head_dim = a.head_dim;
+  prefix.features = a.features;
+  return prefix;
 }
 
 const char* can_pair(const Problem& p, const Device& device) {
@@ -397,10 +454,28 @@ const char* can_run_causal(Kernel kernel, Family family, const Problem& p, const
   return fused ? "no simt kernel of both: they are a pair" : why_not(causal, limit);
 }
 
+const char* can_run_prefix(Kernel kernel, Family family, const Problem& p, const Device& device) {
+  const int64_t limit = device.shared_bytes;
+  const PrefixParams prefix = prefix_of(p);
+  if (family == Family::wgmma) return "no wgmma kernel of this op";
+  if (kernel == Kernel::attend_prefix_backward) {
+    if (family == Family::pair) return kNoPair;
+    PrefixBackwardParams backward{};
+    backward.forward = prefix;
+    return family == Family::mma ? "no mma kernel of this op" : why_not(backward, limit);
+  }
+  const bool fused = kernel == Kernel::attend_prefix_decode;
+  ForwardMmaPlan plan;
+  if (family == Family::mma) return plan_prefix_mma(plan, prefix, fused ? &p.decode : nullptr, limit);
+  if (family == Family::pair) return fused ? why_not(prefix, p.decode, limit) : kNoPair;
+  return fused ? "no simt kernel of both: they are a pair" : why_not(prefix, limit);
+}
+
 }  // namespace
 
 const char* can_run(Kernel kernel, Family family, const Problem& p, const Device& device) {
   if (is_causal(kernel)) return can_run_causal(kernel, family, p, device);
+  if (is_prefix(kernel)) return can_run_prefix(kernel, family, p, device);
   if (kernel == Kernel::attend_backward) return can_run_backward(family, backward_of(p.attend), device);
   if (kernel == Kernel::decode_backward) {
     DecodeBackwardParams backward{};
@@ -455,11 +530,26 @@ int64_t causal_bytes(Kernel kernel, Family family, const Problem& p, const Devic
   return plan.shared_bytes;
 }
 
+int64_t prefix_bytes(Kernel kernel, Family family, const Problem& p, const Device& device) {
+  const AttendParams& a = p.attend;
+  const int64_t limit = device.shared_bytes;
+  if (family == Family::simt) {
+    const bool forward = kernel == Kernel::attend_prefix;
+    return simt_bytes({forward ? attend_prefix_row(a.measurements, a.head_dim, a.features)
+                               : prefix_query_backward_row(a.measurements, a.head_dim, a.features)},
+                      limit);
+  }
+  ForwardMmaPlan plan;
+  plan_prefix_mma(plan, prefix_of(p), kernel == Kernel::attend_prefix_decode ? &p.decode : nullptr, limit);
+  return plan.shared_bytes;
+}
+
 }  // namespace
 
 int64_t shared_bytes(Kernel kernel, Family family, const Problem& p, const Device& device) {
   if (can_run(kernel, family, p, device) || family == Family::pair) return 0;
   if (is_causal(kernel)) return causal_bytes(kernel, family, p, device);
+  if (is_prefix(kernel)) return prefix_bytes(kernel, family, p, device);
   const int64_t M = p.attend.measurements, D = p.attend.head_dim, R = p.attend.features, limit = device.shared_bytes;
   const Decoder& d = p.decode.decoder;
   if (kernel == Kernel::attend_backward) {

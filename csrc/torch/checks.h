@@ -549,4 +549,10 @@ inline DecodeSizes check_attend_decode(const char* op, const AttendSizes& attend
   return n;
 }
 
+inline DecodeSizes check_attend_decode(const char* op, const PrefixSizes& n, const Tensor& q, const Tensor& S,
+                                       const Tensor& B, const Tensor& theta, const MaybeTensor& psi,
+                                       const Tensor& step) {
+  return check_attend_decode(op, AttendSizes{n.B, n.H, n.Hk, n.N, n.M, n.D, n.R, 0, 0}, q, S, B, theta, psi, step);
+}
+
 }  // namespace csat

@@ -71,7 +71,10 @@ inline std::pair<std::optional<std::string>, int64_t> can_run(const std::string&
                                       {"decode_backward", Kernel::decode_backward},
                                       {"attend_causal", Kernel::attend_causal},
                                       {"attend_causal_decode", Kernel::attend_causal_decode},
-                                      {"attend_causal_backward", Kernel::attend_causal_backward}});
+                                      {"attend_causal_backward", Kernel::attend_causal_backward},
+                                      {"attend_prefix", Kernel::attend_prefix},
+                                      {"attend_prefix_decode", Kernel::attend_prefix_decode},
+                                      {"attend_prefix_backward", Kernel::attend_prefix_backward}});
   const Family of =
       named<Family>("family", family,
                     {{"wgmma", Family::wgmma}, {"mma", Family::mma}, {"pair", Family::pair}, {"simt", Family::simt}});

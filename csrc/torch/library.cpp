@@ -63,6 +63,10 @@ STABLE_TORCH_LIBRARY(csat, library) {
       "attend_causal_decode(Tensor q, Tensor kc, Tensor vc, Tensor k, Tensor v, Tensor? score_bias, Tensor? key_mask, "
       "float scale, int block_size, int window_blocks, SymInt measurements_per_block, Tensor S, Tensor B, "
       "Tensor theta, Tensor? psi, Tensor step, bool need_z) -> (Tensor, Tensor, Tensor)");
+  library.def(
+      "attend_prefix_decode(Tensor q, Tensor k, Tensor v, Tensor phi, Tensor kc, Tensor vc, Tensor mass, "
+      "Tensor? score_bias, Tensor? key_mask, float scale, bool signed, Tensor S, Tensor B, Tensor theta, Tensor? psi, "
+      "Tensor step, bool need_z) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(csat, CPU, library) {
@@ -80,6 +84,7 @@ STABLE_TORCH_LIBRARY_IMPL(csat, CPU, library) {
   library.impl("decode_backward", TORCH_BOX(&cpu::decode_backward));
   library.impl("attend_decode", TORCH_BOX(&cpu::attend_decode));
   library.impl("attend_causal_decode", TORCH_BOX(&cpu::attend_causal_decode));
+  library.impl("attend_prefix_decode", TORCH_BOX(&cpu::attend_prefix_decode));
 }
 
 py::object op(const char* name) {
@@ -114,7 +119,7 @@ PYBIND11_MODULE(_C, m) {
   for (const char* name :
        {"project", "project_backward", "project_implicit", "project_implicit_backward", "attend", "attend_backward",
         "attend_causal", "attend_causal_backward", "attend_prefix", "attend_prefix_backward", "decode",
-        "decode_backward", "attend_decode", "attend_causal_decode"})
+        "decode_backward", "attend_decode", "attend_causal_decode", "attend_prefix_decode"})
     expose(m, name);
   m.def(
       "can_run", &csat::can_run, py::arg("kernel"), py::arg("family"), py::arg("sizes"), py::arg("dtype"),

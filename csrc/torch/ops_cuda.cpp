@@ -357,6 +357,23 @@ PrefixParams prefix_params(const PrefixSizes& n, const PrefixInputs& in, const M
   return p;
 }
 
+// The log-sum-exp and the state behind the last token, for the kernel to write.
+struct PrefixEnds {
+  Tensor lse, kc, vc, mass;
+};
+
+PrefixEnds prefix_ends(PrefixParams& p, const PrefixSizes& n, const PrefixInputs& in) {
+  PrefixEnds ends{torch::stable::new_empty(in.q, {n.B, n.H, n.N}, ScalarType::Float),
+                  torch::stable::new_empty(in.kc, {n.B, n.Hs, n.M, n.D}),
+                  torch::stable::new_empty(in.vc, {n.B, n.Hs, n.M, n.R}),
+                  torch::stable::new_empty(in.mass, {n.B, in.mass.size(1), in.mass.size(2)})};
+  p.lse = view_of(ends.lse, {0, 1, 2});
+  p.kc_end = view_of(ends.kc);
+  p.vc_end = view_of(ends.vc);
+  p.mass_end = mass_view(ends.mass, in.is_signed);
+  return ends;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_prefix(const Tensor& q, const Tensor& k, const Tensor& v,
                                                                  const Tensor& phi, const Tensor& kc, const Tensor& vc,
                                                                  const Tensor& mass, const MaybeTensor& score_bias,
@@ -367,20 +384,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_prefix(const Tensor& q
   const Device device("attend_prefix", q);
   const MaybeTensor keep = contiguous(key_mask);
   Tensor z = torch::stable::new_empty(q, {n.B, n.H, n.N, n.R});
-  Tensor lse = torch::stable::new_empty(q, {n.B, n.H, n.N}, ScalarType::Float);
-  Tensor kc_end = torch::stable::new_empty(kc, {n.B, n.Hs, n.M, n.D});
-  Tensor vc_end = torch::stable::new_empty(vc, {n.B, n.Hs, n.M, n.R});
-  Tensor mass_end = torch::stable::new_empty(mass, {n.B, mass.size(1), mass.size(2)});
   PrefixParams p = prefix_params(n, in, keep);
   p.z = view_of(z);
-  p.lse = view_of(lse, {0, 1, 2});
-  p.kc_end = view_of(kc_end);
-  p.vc_end = view_of(vc_end);
-  p.mass_end = mass_view(mass_end, is_signed);
+  const PrefixEnds ends = prefix_ends(p, n, in);
   device.supported(limits::why_not(p, shared_memory_limit()));
   Tensor space = workspace(q, attend_prefix_workspace(p));
   device.done(attend_prefix_forward(p, space.data_ptr(), device.stream()));
-  return {z, lse, kc_end, vc_end, mass_end};
+  return {z, ends.lse, ends.kc, ends.vc, ends.mass};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attend_prefix_backward(
@@ -513,6 +523,28 @@ std::tuple<Tensor, Tensor, Tensor> attend_causal_decode(const Tensor& q, const T
   return {out, z, lse};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attend_prefix_decode(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& phi, const Tensor& kc, const Tensor& vc,
+    const Tensor& mass, const MaybeTensor& score_bias, const MaybeTensor& key_mask, double scale, bool is_signed,
+    const Tensor& S, const Tensor& B, const Tensor& theta, const MaybeTensor& psi, const Tensor& step, bool need_z) {
+  const PrefixInputs in{q, k, v, phi, kc, vc, mass, score_bias, key_mask, scale, is_signed};
+  const PrefixSizes n = check_attend_prefix("attend_prefix_decode", in);
+  const DecodeSizes d = check_attend_decode("attend_prefix_decode", n, q, S, B, theta, psi, step);
+  const Device device("attend_prefix_decode", q);
+  const MaybeTensor keep = contiguous(key_mask);
+  Tensor out = torch::stable::new_empty(q, {n.B, n.H, n.N, d.Dv});
+  Tensor z = need_z ? torch::stable::new_empty(q, {n.B, n.H, n.N, n.R}) : nothing(q, q.scalar_type());
+  PrefixParams a = prefix_params(n, in, keep);
+  if (need_z) a.z = view_of(z);
+  const PrefixEnds ends = prefix_ends(a, n, in);
+  DecodeParams p = decode_params(d, S, B, theta, psi, step);
+  p.out = view_of(out);
+  device.supported(limits::why_not(a, p, shared_memory_limit()));
+  Tensor space = workspace(q, attend_prefix_decode_workspace(a, p));
+  device.done(attend_prefix_decode_forward(a, p, space.data_ptr(), device.stream()));
+  return {out, z, ends.lse, ends.kc, ends.vc, ends.mass};
+}
+
 std::string cuda_build_info() {
 #ifdef NDEBUG
   return std::string(build_info()) + ", release build";
@@ -542,6 +574,7 @@ STABLE_TORCH_LIBRARY_IMPL(csat, CUDA, library) {
   library.impl("decode_backward", TORCH_BOX(&decode_backward));
   library.impl("attend_decode", TORCH_BOX(&attend_decode));
   library.impl("attend_causal_decode", TORCH_BOX(&attend_causal_decode));
+  library.impl("attend_prefix_decode", TORCH_BOX(&attend_prefix_decode));
 }
 
 }  // namespace

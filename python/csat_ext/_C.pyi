@@ -93,9 +93,9 @@ def attend_prefix_backward(
     scale: float,
     signed: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...
-def decode(z: Tensor, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor, step: Tensor) -> Tensor: ...
+def decode(z: Tensor, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor | None, step: Tensor) -> Tensor: ...
 def decode_backward(
-    dc: Tensor, z: Tensor, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor, step: Tensor
+    dc: Tensor, z: Tensor, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor | None, step: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...
 def attend_decode(
     q: Tensor,
@@ -106,10 +106,29 @@ def attend_decode(
     S: Tensor,
     B: Tensor,
     theta: Tensor,
-    psi: Tensor,
+    psi: Tensor | None,
     step: Tensor,
     need_z: bool,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
+def attend_prefix_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi: Tensor,
+    kc: Tensor,
+    vc: Tensor,
+    mass: Tensor,
+    score_bias: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
+    signed: bool,
+    S: Tensor,
+    B: Tensor,
+    theta: Tensor,
+    psi: Tensor | None,
+    step: Tensor,
+    need_z: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...
 def can_run(
     kernel: str, family: str, sizes: dict[str, int], dtype: str, weights: str, capability: int, shared_bytes: int
 ) -> tuple[str | None, int]: ...

@@ -475,10 +475,33 @@ def attend_causal_decode(
     return decode(z, S, B, theta, psi, step), z if need_z else z.new_empty(0), lse
 
 
+def attend_prefix_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi: Tensor,
+    kc: Tensor,
+    vc: Tensor,
+    mass: Tensor,
+    score_bias: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
+    signed: bool,
+    S: Tensor,
+    B: Tensor,
+    theta: Tensor,
+    psi: Tensor | None,
+    step: Tensor,
+    need_z: bool,
+) -> tuple[Tensor, ...]:
+    z, *rest = attend_prefix(q, k, v, phi, kc, vc, mass, score_bias, key_mask, scale, signed)
+    return decode(z, S, B, theta, psi, step), z if need_z else z.new_empty(0), *rest
+
+
 _IMPLEMENTATIONS = torch.library.Library("csat", "IMPL")
 for _function in (
     *(project, project_backward, project_implicit, project_implicit_backward),
     *(attend, attend_backward, attend_causal, attend_causal_backward, attend_prefix, attend_prefix_backward),
-    *(decode, decode_backward, attend_decode, attend_causal_decode),
+    *(decode, decode_backward, attend_decode, attend_causal_decode, attend_prefix_decode),
 ):
     _IMPLEMENTATIONS.impl(_function.__name__, _announced(_function), "CompositeExplicitAutograd")

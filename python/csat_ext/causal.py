@@ -9,8 +9,8 @@ being the r N / Bk measurements of finished blocks:
 | block | N (r N / Bk + (w + 1) Bk) D | q, k, v, E D | E (2 D + 1) + 2 (w + 1) Bk D |
 | prefix | N (2 M + C) (D + Dv), C tokens a chunk | q, k, v, N M | M (D + Dv + 1) |
 
-Both are operators of their own: `torch.ops.csat.attend_causal`, with a sparse decoder behind it `attend_causal_decode`,
-and `torch.ops.csat.attend_prefix`.
+Both are operators of their own, `torch.ops.csat.attend_causal` and `torch.ops.csat.attend_prefix`, and with a sparse
+decoder behind them `attend_causal_decode` and `attend_prefix_decode`.
 """
 
 from __future__ import annotations
@@ -108,16 +108,22 @@ def attend_prefixes(
     *,
     signed: bool,
     scale: float,
+    decoder: tuple[Tensor | None, ...] | None = None,
 ) -> tuple[Tensor, PrefixState]:  # z (B, H, n, Dv), dtype of q; the state after these tokens
-    """Prefix form: two causal linear attentions, q k -> phi and softmax phi -> v, around the softmax over M."""
+    """Prefix form: two causal linear attentions, q k -> phi and softmax phi -> v, around the softmax over M; with the
+    weights of a decoder its rows in place of z."""
     if state is None:
         batch, heads, m = k.shape[0], max(k.shape[1], phi.shape[1]), phi.shape[3]
         shapes = (batch, heads, m, k.shape[3]), (batch, heads, m, v.shape[3]), (batch, heads, m)
         if signed:
             shapes = *shapes[:2], (batch, 1, 1)
         state = PrefixState(*(torch.zeros(s, dtype=accumulate_dtype(q.dtype), device=q.device) for s in shapes))
-    z, _, *sums = torch.ops.csat.attend_prefix(q, k, v, phi, *state, score_bias, key_mask, scale, signed)
-    return z, PrefixState(*sums)
+    arguments = q, k, v, phi, *state, score_bias, key_mask, scale, signed
+    if decoder is None:
+        z, _, *sums = torch.ops.csat.attend_prefix(*arguments)
+        return z, PrefixState(*sums)
+    c, _, _, *sums = torch.ops.csat.attend_prefix_decode(*arguments, *decoder, torch.is_grad_enabled())
+    return c, PrefixState(*sums)
 
 
 # ---- what the block form needs ---------------------------------------------------------------------------------------

@@ -298,15 +298,15 @@ def continue_causal(
     if key_mask is not None:
         checked_mask(key_mask, key)
     tau, heads = _canonical_scale(scale, query), query.shape[1]
+    weights = None
+    if isinstance(decoder, SparseDecoder) and feature_sensing is None:
+        _check_decoder(decoder, query, value)
+        weights = decoder.with_head_axis()
     if causal == "block":
         size, measure_blocks = _block_measure(
             phi_k, phi_v, score_bias, block_size, measurements_per_block, heads, query.device
         )
         assert not isinstance(state, PrefixState)
-        weights = None
-        if isinstance(decoder, SparseDecoder) and feature_sensing is None:
-            _check_decoder(decoder, query, value)
-            weights = decoder.with_head_axis()
         with no_autocast(query.device.type):
             z, after = attend_blocks(
                 query, key, value, key_mask, state, measure_blocks,
@@ -319,8 +319,10 @@ def continue_causal(
     bias = canonical_bias(score_bias, key, heads, phi.shape[3])
     assert not isinstance(state, BlockState)
     with no_autocast(query.device.type):
-        z, sums = attend_prefixes(query, key, value, phi, bias, key_mask, state, signed=signed, scale=tau)
-    return _decode_rows(query, z, decoder, feature_sensing, key), sums
+        z, sums = attend_prefixes(
+            query, key, value, phi, bias, key_mask, state, signed=signed, scale=tau, decoder=weights
+        )
+    return z if weights else _decode_rows(query, z, decoder, feature_sensing, key), sums
 
 
 def _decode_rows(

@@ -131,11 +131,9 @@ def explain(
     def choose(op: str) -> KernelChoice:
         # The causal forms sense the rows that they have attended to.
         features = value.shape[3] if causal is not None and op.startswith("attend") else rank
-        if op.startswith("attend_prefix"):
-            return _prefix_choice(op, query.shape[3], features)
         return _choose(op, sizes=sizes | {"R": features}, capability=capability, shared_bytes=shared, **dtypes)
 
-    fused = sparse and (causal is None or (causal == "block" and feature_sensing is None))
+    fused = sparse and (causal is None or feature_sensing is None)
     choices = [] if causal == "prefix" else [_projection(phi_k, query.dtype)]
     choices.append(choose(f"{attend}_decode" if fused else attend))
     if choices[-1].family == "pair":
@@ -180,14 +178,6 @@ def _choose(op: str, **problem: Any) -> KernelChoice:
         if family != "pair" or (op.startswith("attend") and op.endswith("_decode")):
             refused.append((family, reason))
     return KernelChoice(op, "none", tuple(refused))
-
-
-def _prefix_choice(op: str, head_dim: int, features: int) -> KernelChoice:
-    """The prefix form has kernels of one family."""
-    refused = tuple((family, "no kernel of the prefix form is written") for family in ("wgmma", "mma"))
-    if max(head_dim, features) > 1024:  # limits::kMaxFeature
-        return KernelChoice(op, "none", (*refused, ("simt", "head dim D or feature count R above 1024")))
-    return KernelChoice(op, "simt", refused)
 
 
 def _projection(phi: Phi | None, dtype: torch.dtype) -> KernelChoice:

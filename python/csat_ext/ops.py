@@ -245,6 +245,32 @@ def _(
     return q.new_empty((*rows, _outputs(theta, psi))), z, q.new_empty(rows, dtype=accumulate_dtype(q.dtype))
 
 
+@_register_fake("attend_prefix_decode")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi: Tensor,
+    kc: Tensor,
+    vc: Tensor,
+    mass: Tensor,
+    score_bias: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
+    signed: bool,
+    S: Tensor,
+    B: Tensor,
+    theta: Tensor,
+    psi: Tensor | None,
+    step: Tensor,
+    need_z: bool,
+) -> tuple[Tensor, ...]:
+    rows = q.shape[:3]
+    z = q.new_empty((*rows, v.shape[3]) if need_z else 0)
+    lse = q.new_empty(rows, dtype=accumulate_dtype(q.dtype))
+    return q.new_empty((*rows, _outputs(theta, psi))), z, lse, *(t.new_empty(t.shape) for t in (kc, vc, mass))
+
+
 # ---- autograd --------------------------------------------------------------------------------------------------------
 
 
@@ -325,18 +351,24 @@ def _attend_prefix_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
     ctx.save_for_backward(*tensors, lse)
 
 
+def _attend_prefix_gradients(
+    needs: tuple[bool, ...], gradients: tuple[Tensor, ...], saved: tuple[Tensor, ...], scale: float, signed: bool
+) -> tuple[Tensor | None, ...]:
+    """Gradients of (q, k, v, phi, kc, vc, mass, score_bias, key_mask, scale, signed) from those of z and of the state
+    behind, and the saved (q, .., key_mask, lse)."""
+    *data, bias, key_mask, lse = saved
+    *found, dbias = _csat.attend_prefix_backward(*gradients, *data, bias, key_mask, lse, scale, signed)
+    found[3] = found[3].sum_to_size(data[3].shape)  # of phi: over what it was broadcast to
+    of_bias = dbias.sum_to_size(bias.shape).to(bias.dtype) if bias is not None and needs[7] else None
+    wanted = *needs[:6], needs[6] and not signed
+    return *_if_needed(wanted, tuple(found), tuple(data)), of_bias, None, None, None
+
+
 def _attend_prefix_backward(
     ctx: Any, dz: Tensor, _dlse: Tensor, dkc: Tensor, dvc: Tensor, dmass: Tensor
 ) -> tuple[Tensor | None, ...]:
-    *data, bias, key_mask, lse = ctx.saved_tensors
-    *gradients, dbias = _csat.attend_prefix_backward(
-        dz, dkc, dvc, dmass, *data, bias, key_mask, lse, ctx.scale, ctx.signed
-    )
-    needs = list(ctx.needs_input_grad)
-    needs[6] &= not ctx.signed
-    gradients[3] = gradients[3].sum_to_size(data[3].shape)  # of phi: over what it was broadcast to
-    of_bias = dbias.sum_to_size(bias.shape).to(bias.dtype) if bias is not None and needs[7] else None
-    return *_if_needed(tuple(needs[:7]), tuple(gradients), tuple(data)), of_bias, None, None, None
+    gradients = dz, dkc, dvc, dmass
+    return _attend_prefix_gradients(ctx.needs_input_grad, gradients, ctx.saved_tensors, ctx.scale, ctx.signed)
 
 
 def _decode_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -386,6 +418,27 @@ def _attend_causal_decode_backward(ctx: Any, dc: Tensor, _dz: Tensor, _dlse: Ten
     return *of_attend, *_if_needed(needs[11:16], tuple(dweights), tuple(weights)), None
 
 
+def _attend_prefix_decode_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tensors, (ctx.scale, ctx.signed), weights, ctx.need_z = inputs[:9], inputs[9:11], inputs[11:16], inputs[16]
+    _, z, lse, _, _, mass = output
+    ctx.mark_non_differentiable(z, lse, *((mass,) if ctx.signed else ()))
+    ctx.save_for_backward(*tensors, lse, z, *weights)
+
+
+def _attend_prefix_decode_backward(
+    ctx: Any, dc: Tensor, _dz: Tensor, _dlse: Tensor, dkc: Tensor, dvc: Tensor, dmass: Tensor
+) -> tuple[Tensor | None, ...]:
+    saved, z, weights = ctx.saved_tensors[:10], ctx.saved_tensors[10], ctx.saved_tensors[11:]
+    if not ctx.need_z:  # one more forward pass instead of the memory
+        z = _csat.attend_prefix(*saved[:9], ctx.scale, ctx.signed)[0]
+    dz, *dweights = _csat.decode_backward(dc, z, *weights)
+    needs = ctx.needs_input_grad
+    of_attend: tuple[Tensor | None, ...] = (None,) * 11
+    if any(needs[:8]):
+        of_attend = _attend_prefix_gradients(needs[:8], (dz, dkc, dvc, dmass), saved, ctx.scale, ctx.signed)
+    return *of_attend, *_if_needed(needs[11:16], tuple(dweights), tuple(weights)), None
+
+
 def _no_second_derivative(name: str) -> Callable[..., Any]:
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise NotImplementedError(
@@ -407,6 +460,9 @@ torch.library.register_autograd("csat::attend_decode", _attend_decode_backward, 
 torch.library.register_autograd(
     "csat::attend_causal_decode", _attend_causal_decode_backward, setup_context=_attend_causal_decode_context
 )
+torch.library.register_autograd(
+    "csat::attend_prefix_decode", _attend_prefix_decode_backward, setup_context=_attend_prefix_decode_context
+)
 for _name in (
     *("project_backward", "project_implicit_backward"),
     *("attend_backward", "attend_causal_backward", "attend_prefix_backward", "decode_backward"),
@@ -418,7 +474,8 @@ for _name in (
 # The arguments cast under autocast: x, q, kc, vc, k, v, z. float64 is left alone, as everywhere in torch's autocast.
 _AUTOCAST_ARGUMENTS = {
     **{"project": 1, "project_implicit": 1, "decode": 1},
-    **{"attend": 3, "attend_decode": 3, "attend_causal": 5, "attend_causal_decode": 5, "attend_prefix": 3},
+    **{"attend": 3, "attend_decode": 3, "attend_causal": 5, "attend_causal_decode": 5},
+    **{"attend_prefix": 3, "attend_prefix_decode": 3},
 }
 
 

@@ -103,4 +103,11 @@ int csat_attend_causal_decode(const csat::AttendCausalParams* attend, const csat
   return csat::attend_causal_decode_forward(*attend, *decode, workspace, nullptr);
 }
 
+int64_t csat_attend_prefix_decode_workspace(const csat::PrefixParams* attend, const csat::DecodeParams* decode) {
+  return csat::attend_prefix_decode_workspace(*attend, *decode);
+}
+int csat_attend_prefix_decode(const csat::PrefixParams* attend, const csat::DecodeParams* decode, void* workspace) {
+  return csat::attend_prefix_decode_forward(*attend, *decode, workspace, nullptr);
+}
+
 }  // extern "C"

@@ -494,13 +494,21 @@ class EmulatedOps:
         self._reset()
         params = self._prefix_params((q, k, v, phi, kc, vc, mass), score_bias, key_mask, scale, signed)
         z, lse = q.new_empty(*q.shape[:-1], v.shape[-1]), torch.empty(q.shape[:-1])
+        ends = self._prefix_outputs(params, z, lse, kc, vc, mass)
+        self._launch("attend_prefix", params)
+        return self._results((z, params.z), (lse, params.lse), *ends)
+
+    def _prefix_outputs(
+        self, params: PrefixParams, z: Tensor | None, lse: Tensor, kc: Tensor, vc: Tensor, mass: Tensor
+    ) -> list[tuple[Tensor, View]]:
+        """Places for z (None: not wanted), lse and the end of the state; the latter with theirs."""
+        if z is not None:
+            params.z = self._output(z)
+        params.lse = self._output(lse, _NO_LAST)
         ends = [torch.empty(x.shape) for x in (kc, vc, mass)]
-        params.z, params.lse = self._output(z), self._output(lse, _NO_LAST)
         params.kc_end, params.vc_end = self._output(ends[0]), self._output(ends[1])
         params.mass_end = self._output(ends[2], _NO_ROW)
-        self._launch("attend_prefix", params)
-        known = zip(ends, (params.kc_end, params.vc_end, params.mass_end), strict=True)
-        return self._results((z, params.z), (lse, params.lse), *known)
+        return list(zip(ends, (params.kc_end, params.vc_end, params.mass_end), strict=True))
 
     def attend_prefix_backward(
         self,
@@ -616,6 +624,36 @@ class EmulatedOps:
         self._launch("attend_causal_decode", AttendCausalParams(measured, tokens), decode)
         return self._results((out, view), (z, measured.z if need_z else None), (lse, measured.lse))
 
+    def attend_prefix_decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        phi: Tensor,
+        kc: Tensor,
+        vc: Tensor,
+        mass: Tensor,
+        score_bias: Tensor | None,
+        key_mask: Tensor | None,
+        scale: float,
+        signed: bool,
+        S: Tensor,
+        B: Tensor,
+        theta: Tensor,
+        psi: Tensor | None,
+        step: Tensor,
+        need_z: bool,
+    ) -> tuple[Tensor, ...]:
+        self._reset()
+        attend = self._prefix_params((q, k, v, phi, kc, vc, mass), score_bias, key_mask, scale, signed)
+        out = q.new_empty(*q.shape[:-1], _outputs(theta, psi))
+        z = q.new_empty(*q.shape[:-1], v.shape[-1]) if need_z else q.new_empty(0)
+        lse, view = torch.empty(q.shape[:-1]), self._output(out)
+        ends = self._prefix_outputs(attend, z if need_z else None, lse, kc, vc, mass)
+        decode = DecodeParams(self._decoder(S, B, theta, psi, step), View(), view, *q.shape[:3])
+        self._launch("attend_prefix_decode", attend, decode)
+        return self._results((out, view), (z, attend.z if need_z else None), (lse, attend.lse), *ends)
+
 
 def _outputs(theta: Tensor, psi: Tensor | None) -> int:
     return theta.shape[2] if psi is None else psi.shape[1]
@@ -625,7 +663,7 @@ OPERATORS = (
     *("project", "project_backward", "project_implicit", "project_implicit_backward"),
     *("attend", "attend_backward", "attend_causal", "attend_causal_backward"),
     *("attend_prefix", "attend_prefix_backward"),
-    *("decode", "decode_backward", "attend_decode", "attend_causal_decode"),
+    *("decode", "decode_backward", "attend_decode", "attend_causal_decode", "attend_prefix_decode"),
 )
 
 

@@ -37,6 +37,7 @@ RESULTS = {
     "decode_backward": ("dz", "dS", "dB", "dtheta", "dpsi", "dstep"),
     "attend_decode": ("c", "z", "lse"),
     "attend_causal_decode": ("c", "z", "lse"),
+    "attend_prefix_decode": ("c", "z", "lse", "kc_end", "vc_end", "mass_end"),
 }
 
 
@@ -84,7 +85,11 @@ class Call:
             return as_tuple(operator(self.args[0], self.args[1].to(dtype), self.args[2]))
         if self.op == "decode_backward" and dtype.itemsize == 2:
             return plain_torch_decode_backward(*self.args)
-        return as_tuple(operator(*self.args))
+        results = as_tuple(operator(*self.args))
+        if self.op in ("attend_prefix", "attend_prefix_decode"):  # scores pass through 16 bits on the tensor cores
+            at = RESULTS[self.op].index("lse")
+            return *results[:at], results[at].to(dtype), *results[at + 1 :]
+        return results
 
     def named(self, results: Any) -> Iterator[tuple[str, Tensor]]:
         return zip((f"{self} {name}" for name in RESULTS[self.op]), as_tuple(results), strict=True)
@@ -100,12 +105,16 @@ class Call:
 
     def family(self, kernel: str, capability: int, shared_bytes: int) -> str:
         """Which kernels run the `kernel` that this call is, or is made of, on a device of that compute capability."""
-        args = self.args[1:] if self.op.endswith("_backward") else self.args
+        gradients = 4 if self.op == "attend_prefix_backward" else 1
+        args = self.args[gradients:] if self.op.endswith("_backward") else self.args
         sizes = dict.fromkeys(("B", "H", "Nq", "D", "Hk", "M", "R", "Hd", "T", "Ts", "Tb", "P", "Dv"), 1)
         q, weights = args[0], ()
         if "decode" in self.op:
             weights = args[-6:-1] if "attend" in self.op else args[1:6]
-        if "attend" in self.op:
+        if "prefix" in self.op:
+            k, v, phi = args[1:4]
+            sizes |= {"Hk": k.shape[1], "M": phi.shape[3], "D": k.shape[3], "R": v.shape[3]}
+        elif "attend" in self.op:
             kc, vc = args[1:3]
             sizes |= dict(zip(("Hk", "M", "D"), kc.shape[1:], strict=True)) | {"R": vc.shape[3]}
         if "causal" in self.op:
@@ -289,6 +298,23 @@ def attend_causal_calls(dtype: torch.dtype) -> Iterator[Call]:
     yield Call("attend_causal_backward", "alike-values", (values(*z.shape), *data, z, lse, scale, 16, 1, 5))
 
 
+def prefix_arguments(
+    values: Values, shape: tuple[int, ...], signed: bool, masked: bool, dtype: torch.dtype
+) -> tuple[Any, ...]:
+    """q, k, v, phi, kc, vc, mass, score_bias, key_mask of B, H, Hk, heads and batch of phi, N, M, D, R."""
+    batch, heads, key_heads, phi_heads, phi_batch, n, m, dim, features = shape
+    state_heads, f32 = max(key_heads, phi_heads), torch.float32
+    q, k = values.strided(batch, heads, n, dim), values.strided(batch, key_heads, n, dim)
+    v = values.strided(batch, key_heads, n, features)
+    phi, before = values(phi_batch, phi_heads, n, m, dtype=f32), values(batch, state_heads, 9, m, dtype=f32)
+    phi, before = (x.sign() if signed else x.softmax(-1) for x in (phi, before))
+    mass = torch.full((batch, 1, 1), 9.0) if signed else before.sum(2)
+    state = (*(before.mT @ values(batch, state_heads, 9, d, dtype=f32) for d in (dim, features)), mass)
+    bias = values(1, heads, m, dtype=f32) if masked else None
+    keep = values(batch, n, dtype=f32) > -0.5 if masked else None
+    return q, k, v, phi.to(dtype) if masked else phi, *state, bias, keep
+
+
 def attend_prefix_calls(dtype: torch.dtype) -> Iterator[Call]:
     # B, H, Hk, heads and batch of phi, N, M, D, R; is phi signed, is there a mask
     sizes: dict[str, tuple[tuple[int, ...], bool, bool]] = {
@@ -297,7 +323,9 @@ def attend_prefix_calls(dtype: torch.dtype) -> Iterator[Call]:
         "heads-of-queries": ((1, 4, 2, 4, 1, 130, 70, 17, 5), False, False),
         "signed": ((2, 4, 1, 1, 1, 140, 40, 24, 24), True, True),
         "many-measurements": ((1, 2, 1, 1, 1, 70, 300, 32, 32), False, True),
+        "D64": ((2, 4, 2, 1, 1, 1000, 70, 64, 64), False, False),
         "D128": ((1, 2, 1, 1, 1, 200, 128, 128, 128), False, False),
+        "D128-signed": ((1, 2, 1, 2, 1, 300, 65, 100, 128), True, True),
         "wide": ((1, 1, 1, 1, 1, 40, 20, 260, 200), False, False),
         "one-token": ((2, 4, 2, 2, 2, 1, 16, 64, 64), False, False),
         "in-parts": ((1, 3, 3, 1, 1, 20000, 2, 1, 1), False, False),  # little work, and workspace for 64 of each
@@ -305,21 +333,11 @@ def attend_prefix_calls(dtype: torch.dtype) -> Iterator[Call]:
         "no-tokens": ((2, 2, 1, 1, 1, 0, 4, 8, 8), False, True),
     }
     for label, (shape, signed, masked) in sizes.items():
-        values = Values(dtype)
-        batch, heads, key_heads, phi_heads, phi_batch, n, m, dim, features = shape
-        state_heads, f32 = max(key_heads, phi_heads), torch.float32
-        q, k = values.strided(batch, heads, n, dim), values.strided(batch, key_heads, n, dim)
-        v = values.strided(batch, key_heads, n, features)
-        phi, before = values(phi_batch, phi_heads, n, m, dtype=f32), values(batch, state_heads, 9, m, dtype=f32)
-        phi, before = (x.sign() if signed else x.softmax(-1) for x in (phi, before))
-        mass = torch.full((batch, 1, 1), 9.0) if signed else before.sum(2)
-        state = (*(before.mT @ values(batch, state_heads, 9, d, dtype=f32) for d in (dim, features)), mass)
-        bias = values(1, heads, m, dtype=f32) if masked else None
-        keep = values(batch, n, dtype=f32) > -0.5 if masked else None
-        arguments = (q, k, v, phi.to(dtype) if masked else phi, *state, bias, keep)
+        values, dim = Values(dtype), shape[7]
+        arguments = prefix_arguments(values, shape, signed, masked, dtype)
         yield Call("attend_prefix", label, (*arguments, dim**-0.5, signed))
         z, lse, *ends = _composite.attend_prefix(*arguments, dim**-0.5, signed)
-        of_ends = [values(*x.shape, dtype=f32) for x in ends]
+        of_ends = [values(*x.shape, dtype=torch.float32) for x in ends]
         backward = (values.strided(*z.shape), *of_ends, *arguments, lse, dim**-0.5, signed)
         yield Call("attend_prefix_backward", label, backward)
 
@@ -418,6 +436,21 @@ def attend_causal_decode_calls(dtype: torch.dtype) -> Iterator[Call]:
         yield Call("attend_causal_decode", label, arguments)
 
 
+def attend_prefix_decode_calls(dtype: torch.dtype) -> Iterator[Call]:
+    # sizes of attend_prefix, is there a mask; Hd, T, Ts, Tb, P, Dv; is z wanted
+    sizes: dict[str, tuple[tuple[int, ...], bool, tuple[int, ...], bool]] = {
+        "D64-P64": ((2, 4, 2, 4, 1, 700, 64, 64, 64), False, (4, 3, 1, 1, 64, 64), False),
+        "D64-P128": ((1, 2, 1, 1, 1, 300, 100, 64, 60), True, (1, 3, 3, 1, 128, 50), True),
+        "D128-P64": ((1, 2, 2, 1, 1, 300, 40, 128, 100), False, (1, 3, 1, 1, 64, 128), True),
+        "D128-P128": ((1, 1, 1, 1, 1, 140, 33, 96, 128), True, (1, 2, 1, 1, 128, 128), False),
+    }
+    for label, (shape, masked, (decoder_heads, layers, s_layers, b_layers, p, dv), need_z) in sizes.items():
+        values = Values(dtype)
+        arguments = prefix_arguments(values, shape, False, masked, dtype)
+        weights = decoder_weights(values, decoder_heads, layers, s_layers, b_layers, p, shape[8], dv, torch.float32)
+        yield Call("attend_prefix_decode", label, (*arguments, shape[7] ** -0.5, False, *weights, need_z))
+
+
 def calls(dtype: torch.dtype) -> Iterator[Call]:
     families = (
         project_calls,
@@ -428,6 +461,7 @@ def calls(dtype: torch.dtype) -> Iterator[Call]:
         decode_calls,
         attend_decode_calls,
         attend_causal_decode_calls,
+        attend_prefix_decode_calls,
     )
     for family in families:
         yield from family(dtype)

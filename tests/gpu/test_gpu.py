@@ -14,6 +14,7 @@ from operator_calls import (
     as_tuple,
     attend_causal_decode_calls,
     attend_decode_calls,
+    attend_prefix_decode_calls,
     calls,
     decoder_weights,
     project_calls,
@@ -125,6 +126,20 @@ def test_causal_fused_equals_attend_causal_then_decode(dtype: torch.dtype) -> No
         expected_z, expected_lse = csat.attend_causal(*args[:11])
         fused, decode = (call.family(k, *device) for k in ("attend_causal_decode", "decode"))
         assert torch.equal(lse, expected_lse), str(call)
+        close(f"{call} c", out, csat.decode(expected_z, *args[11:16]), fused in ("pair", decode))
+        assert torch.equal(z, expected_z) if args[16] else z.shape == (0,), str(call)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_prefix_fused_equals_attend_prefix_then_decode(dtype: torch.dtype) -> None:
+    properties = torch.cuda.get_device_properties(0)
+    device = 10 * properties.major + properties.minor, properties.shared_memory_per_block_optin
+    for call in attend_prefix_decode_calls(dtype):
+        args = call.to("cuda")
+        out, z, *rest = csat.attend_prefix_decode(*args)
+        expected_z, *expected = csat.attend_prefix(*args[:11])
+        fused, decode = (call.family(k, *device) for k in ("attend_prefix_decode", "decode"))
+        assert all(torch.equal(a, b) for a, b in zip(rest, expected, strict=True)), str(call)
         close(f"{call} c", out, csat.decode(expected_z, *args[11:16]), fused in ("pair", decode))
         assert torch.equal(z, expected_z) if args[16] else z.shape == (0,), str(call)
 

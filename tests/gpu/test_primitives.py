@@ -68,8 +68,8 @@ def elementwise(x: Tensor) -> Tensor:
     bits = x.view(torch.int32)
     tf32 = torch.where(x.isfinite(), (bits + 0x1000) & ~0x1FFF, bits).view(torch.float32)
     plain = [rounded(x, torch.bfloat16), rounded(x, torch.float16), x]
-    roots = x.abs().log(), x.abs().sqrt()
-    return torch.cat([*plain, *pairs, x.exp(), x.exp2(), *roots, soft, x.clamp(min=0), x / 3, tf32, *packed])
+    of_magnitude = x.abs().log2(), x.abs().log(), x.abs().sqrt()
+    return torch.cat([*plain, *pairs, x.exp(), x.exp2(), *of_magnitude, soft, x.clamp(min=0), x / 3, tf32, *packed])
 
 
 def warps(x: Tensor) -> Tensor:

@@ -67,4 +67,18 @@ std::tuple<Tensor, Tensor, Tensor> attend_causal_decode(const Tensor& q, const T
   return {decode(z, S, B, theta, psi, step), need_z ? z : torch::stable::new_empty(q, {0}), lse};
 }
 
+// The same of the prefix form.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attend_prefix_decode(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& phi, const Tensor& kc, const Tensor& vc,
+    const Tensor& mass, const MaybeTensor& score_bias, const MaybeTensor& key_mask, double scale, bool is_signed,
+    const Tensor& S, const Tensor& B, const Tensor& theta, const MaybeTensor& psi, const Tensor& step, bool need_z) {
+  const PrefixInputs in{q, k, v, phi, kc, vc, mass, score_bias, key_mask, scale, is_signed};
+  const PrefixSizes n = check_attend_prefix("attend_prefix_decode", in);
+  check_attend_decode("attend_prefix_decode", n, q, S, B, theta, psi, step);
+  const auto [z, lse, kc_end, vc_end, mass_end] =
+      attend_prefix(q, k, v, phi, kc, vc, mass, score_bias, key_mask, scale, is_signed);
+  return {
+      decode(z, S, B, theta, psi, step), need_z ? z : torch::stable::new_empty(q, {0}), lse, kc_end, vc_end, mass_end};
+}
+
 }  // namespace csat::cpu

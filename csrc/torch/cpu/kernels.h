@@ -63,4 +63,9 @@ std::tuple<Tensor, Tensor, Tensor> attend_causal_decode(const Tensor& q, const T
                                                         const Tensor& S, const Tensor& B, const Tensor& theta,
                                                         const MaybeTensor& psi, const Tensor& step, bool need_z);
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attend_prefix_decode(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& phi, const Tensor& kc, const Tensor& vc,
+    const Tensor& mass, const MaybeTensor& score_bias, const MaybeTensor& key_mask, double scale, bool is_signed,
+    const Tensor& S, const Tensor& B, const Tensor& theta, const MaybeTensor& psi, const Tensor& step, bool need_z);
+
 }  // namespace csat::cpu

@@ -117,6 +117,19 @@ def _attend_causal(problem: Problem) -> Function:
     return attend
 
 
+def _attend_prefix(problem: Problem, device: torch.device) -> Function:
+    p = problem
+    sums = [torch.zeros(p.batch, p.heads, p.m, *width, device=device) for width in ((p.width,), (p.width,), ())]
+    generator = torch.Generator(device).manual_seed(0)
+    draws = torch.randn(p.batch, p.heads, p.n, p.m, generator=generator, device=device)
+    phi = draws.softmax(-1).to(DTYPES[p.dtype])
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.ops.csat.attend_prefix(q, k, v, phi, *sums, None, None, p.width**-0.5, False)[0]
+
+    return attend
+
+
 def _attend_decode(q: Tensor, kc: Tensor, vc: Tensor, *decoder: Tensor) -> Tensor:
     need_z = torch.is_grad_enabled()
     return torch.ops.csat.attend_decode(q, kc, vc, None, q.shape[-1] ** -0.5, *decoder, need_z)[0]
@@ -138,6 +151,7 @@ OPS = (
     "decode",
     "attend_decode",
     "attend_causal",
+    "attend_prefix",
     "csat_attention",
 )
 """What is timed: operators of `torch.ops.csat`, and `csat_ext.csat_attention`, which calls them all."""
@@ -167,6 +181,8 @@ def function_of(problem: Problem, device: torch.device) -> tuple[Function, list[
     if op == "attend_causal":
         blocks = (p.batch, p.heads, p.n // p.m * causal_block(p.m), p.width)
         return _attend_causal(p), [tokens, blocks, blocks, tokens, tokens]
+    if op == "attend_prefix":
+        return _attend_prefix(p, device), [tokens, tokens, tokens]
     if op == "csat_attention":
         return _whole(phi), [tokens, tokens, tokens, *decoder]
     raise ValueError(f"op: {op!r} came; accepted: {', '.join(OPS)}")

@@ -17,6 +17,7 @@ class Sizes:
     """pairs: B H. n, m, d: tokens, measurements, D = R = Dv. atoms, layers: P and T of the decoder, its S and B tied.
 
     For attend_causal m is the size of a block, of which `CAUSAL_RATIO` tokens share a measurement; the window is empty.
+    attend_prefix is counted as one pass over the tokens with a running state; every pair has a phi and its gradient.
     size: bytes of a number; Phi and the decoder are shared by all pairs. psi: whether the dictionary is a matrix, False
     for the identity.
     """
@@ -92,6 +93,9 @@ def work(op: str, s: Sizes) -> Work:
         "attend_backward": (5 * product, s.size * (4 * row + 4 * measured) + lse),
         "attend_causal": (2 * scores, s.size * (4 * row + 2 * blocks) + lse),
         "attend_causal_backward": (5 * scores, s.size * (8 * row + 4 * blocks) + lse),
+        "attend_prefix": (4 * product, s.size * (4 * row + phi) + lse),
+        "attend_prefix_backward": (11 * product, s.size * (7 * row + phi) + 4 * phi + lse),
+        "attend_prefix_decode": (4 * product + _lista(s), s.size * (5 * row + phi + decoder) + lse),
         "decode": (_lista(s), s.size * (2 * row + decoder)),
         "decode_backward": (3 * _lista(s) - _synthesis(s), s.size * 3 * row + 4 * decoder),
         "attend_decode": (2 * product + _lista(s), s.size * (3 * row + 2 * measured + decoder) + lse),

@@ -113,6 +113,7 @@ inline float2 unpack2(uint32_t pair) {
 }
 
 inline float exp2_approx(float x) { return std::exp2(x); }
+inline float log2_approx(float x) { return std::log2(x); }
 inline float positive_part(float x) { return x <= 0.0f ? 0.0f : x; }
 template <typename T>
 inline uint32_t pack2_magnitudes(float low, float high, float low_sign, float high_sign) {
