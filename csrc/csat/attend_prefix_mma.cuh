@@ -243,7 +243,6 @@ struct PrefixUnit {
     add_near(near, stretch.phi, v);
   }
 
- private:
   // Loaded anew for every stretch, or read block by block: beyond the scores registers are wanted for other things.
   CSAT_DEVICE static auto left_operand(Tile<T, kD> q) {
     if constexpr (kD <= 64)
@@ -265,11 +264,16 @@ struct PrefixUnit {
   }
 
   // s without its mass, and behind it L phi, of this chunk alone.
-  CSAT_DEVICE Sums<2 * kRows, kColumns> score(Tile<T, kD> q_tile, const Stretch<T, kD>& stretch, Tile<T, kD> k,
-                                              float scale) const {
-    const auto q = left_operand(q_tile);
+  CSAT_DEVICE static Sums<2 * kRows, kColumns> score(Tile<T, kD> q, const Stretch<T, kD>& stretch, Tile<T, kD> k,
+                                                     float scale) {
+    return multiply_prefixes(q, stretch, stretch.keys, k, scale);
+  }
+  // scale (g_p o x means^T + (L o x tokens^T) phi), and behind it L phi.
+  CSAT_DEVICE static Sums<2 * kRows, kColumns> multiply_prefixes(Tile<T, kD> x, const Stretch<T, kD>& stretch,
+                                                                 Tile<T, kD> means, Tile<T, kD> tokens, float scale) {
+    const auto left = left_operand(x);
     Sums<kRows, kColumns> far = {};
-    multiply_transposed(far, q, stretch.keys);
+    multiply_transposed(far, left, means);
     scale_columns(far, load_columns<kColumns>(stretch.mass));
     Sums<2 * kRows, kColumns> both = {};
 #pragma unroll
@@ -281,14 +285,14 @@ struct PrefixUnit {
 #pragma unroll 1
     for (int t = 0; t < first() + kRows; t += 16) {
       Sums<kRows, 16> products = {};
-      multiply_transposed(products, q, k.from_row(t));
+      multiply_transposed(products, left, tokens.from_row(t));
       multiply(both, to_operand<T>(lower_with_ones(products, scale, first() - t)), stretch.phi.from_row(t));
     }
     return both;
   }
 
   // Scores in powers of two, -inf where there is no mass, and behind them the inverse masses.
-  CSAT_DEVICE void weigh(Sums<2 * kRows, kColumns>& both, const Stretch<T, kD>& stretch, const float* roots) const {
+  CSAT_DEVICE static void weigh(Sums<2 * kRows, kColumns>& both, const Stretch<T, kD>& stretch, const float* roots) {
     const Columns<kColumns> before = load_columns<kColumns>(stretch.mass), bias = load_columns<kColumns>(stretch.bias);
     const float of_logarithm = roots ? 0.f : 1.f;  // a select would become a branch each
 #pragma unroll
@@ -325,6 +329,7 @@ struct PrefixUnit {
         for (int e = 0; e < 4; ++e) x.at[i][j][e] *= y.at[i][j][e];
   }
 
+ private:
   // z += (L o y phi^T) v.
   CSAT_DEVICE void add_near(const Operand<T, kRows, kColumns>& y, Tile<T, kColumns> phi, Tile<T, kD> v) {
 #pragma unroll 1

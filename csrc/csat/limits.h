@@ -188,6 +188,24 @@ constexpr int64_t attend_prefix_mma_bytes(int feature, int slots) {
 constexpr int64_t prefix_sums_mma_bytes(int feature) {
   return 2 * (mma_tile_bytes(kPrefixMmaChunk, kPrefixSumRows) + mma_tile_bytes(kPrefixMmaChunk, feature));
 }
+// attend_prefix's backward: 16 queries or tokens a warp. What its products with 1 / g are multiplied by, so that fp16
+// holds them: at most this.
+constexpr int kPrefixGradientRows = 16, kPrefixGradientThreads = 2 * kPrefixMmaChunk;
+constexpr float kPrefixGradientFactor = 1024.f;
+constexpr int kPrefixFloatsPitch = kPrefixStretch + 8;
+// q, k, v, dz of the chunk; a slot; a and w of a stretch; dg of it and its sums over 16 rows, of dbias too; masses.
+constexpr int64_t prefix_query_backward_mma_bytes(int feature) {
+  return 4 * mma_tile_bytes(kPrefixMmaChunk, feature) + prefix_slot_bytes(feature) +
+         2 * mma_tile_bytes(kPrefixMmaChunk, kPrefixStretch) +
+         4 * (kPrefixMmaChunk * kPrefixFloatsPitch + 2 * 8 * kPrefixStretch + kPrefixMmaChunk + 8);
+}
+// q, k, v, dz; gradients of the state, phi, a and w of a stretch.
+constexpr int64_t prefix_token_backward_mma_bytes(int feature) {
+  return 4 * mma_tile_bytes(kPrefixMmaChunk, feature) + 2 * mma_tile_bytes(kPrefixStretch, feature) +
+         3 * mma_tile_bytes(kPrefixMmaChunk, kPrefixStretch) + 4 * 8;
+}
+// nullptr if attend_prefix's backward runs on tensor cores within `shared_limit` bytes a block, else the reason.
+const char* why_not_mma(const PrefixBackwardParams& p, int64_t shared_limit);
 // The most coefficients that the fused kernel's shared memory holds.
 constexpr int prefix_mma_atoms_limit(int feature) { return feature <= 64 ? 128 : 64; }
 // Rows that go through the decoder's layers together: two iterates, z and a group of accumulators in registers.

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(limits::kThreads) prefix_mean_scan_kernel(Pref
     static_cast<T*>(p.means)[first + c * matrix] = from_float<T>(g > 0.f ? running / g : 0.f);
     running += p.sums[first + c * matrix];
   }
-  if (exists) at<float>(p.end, batch, head, row)[column * p.end.stride[3]] = running;
+  if (exists && p.end.data) at<float>(p.end, batch, head, row)[column * p.end.stride[3]] = running;
 }
 
 }  // namespace csat

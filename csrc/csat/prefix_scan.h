@@ -39,7 +39,7 @@ struct PrefixMeanScanArgs {
   bool is_signed;  // the mass is a number of tokens, by whose root sums are divided
   int64_t states, state_heads, chunks;
   int64_t padded_rows, padded_columns;
-  View start, end;        // (B, state heads, rows, columns), float32
+  View start, end;        // (B, state heads, rows, columns), float32; of the end data null: not wanted
   int64_t rows, columns;  // of both
 };
 int prefix_mean_scan(const PrefixMeanScanArgs& p, void* stream);

@@ -1,4 +1,5 @@
 // Host side of attend_prefix and its backward, which go over batch elements and key heads in parts.
+#include "csat/attend_prefix_backward_mma.h"
 #include "csat/attend_prefix_mma.h"
 #include "csat/dispatch.h"
 #include "csat/instances.h"
@@ -380,10 +381,12 @@ int attend_prefix_decode_forward(const PrefixParams& attend, const DecodeParams&
 }
 
 int64_t attend_prefix_backward_workspace(const PrefixBackwardParams& p) {
+  if (!limits::why_not_mma(p, shared_memory_limit())) return attend_prefix_backward_mma_workspace(p);
   return workspace_of<BackwardPlan>(part_of(p, first_part<BackwardPlan>(p)));
 }
 
 int attend_prefix_backward(const PrefixBackwardParams& p, void* workspace, void* stream) {
+  if (!limits::why_not_mma(p, shared_memory_limit())) return attend_prefix_backward_mma(p, workspace, stream);
   return run_in_parts<BackwardPlan>(p, workspace, stream);
 }
 

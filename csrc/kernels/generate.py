@@ -18,6 +18,7 @@ KERNELS: dict[str, tuple[int, ...]] = {
     "attend_causal_mma": MMA_FEATURES,
     "attend_causal_backward_mma": MMA_FEATURES,
     "attend_prefix_mma": (64, 128),
+    "attend_prefix_backward_mma": (64, 128),
     "decode_wgmma": (64, 128),
     "attend_backward_mma": MMA_FEATURES,
     "attend_backward_wgmma": (64, 128),

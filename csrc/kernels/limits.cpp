@@ -334,6 +334,20 @@ const char* why_not_mma(const AttendCausalBackwardParams& p, int64_t shared_limi
              : "the tiles of this size exceed the shared memory of a block";
 }
 
+const char* why_not_mma(const PrefixBackwardParams& p, int64_t shared_limit) {
+  ForwardMmaPlan plan;
+  if (const char* reason = plan_prefix_mma(plan, p.forward, nullptr, shared_limit)) return reason;
+  if (p.dq.stride[3] != 1 || p.dk.stride[3] != 1 || p.dv.stride[3] != 1)
+    return "the rows of dq, dk or dv are not contiguous";
+  const int64_t elements = p.forward.batch * p.forward.heads * round_up(p.forward.measurements, kPrefixSumRows) *
+                           ceil_div(p.forward.tokens, kPrefixMmaChunk) * plan.feature;
+  if (elements / kThreads > kMaxBlocks) return "more than 2^31 blocks";
+  return prefix_query_backward_mma_bytes(plan.feature) <= shared_limit &&
+                 prefix_token_backward_mma_bytes(plan.feature) <= shared_limit
+             ? nullptr
+             : "a chunk of tokens with its gradients exceeds the shared memory of a block";
+}
+
 const char* why_not(const DecodeParams& p, int64_t shared_limit) {
   return first_of({check_decoder(p), check_row(decode_row(p.decoder.coefficients, p.decoder.features), shared_limit)});
 }
@@ -462,7 +476,8 @@ const char* can_run_prefix(Kernel kernel, Family family, const Problem& p, const
     if (family == Family::pair) return kNoPair;
     PrefixBackwardParams backward{};
     backward.forward = prefix;
-    return family == Family::mma ? "no mma kernel of this op" : why_not(backward, limit);
+    backward.dq.stride[3] = backward.dk.stride[3] = backward.dv.stride[3] = 1;
+    return family == Family::mma ? why_not_mma(backward, limit) : why_not(backward, limit);
   }
   const bool fused = kernel == Kernel::attend_prefix_decode;
   ForwardMmaPlan plan;
@@ -540,6 +555,12 @@ int64_t prefix_bytes(Kernel kernel, Family family, const Problem& p, const Devic
                       limit);
   }
   ForwardMmaPlan plan;
+  if (kernel == Kernel::attend_prefix_backward) {
+    const int feature = prefix_mma_feature(a.head_dim > a.features ? a.head_dim : a.features);
+    const int64_t of_queries = prefix_query_backward_mma_bytes(feature),
+                  of_tokens = prefix_token_backward_mma_bytes(feature);
+    return of_queries > of_tokens ? of_queries : of_tokens;
+  }
   plan_prefix_mma(plan, prefix_of(p), kernel == Kernel::attend_prefix_decode ? &p.decode : nullptr, limit);
   return plan.shared_bytes;
 }
