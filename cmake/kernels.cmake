@@ -1,6 +1,7 @@
 # csat_kernels: the CUDA kernels as a static library without torch, its package, and a consumer of the installed package.
 if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-  set(CMAKE_CUDA_ARCHITECTURES 80-real 90a-real 90-virtual)  # machine code, and PTX for later GPUs
+  # Machine code of both, and PTX of sm_80 for later GPUs: setup.py says why of the lowest.
+  set(CMAKE_CUDA_ARCHITECTURES 80 90a-real)
 endif()
 enable_language(CUDA)
 list(APPEND CMAKE_MODULE_PATH ${PROJECT_SOURCE_DIR}/cmake)
