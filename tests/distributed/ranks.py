@@ -60,7 +60,9 @@ class Ranks:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
+        # Forks of a server that has imported what takes seconds: once, not on every rank.
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["csat_ext.parallel", "torch._dynamo"])
         rendezvous = tempfile.mkstemp()[1]
         for rank in range(self.count):
             here, there = context.Pipe()
