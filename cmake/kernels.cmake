@@ -15,6 +15,7 @@ target_compile_options(csat_kernels PRIVATE -std=c++20 $<$<COMPILE_LANGUAGE:CUDA
 target_include_directories(csat_kernels PUBLIC $<BUILD_INTERFACE:${CSAT_SOURCE_ROOT}> $<INSTALL_INTERFACE:include>)
 target_link_libraries(csat_kernels PRIVATE CUDA::cudart_static csat_ext::cublas)
 set_target_properties(csat_kernels PROPERTIES POSITION_INDEPENDENT_CODE ON)
+csat_unity(csat_kernels)  # of CUDA files CMake does that from 3.31 on
 
 # ---- install and package
 include(GNUInstallDirs)
