@@ -15,7 +15,7 @@ import torch
 from csat_ext.planning import state_bytes
 
 pytest.importorskip("deepspeed")
-pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.xdist_group("engine")]
 
 JOB = Path(__file__).with_name("engine_job.py")
 FLOAT32 = [
