@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import forked
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 
 class Ranks:
@@ -60,9 +60,7 @@ class Ranks:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        # Forks of a server that has imported what takes seconds: once, not on every rank.
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["csat_ext.parallel", "torch._dynamo"])
+        context = forked.server()
         rendezvous = tempfile.mkstemp()[1]
         for rank in range(self.count):
             here, there = context.Pipe()
