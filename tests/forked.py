@@ -27,20 +27,21 @@ def server() -> Any:
     return context
 
 
-def csat(
-    *arguments: str | Path, ranks: int = 1, before: Callable[[], None] | None = None, timeout: float = 240
-) -> tuple[int, str]:
-    """Exit code (the first that is not 0) and everything printed by `csat ARGUMENTS` on that many ranks.
+def csat(*arguments: str | Path, before: Callable[[], None] | None = None, **options: Any) -> tuple[int, str]:
+    """`run` of `csat ARGUMENTS`; of a function at the top of a module first."""
+    return run(_csat, [str(word) for word in arguments], before, **options)
 
-    before: a function at the top of a module, called in every process first.
-    """
+
+def run(function: Callable[..., Any], *arguments: Any, ranks: int = 1, timeout: float = 240) -> tuple[int, str]:
+    """Exit code (of the first that fails, 0 if none) and everything printed where that many processes, which find what
+    torchrun tells them, each call a function at the top of a module."""
     environments: list[dict[str, str]] = [{}]
     if ranks > 1:
         place = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
         environments = [{**place, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
     with tempfile.NamedTemporaryFile("r") as screen:
-        words = [str(word) for word in arguments]
-        processes = [server().Process(target=_main, args=(words, e, screen.name, before)) for e in environments]
+        calls = [(environment, screen.name, function, arguments) for environment in environments]
+        processes = [server().Process(target=_call, args=call) for call in calls]
         for process in processes:
             process.start()
         codes = _exit_codes(processes, timeout)
@@ -71,13 +72,17 @@ def _free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def _main(arguments: list[str], environment: dict[str, str], screen: str, before: Callable[[], None] | None) -> None:
-    from csat_ext import cli
-
+def _call(environment: dict[str, str], screen: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     os.environ.update(environment)
     descriptor = os.open(screen, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    function(*arguments)
+
+
+def _csat(arguments: list[str], before: Callable[[], None] | None) -> None:
+    from csat_ext import cli
+
     sys.argv = ["csat", *arguments]
     if before is not None:
         before()
