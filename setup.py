@@ -2,7 +2,7 @@
 
 Environment:
     CSAT_WITH_CUDA   0 | 1 | auto (default). 1 makes a missing CUDA toolkit or a CPU-only torch an error.
-    CSAT_CUDA_ARCHS  architectures, default "80;90a"; PTX of the highest is added for later GPUs.
+    CSAT_CUDA_ARCHS  architectures, default "80;90a"; PTX of the lowest is added, which later GPUs compile at load.
     MAX_JOBS         upper bound of parallel compilers; lowered where memory (3 GiB a compiler) is short.
 
 Everything else about the package stands in pyproject.toml.
@@ -60,10 +60,19 @@ def parse_archs(setting: str) -> list[str]:
 
 
 def gencode_flags(archs: list[str]) -> list[str]:
-    """nvcc flags: machine code of every architecture, and PTX of the highest, which later GPUs compile at load."""
-    top = archs[-1].rstrip("af")  # the PTX of an "a" target runs on that architecture alone
-    machine_code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    return [*machine_code, f"-gencode=arch=compute_{top},code=compute_{top}"]
+    """nvcc flags: machine code of every architecture, and PTX, which later GPUs compile at load.
+
+    PTX of the lowest architecture comes from the pass that the machine code needs anyway. A higher one has nothing to
+    add: what only Hopper has is compiled for sm_90a alone (CSAT_SM90 in prims.cuh), and PTX of sm_80 and sm_90 differ
+    in how they widen a bfloat16, one instruction in both. PTX of an "a" or "f" target runs on no later GPU: where there
+    are only such, the plain architecture has a pass of its own.
+    """
+    general = [arch for arch in archs if arch.isdigit()]
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs if arch not in general[:1]]
+    if general:
+        return [f"-gencode=arch=compute_{general[0]},code=[sm_{general[0]},compute_{general[0]}]", *flags]
+    plain = archs[0].rstrip("af")
+    return [*flags, f"-gencode=arch=compute_{plain},code=compute_{plain}"]
 
 
 def available_memory() -> int | None:
@@ -109,6 +118,19 @@ def git_revision() -> str:
         return ""
 
 
+def build_facts(version: str, revision: str) -> str:
+    """The header of library.cpp. Not macros on the command line: there every commit would compile every file anew."""
+    return f'#define CSAT_VERSION "{version}"\n#define CSAT_REVISION "{revision}"\n'
+
+
+def write_changed(path: Path, text: str) -> None:
+    """Leaves a file alone that says so already: ninja goes by the time of the last change."""
+    if path.is_file() and path.read_text() == text:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
 def cublas_of_wheel(torch_file: str, torch_cuda: str) -> tuple[list[str], list[str], list[str]]:
     """(include, library dirs, link flags) of the cuBLAS that torch brought; the toolkit's own where there is none."""
     major = torch_cuda.split(".")[0]
@@ -145,9 +167,6 @@ def extensions(environment: Mapping[str, str]) -> list:
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, CppExtension, CUDAExtension
 
-    facts: list[tuple[str, str | None]] = [("CSAT_VERSION", package_version())]
-    if revision := git_revision():
-        facts.append(("CSAT_REVISION", revision))
     include = [str(ROOT / "csrc")]
     built = [
         CppExtension(
@@ -155,7 +174,6 @@ def extensions(environment: Mapping[str, str]) -> list:
             sources("csrc/torch/library.cpp", "csrc/torch/cpu/*.cpp", "csrc/kernels/limits.cpp"),
             # before torch's own copy of pybind11, which refuses the stable ABI in torch 2.11
             include_dirs=[pybind11.get_include(), *include],
-            define_macros=facts,
             extra_compile_args={"cxx": CXX_FLAGS},
             extra_link_args=["-s"],
         )
@@ -175,7 +193,7 @@ def extensions(environment: Mapping[str, str]) -> list:
                 include_dirs=[*include, *cublas_include],
                 library_dirs=cublas_dirs,
                 # USE_CUDA declares the CUDA part of torch's stable shims.
-                define_macros=[*facts, ("USE_CUDA", "1"), ("CSAT_CUDA_ARCHS", ".".join(archs))],
+                define_macros=[("USE_CUDA", "1"), ("CSAT_CUDA_ARCHS", ".".join(archs))],
                 extra_compile_args={"cxx": CXX_FLAGS, "nvcc": nvcc_flags},
                 extra_link_args=["-s", *cublas_link],
             )
@@ -190,7 +208,14 @@ def main() -> None:
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildLibraries(BuildExtension):
-        """Leaves no library of an earlier build in build/lib, from where it would get into the wheel."""
+        """Tells library.cpp what it is built from; leaves no library of an earlier build in build/lib, from where it
+        would get into the wheel."""
+
+        def build_extensions(self) -> None:
+            generated = Path(self.build_temp, "generated").resolve()
+            write_changed(generated / "csat_build_facts.h", build_facts(package_version(), git_revision()))
+            next(e for e in self.extensions if e.name == "csat_ext._C").include_dirs.append(str(generated))
+            super().build_extensions()
 
         def run(self) -> None:
             super().run()

@@ -14,12 +14,15 @@ import argparse
 import json
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 from machine import header
 from readme_tables import table
@@ -30,8 +33,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "benchmarks" / "results" / "kernel_registers.json"
 PAGE = ROOT / "docs" / "kernels.md"
 ARCHITECTURES = ("sm_80", "sm_90a")
-# Instructions that a kernel of the family must show.
-INSTRUCTIONS = {"_wgmma_kernel": "HGMMA", "_mma_kernel": "HMMA"}
+# Instructions that a kernel of the family must show, and where.
+INSTRUCTIONS = {"_wgmma_kernel": ("HGMMA", ("sm_90a",)), "_mma_kernel": ("HMMA", ARCHITECTURES)}
+# Their forms: the low 12 bits of the 16 bytes. `cuobjdump -sass`, which says so too, takes two minutes for the library.
+OPCODES = {"HMMA": {0x23C}, "HGMMA": {0x9F0, 0xDF0}}
 
 # ---- what the compiler made ------------------------------------------------------------------------------------------
 
@@ -83,13 +88,34 @@ def resources(library: Path, tool: str) -> dict[str, dict[str, dict[str, int]]]:
     return {architecture: kernels for architecture, kernels in found.items() if architecture in ARCHITECTURES}
 
 
-def instructions(library: Path, tool: str, architecture: str) -> Iterator[tuple[str, str]]:
-    """(mangled kernel, its SASS)."""
-    command = [tool, "-sass", "-arch", architecture, str(library)]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for part in text.split("Function : ")[1:]:
-        name, _, body = part.partition("\n")
-        yield name.strip(), body
+def opcodes(cubin: bytes) -> Iterator[tuple[str, set[int]]]:
+    """(mangled kernel, its opcodes) from the sections .text.* of a 64-bit ELF file."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<3H", cubin, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    for name, _, _, _, offset, length in headers:
+        start = headers[names][4] + name
+        section = cubin[start : cubin.index(b"\0", start)].decode()
+        if section.startswith(".text."):
+            words = np.frombuffer(cubin, "<u8", length // 8, offset)
+            yield section.removeprefix(".text."), set(np.unique(words[::2] & 0xFFF).tolist())
+
+
+def machine_code(library: Path, tool: str, architecture: str) -> Iterator[tuple[str, set[int]]]:
+    """(mangled kernel, its opcodes) of every kernel in a library."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [tool, "-xelf", "all", str(library.resolve())]
+        subprocess.run(command, cwd=folder, capture_output=True, check=True)
+        for cubin in sorted(Path(folder).glob(f"*.{architecture}.cubin")):
+            yield from opcodes(cubin.read_bytes())
+
+
+def lacks(mangled: str, architecture: str, found: set[int]) -> str | None:
+    """The instruction that a kernel of this name must show there and does not."""
+    for suffix, (instruction, architectures) in INSTRUCTIONS.items():
+        if suffix in mangled:
+            return instruction if architecture in architectures and not OPCODES[instruction] & found else None
+    return None
 
 
 def faults(library: Path, tool: str, recorded: dict[str, dict[str, int]]) -> list[str]:
@@ -105,16 +131,11 @@ def faults(library: Path, tool: str, recorded: dict[str, dict[str, int]]) -> lis
                 found.append(f"{architecture} {name}: not recorded")
             elif registers > budget:
                 found.append(f"{architecture} {name}: {registers} registers, {budget} recorded")
-        for mangled, body in instructions(library, tool, architecture):
-            for suffix, instruction in INSTRUCTIONS.items():
-                if (
-                    suffix in mangled
-                    and instruction not in body
-                    and (suffix != "_wgmma_kernel" or architecture == "sm_90a")
-                ):
-                    found.append(f"{architecture} {kernel_name(mangled)}: no {instruction}")
-                if suffix in mangled:
-                    break
+        code = dict(machine_code(library, tool, architecture))
+        found += [f"{architecture} {kernel_name(mangled)}: no machine code" for mangled in kernels.keys() - code.keys()]
+        for mangled, shown in code.items():
+            if instruction := lacks(mangled, architecture, shown):
+                found.append(f"{architecture} {kernel_name(mangled)}: no {instruction}")
     return found
 
 

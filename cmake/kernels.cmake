@@ -1,6 +1,7 @@
 # csat_kernels: the CUDA kernels as a static library without torch, its package, and a consumer of the installed package.
 if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-  set(CMAKE_CUDA_ARCHITECTURES 80-real 90a-real 90-virtual)  # machine code, and PTX for later GPUs
+  # Machine code of both, and PTX of sm_80 for later GPUs: setup.py says why of the lowest.
+  set(CMAKE_CUDA_ARCHITECTURES 80 90a-real)
 endif()
 enable_language(CUDA)
 list(APPEND CMAKE_MODULE_PATH ${PROJECT_SOURCE_DIR}/cmake)
@@ -14,6 +15,7 @@ target_compile_options(csat_kernels PRIVATE -std=c++20 $<$<COMPILE_LANGUAGE:CUDA
 target_include_directories(csat_kernels PUBLIC $<BUILD_INTERFACE:${CSAT_SOURCE_ROOT}> $<INSTALL_INTERFACE:include>)
 target_link_libraries(csat_kernels PRIVATE CUDA::cudart_static csat_ext::cublas)
 set_target_properties(csat_kernels PROPERTIES POSITION_INDEPENDENT_CODE ON)
+csat_unity(csat_kernels)  # of CUDA files CMake does that from 3.31 on
 
 # ---- install and package
 include(GNUInstallDirs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,10 @@ from csat_ext import reference
 
 # Backends of the emulator -> compute capability: what runs on Ampere, and Hopper's own kernels.
 EMULATED = {"emulated": 80, "emulated_sm_90": 90}
+# Problems are so small that a second thread only waits for the first, and beside other processes for most of the time.
+# Threads have a test of their own: test_ops.test_deterministic_for_any_number_of_threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 RMS_LIMIT = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5, torch.float64: 1e-12}
 
 
@@ -105,12 +110,3 @@ def assert_accurate(
             f"{name}: error {error:.3e}, plain torch {of_plain:.3e}"
         )
     assert error <= limit * max(size, 1e-12) + 1e-30, f"{name}: RMS ratio {error / max(size, 1e-30):.3e} over {limit}"
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """For models so small that a second thread only waits for the first, and on a busy machine for long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

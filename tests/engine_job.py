@@ -1,12 +1,8 @@
-"""What the ranks of tests/test_engine.py run: small trainings through the real DeepSpeed engine.
-
-`python engine_job.py RESULTS CASE...`, under torchrun for several ranks; rank 0 writes {case: losses of each step}.
-"""
+"""What the ranks of tests/test_engine.py run: small trainings through the real DeepSpeed engine."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -223,6 +219,7 @@ def resume(folder: str, stage: int, universal: bool) -> list[float]:
 
 
 def main(results: str, *names: str) -> None:
+    """Runs cases; rank 0 writes {case: losses of each step}."""
     from csat_ext.pretrain.train import leave_process_group, set_up_process_group
 
     set_up_process_group()
@@ -238,7 +235,3 @@ def main(results: str, *names: str) -> None:
     if dist.get_rank() == 0:
         Path(results).write_text(json.dumps(made))
     leave_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

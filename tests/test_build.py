@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch.utils.cpp_extension
 
 SETUP = Path(__file__).resolve().parents[1] / "setup.py"
 
@@ -58,10 +61,50 @@ def test_architectures(build: ModuleType) -> None:
 
 def test_machine_code_for_each_architecture_and_ptx_for_later_ones(build: ModuleType) -> None:
     assert build.gencode_flags(["80", "90a"]) == [
-        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_80,code=[sm_80,compute_80]",
+        "-gencode=arch=compute_90a,code=sm_90a",
+    ]
+    assert build.gencode_flags(["90a", "100", "120f"]) == [
+        "-gencode=arch=compute_100,code=[sm_100,compute_100]",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_120f,code=sm_120f",
+    ]
+    assert build.gencode_flags(["90a"]) == [
         "-gencode=arch=compute_90a,code=sm_90a",
         "-gencode=arch=compute_90,code=compute_90",
     ]
+
+
+def test_a_commit_changes_no_flag(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ninja and ccache compile anew what has other flags: the revision may reach library.cpp alone, in a header."""
+    monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", "/cuda")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    flags = []
+    for revision in ("0123456789ab", "fedcba987654"):
+        monkeypatch.setattr(build, "git_revision", lambda revision=revision: revision)
+        flags.append([vars(library) for library in build.extensions({"CSAT_WITH_CUDA": "1"})])
+        assert revision not in repr(flags) and len(flags[-1]) == 2
+        assert f'CSAT_REVISION "{revision}"' in build.build_facts("1", revision)
+    assert flags[0] == flags[1]
+    readers = [path for path in (SETUP.parent / "csrc").rglob("*.*") if "csat_build_facts" in path.read_text()]
+    assert [path.name for path in readers] == ["library.cpp"]
+
+
+def test_a_file_that_stays_as_it_is_is_not_written(build: ModuleType, tmp_path: Path) -> None:
+    header = tmp_path / "new" / "facts.h"
+    build.write_changed(header, "1")
+    os.utime(header, (1, 1))
+    build.write_changed(header, "1")
+    assert header.stat().st_mtime == 1
+    build.write_changed(header, "2")
+    assert header.stat().st_mtime > 1 and header.read_text() == "2"
+
+
+def test_generated_kernel_files_are_those_of_the_table() -> None:
+    folder = SETUP.parent / "csrc" / "kernels"
+    files = runpy.run_path(str(folder / "generate.py"))["files"]()
+    written = {path.name: path.read_text() for path in folder.glob("*.cu")}
+    assert {name: text for name, text in written.items() if "generate.py" in text} == files
 
 
 def test_parallel_compilers_fit_memory_and_the_users_bound(build: ModuleType) -> None:

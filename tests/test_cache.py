@@ -121,8 +121,12 @@ def test_what_does_not_continue_is_refused_by_name() -> None:
         cache.step(q[:1], k[:1], v[:1])
     with pytest.raises(TypeError, match="the tokens before had torch"):
         cache.step(q.float(), k.float(), v.float())
-    with pytest.raises(TypeError, match="phi_k must be a"):
+    with pytest.raises(TypeError, match=r"^phi must be a"):  # phi_k is its name in csat_attention
         prefix.prefill(q, k, v)
+    with pytest.raises(ValueError, match=r"^phi has shape \(.*\); accepted"):
+        prefix.step(q, k, v, prefix_phi(n=1))
+    with pytest.raises(ValueError, match=r"^phi has negative entries"):
+        prefix.step(q, k, v, -prefix_phi())
     assert prefix.length == 0
     with pytest.raises(ValueError, match="state_dict has causal = 'block'"):
         prefix.load_state_dict(cache.state_dict())
@@ -203,9 +207,9 @@ def test_a_stream_of_masked_tokens_is_nothing_and_wrong_tokens_are_refused_by_na
     stream = MeasurementStream()
     with pytest.raises(ValueError, match="no token"):
         stream.attend(q)
-    with pytest.raises(ValueError, match="negative entries"):
+    with pytest.raises(ValueError, match=r"^phi has negative entries"):
         stream.append(k, v, -phi)
-    with pytest.raises(ValueError, match=r"phi_k has shape"):
+    with pytest.raises(ValueError, match=r"^phi has shape"):
         stream.append(k, v, phi[:, :, 1:])
     stream.append(k, v, phi)
     with pytest.raises(ValueError, match=f"{M - 1} measurements, the tokens before had {M}"):

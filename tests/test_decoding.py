@@ -14,7 +14,6 @@ import decoding
 
 from csat_ext.language.cache import KVCache
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 HEADS, WIDTH, N = 2, 4, 4 * decoding.BK
 
 

@@ -9,15 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 
 from csat_ext.planning import state_bytes
 
 pytest.importorskip("deepspeed")
-pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.xdist_group("engine")]
 
-JOB = Path(__file__).with_name("engine_job.py")
 FLOAT32 = [
     "stage 1",
     "stage 2",
@@ -49,8 +49,11 @@ def python(*arguments: str | Path) -> str:
 
 
 def job(folder: Path, *cases: str, ranks: int = 2) -> dict[str, Any]:
+    import engine_job
+
     results = folder / "results.json"
-    python("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", JOB, results, *cases)
+    code, printed = forked.run(engine_job.main, str(results), *cases, ranks=ranks, timeout=280)
+    assert code == 0, printed
     return json.loads(results.read_text())
 
 
@@ -61,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def losses(folder: Path) -> dict[str, list[float]]:
-    """Every training on two ranks, in one launch: starting an interpreter takes longer than a case."""
+    """Every training, on two ranks."""
     checkpoints = [f"{verb} {stage} {folder / str(stage)}" for stage in STAGES for verb in ("save", "resume")]
     return job(folder, "stage 0", *FLOAT32, *HALF, *BYTES, *checkpoints)
 

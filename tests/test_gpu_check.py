@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "gpu")]
 
 import gpu_check  # noqa: E402
-from kernel_budgets import PAIRS, budget  # noqa: E402
+from kernel_budgets import PAIRS, budget, lacks, opcodes  # noqa: E402
 from operator_calls import calls  # noqa: E402
 
 SMALL = gpu_check.Problem(24, 5, 16, pairs=4, heads=2, device="cpu")
@@ -275,3 +276,15 @@ def test_without_a_device_nothing_is_measured(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_check.main(["--folder", str(tmp_path)]) == 1
     assert "no CUDA device here" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_opcodes_are_read_from_machine_code() -> None:
+    """An ELF file of two sections: names, and a kernel of an HMMA and the first form of an HGMMA."""
+    names, code = b"\0.shstrtab\0.text.k\0", struct.pack("<4Q", 0x081028723C, 0, 0x79F0, 0x23C)
+    sections = (1, 64, len(names)), (11, 64 + len(names), len(code))  # name, place, bytes
+    headers = b"".join(struct.pack("<IIQQQQ", name, 0, 0, 0, place, size) + bytes(24) for name, place, size in sections)
+    table = 64 + len(names) + len(code)
+    cubin = bytes(0x28) + struct.pack("<Q", table) + bytes(10) + struct.pack("<3H", 64, 2, 0) + names + code + headers
+    assert list(opcodes(cubin)) == [("k", {0x23C, 0x9F0})]
+    assert lacks("x_mma_kernel", "sm_80", {0x9F0}) == "HMMA" and lacks("x_mma_kernel", "sm_80", {0x23C}) is None
+    assert lacks("x_wgmma_kernel", "sm_90a", {0x23C}) == "HGMMA" and lacks("x_wgmma_kernel", "sm_80", set()) is None

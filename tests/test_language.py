@@ -22,7 +22,6 @@ EXAMPLE = REPOSITORY / "examples" / "language_model" / "config.yaml"
 LICENCE = REPOSITORY / "examples" / "data" / "LICENSE-APACHE-2.0.txt"  # real text that ships with the repository
 FORMS = configs.ATTENTION
 CONTEXT, STEPS = 40, 4
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config(form: str, **data: Any) -> configs.LanguageConfig:

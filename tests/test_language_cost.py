@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import pytest
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -17,8 +16,6 @@ from csat_ext.bench import tables
 from csat_ext.bench.clock import Call
 from csat_ext.language.config import ATTENTION
 from csat_ext.language.model import LanguageModel, parameters
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class FakeClock:

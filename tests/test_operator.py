@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import Backend, assert_accurate, rms
+from conftest import EMULATED, Backend, assert_accurate, rms
 from operator_cases import Case, make_inputs, plain_torch_attention
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -304,8 +304,10 @@ def test_tied_gradients_are_the_sum_of_untied(backend: Backend) -> None:
 
 
 def test_bitwise_equal_from_run_to_run(kernels: Backend) -> None:
-    inputs = make_inputs(Case(queries=300, decoder="sparse", bias=True)).as_dtype(torch.float32, kernels.device)
-    weight = torch.randn(2, 4, 300, 24)
+    # The emulator runs alike by itself; there the order of threads is changed (test_emulated.py).
+    queries = 40 if kernels.name in EMULATED else 300
+    inputs = make_inputs(Case(queries=queries, decoder="sparse", bias=True)).as_dtype(torch.float32, kernels.device)
+    weight = torch.randn(2, 4, queries, 24)
     runs = [inputs.gradients(kernels.csat_attention, weight) for _ in range(2)]
     assert torch.equal(runs[0][0], runs[1][0])
     assert all(torch.equal(runs[0][1][n], runs[1][1][n]) for n in inputs.leaves)

@@ -682,14 +682,16 @@ def test_deterministic_for_any_number_of_threads() -> None:
         leaves = [t.clone().requires_grad_() for t in (q, kc, vc, x, phi, *weights)]
         out = csat.attend_decode(*leaves[:3], None, 0.2, *leaves[5:], True)[0]
         y = csat.project(leaves[3], leaves[4], None)
-        near = csat.attend_causal(*leaves[:3], leaves[3], leaves[3], None, None, 0.2, 50, 4, 4)[
-            0
-        ]  # 10 blocks have left
+        drawn = csat.project_implicit(leaves[3], None, None, "rademacher", 40, 4, 7, 2)
+        causal = (*leaves[:3], leaves[3], leaves[3], None, None, 0.2, 50, 4, 4)  # 10 blocks have left
+        near = csat.attend_causal(*causal)[0]
+        fused = csat.attend_causal_decode(*causal, *leaves[5:], True)[0]
         tokens = [t.clone().requires_grad_() for t in prefix]
         of_prefix = csat.attend_prefix(*tokens, None, None, 0.3, False)
-        gradients = torch.autograd.grad((out.square() + near.square()).sum() + y.square().sum(), leaves)
+        rows = out, near, y, drawn, fused
+        gradients = torch.autograd.grad(sum(t.square().sum() for t in rows), leaves)
         of_tokens = torch.autograd.grad(sum(t.square().sum() for t in (of_prefix[0], *of_prefix[2:])), tokens)
-        return [out, y, near, *gradients, *of_prefix, *of_tokens]
+        return [*rows, *gradients, *of_prefix, *of_tokens]
 
     before = torch.get_num_threads()
     try:

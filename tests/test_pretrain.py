@@ -12,6 +12,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -27,6 +28,7 @@ from csat_ext.pretrain.metrics import bleu4, cider_d
 from csat_ext.pretrain.model import SDPAttention
 from csat_ext.pretrain.train import Run, build_model, fill_auto, read_run
 
+pytestmark = pytest.mark.xdist_group("pretrain")
 REPOSITORY = Path(__file__).parents[1]
 EXAMPLES = REPOSITORY / "examples"
 OPTIMIZER = {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.01, "torch_adam": True}}
@@ -84,7 +86,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(*arguments: str | Path, ranks: int = 1) -> str:
-    """Runs `csat ARGUMENTS` in processes of its own and returns what it printed; fails the test where it fails."""
+    """Runs `csat ARGUMENTS` from a fresh interpreter, by torchrun on several ranks, and returns what it printed; fails
+    the test where it fails."""
     launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     interpreter = [sys.executable, *launcher, "-m", "csat_ext.cli"]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
@@ -173,7 +176,9 @@ def test_resumed_run_equals_the_uninterrupted_one_bitwise(trained: tuple[Path, s
     shutil.copytree(trained[0], output)
     shutil.rmtree(output / "checkpoints" / f"step-{STEPS:08d}")  # as after a crash in step 3
     (output / "checkpoints" / "latest").write_text("step-00000002")
-    command("pretrain", "--config", job / "job.yaml", "--output", output, "--resume", "train.evaluate=false")
+    fixed = ("pretrain", "--config", job / "job.yaml", "--output", output)
+    code, screen = forked.csat(*fixed, "--resume", "train.evaluate=false")
+    assert code == 0, screen
     assert losses(output) == losses(trained[0])
 
 
@@ -261,8 +266,8 @@ def test_the_config_of_many_nodes_trains_on_two_ranks(trained: tuple[Path, str],
     (job / "many.json").write_text(json.dumps({**shipped, "csat_attention": SECTION, **DENSE}))
     output = job / "many"
     fixed = ("pretrain", "--config", job / "job.yaml", "--deepspeed", job / "many.json", "--output", output)
-    screen = command(*fixed, "data.batch_size=4", "train.evaluate=false", ranks=2)
-    assert "2 rank(s) on cpu, ZeRO stage 3" in screen
+    code, screen = forked.csat(*fixed, "data.batch_size=4", "train.evaluate=false", ranks=2)
+    assert code == 0 and "2 rank(s) on cpu, ZeRO stage 3" in screen, screen
     totals = [np.array(losses(folder))[:, 1] for folder in (output, trained[0])]
     assert totals[0] == pytest.approx(totals[1], rel=2e-2)
 

@@ -28,7 +28,6 @@ from quality import captions, classification, corpus, fashion_mnist, language, l
 from quality.classification import Classification, Split, splits_of
 from quality.model import Size
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SETS = (quality_tables.QUICK, quality_tables.PUBLISHED, quality_tables.WHOLE)
 
 # ---- ListOps ---------------------------------------------------------------------------------------------------------

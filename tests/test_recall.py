@@ -14,8 +14,6 @@ import associative_recall as recall
 
 from csat_ext.bench import tables
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_the_answer_is_the_value_of_the_key_that_is_asked_for() -> None:
     keys, values, answers = recall.batch(torch.Generator().manual_seed(0), 5)

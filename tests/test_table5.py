@@ -19,7 +19,6 @@ from mechanisms import NAMES, LayerShape, attention_layer
 
 from csat_ext.bench.clock import Call
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = table5.Settings("cpu", "float32", (16, 32, 64), ("full", "csat"), layers=2, width=16, heads=2, m=8, turns=2)
 
 

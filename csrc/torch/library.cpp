@@ -7,16 +7,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/version.h>
 
+#include "csat_build_facts.h"  // written by setup.py: CSAT_VERSION and CSAT_REVISION, "" outside a checkout
 #include "torch/cpu/gemm.h"
 #include "torch/cpu/kernels.h"
 #include "torch/explain.h"
-
-#ifndef CSAT_VERSION
-#error "CSAT_VERSION is set by setup.py"
-#endif
-#ifndef CSAT_REVISION
-#define CSAT_REVISION
-#endif
 
 namespace {
 
@@ -98,8 +92,8 @@ void expose(py::module_& m, const char* name) {
 
 py::dict build_info() {
   py::dict info;
-  info["version"] = C10_STRINGIZE(CSAT_VERSION);
-  info["revision"] = C10_STRINGIZE(CSAT_REVISION);
+  info["version"] = CSAT_VERSION;
+  info["revision"] = CSAT_REVISION;
   info["torch"] =
       C10_STRINGIZE(TORCH_VERSION_MAJOR) "." C10_STRINGIZE(TORCH_VERSION_MINOR) "." C10_STRINGIZE(TORCH_VERSION_PATCH);
 #if defined(__clang__)

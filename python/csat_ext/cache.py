@@ -129,7 +129,7 @@ class CSATCache(_Memory):
         call = partial(
             continue_causal, causal=causal, block_size=block_size, measurements_per_block=measurements_per_block,
             window_blocks=window_blocks, signed=signed, decoder=decoder, feature_sensing=feature_sensing, scale=scale,
-            score_bias=score_bias,
+            score_bias=score_bias, prefix_name="phi",
         )  # fmt: skip
 
         def continuation(
@@ -219,7 +219,7 @@ class MeasurementStream(_Memory):
             TypeError, ValueError: naming the argument, what came and what is accepted.
         """
         check_attention(key, key, value)
-        phi = canonical_prefix(phi, key, key.shape[1], self.signed)
+        phi = canonical_prefix("phi", phi, key, key.shape[1], self.signed)
         past = self._sums
         if past is not None:
             _check_continues(past, key, key, value)

@@ -285,10 +285,12 @@ def continue_causal(
     scale: float | None = None,
     score_bias: Tensor | None = None,
     key_mask: Tensor | None = None,
+    prefix_name: str = "phi_k",
 ) -> tuple[Tensor, CausalState]:
     """`csat_attention(..., causal=)` of tokens that come after those of ``state`` (None: after nothing), whose masks,
     phi and so on are those of the new tokens. Returns the rows and the state after them. The block form also takes a
-    function that measures blocks as ``phi_k``, beside their size."""
+    function that measures blocks as ``phi_k``, beside their size. ``prefix_name`` is what the caller calls the phi of
+    the prefix form."""
     query, key, value = _autocast(query, key, value)
     check_attention(query, key, value)
     if query.shape[2] != key.shape[2]:
@@ -315,7 +317,7 @@ def continue_causal(
         return z if weights else _decode_rows(query, z, decoder, feature_sensing, key), after
     if phi_v is not None:
         raise ValueError("phi_v came, None is accepted with causal='prefix': it measures keys and values alike")
-    phi = canonical_prefix(phi_k, key, heads, signed)
+    phi = canonical_prefix(prefix_name, phi_k, key, heads, signed)
     bias = canonical_bias(score_bias, key, heads, phi.shape[3])
     assert not isinstance(state, BlockState)
     with no_autocast(query.device.type):
@@ -611,23 +613,23 @@ def _checked_block_phi(
     return phi_k
 
 
-def canonical_prefix(phi: object, key: Tensor, heads: int, signed: bool) -> Tensor:
+def canonical_prefix(name: str, phi: object, key: Tensor, heads: int, signed: bool) -> Tensor:
     """phi of the prefix form, checked, with all axes: (1 or B, Hp, N, M)."""
-    _check_tensor("phi_k", phi)
+    _check_tensor(name, phi)
     assert isinstance(phi, Tensor)
-    _check_dtype_device("phi_k", phi, key, "the query")
+    _check_dtype_device(name, phi, key, "the query")
     came, (batch, of_keys, n) = tuple(phi.shape), key.shape[:3]
     phi = phi.reshape((1,) * (4 - phi.dim()) + came)
     accepted = (1, batch), (1, of_keys, heads), (n,)
     fits = phi.dim() == 4 and len(came) > 1 and phi.shape[3] > 0
     if not fits or any(size not in sizes for size, sizes in zip(phi.shape[:3], accepted, strict=True)):
         raise ValueError(
-            f"phi_k has shape {came}; accepted with causal='prefix': (1 or {batch}, 1, {of_keys} or {heads}, {n}, M), "
+            f"{name} has shape {came}; accepted with causal='prefix': (1 or {batch}, 1, {of_keys} or {heads}, {n}, M), "
             "the leading axes may be missing"
         )
     # Elsewhere than on a CPU looking at the values would wait for the device.
     if not signed and phi.device.type == "cpu" and has_values(phi) and bool((phi.detach() < 0).any()):
-        raise ValueError("phi_k has negative entries; accepted: entries >= 0, or signed=True")
+        raise ValueError(f"{name} has negative entries; accepted: entries >= 0, or signed=True")
     return phi
 
 

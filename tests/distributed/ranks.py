@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import forked
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 
 class Ranks:
@@ -60,7 +60,7 @@ class Ranks:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
+        context = forked.server()
         rendezvous = tempfile.mkstemp()[1]
         for rank in range(self.count):
             here, there = context.Pipe()
