@@ -236,3 +236,49 @@ def plain_torch_decode_backward(dc: Tensor, z: Tensor, *weights: Tensor) -> tupl
     """The gradients of `plain_torch_decode`, all in the dtype of z."""
     leaves = [t.to(z.dtype).detach().requires_grad_() for t in (z, *weights)]
     return torch.autograd.grad(plain_torch_decode(*leaves), leaves, dc)
+
+
+def plain_torch_attend_prefix(
+    q: Tensor, k: Tensor, v: Tensor, phi: Tensor, kc: Tensor, vc: Tensor, mass: Tensor, bias: Tensor | None,
+    mask: Tensor | None, scale: float, signed: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """z, lse and the state behind, every state of every token in memory."""
+    heads, of_state = q.shape[1], kc.shape[1]
+    phi = phi.expand(q.shape[0], -1, -1, -1)
+    if mask is not None:
+        k, v, phi = (torch.where(mask[:, None, :, None], x, torch.zeros_like(x)) for x in (k, v, phi))
+    k, v, phi = (x.repeat_interleave(of_state // x.shape[1], 1) for x in (k, v, phi))
+    kcs, vcs = (c.unsqueeze(2) + (phi[..., None] * x[..., None, :]).cumsum(2) for c, x in ((kc, k), (vc, v)))
+    counted = torch.ones(q.shape[0], 1, q.shape[2], 1, dtype=q.dtype) if mask is None else mask[:, None, :, None]
+    masses = mass.unsqueeze(2) + (counted.to(q.dtype) if signed else phi).cumsum(2)
+    ends = kcs[:, :, -1], vcs[:, :, -1], masses[:, :, -1]
+    kcs, vcs = (x.repeat_interleave(heads // of_state, 1) for x in (kcs, vcs))
+    g = masses if signed else masses.repeat_interleave(heads // of_state, 1)
+    filled = g > 0
+    g = torch.where(filled, g, torch.ones_like(g))
+    scores = scale * torch.einsum("bhtd,bhtjd->bhtj", q, kcs)
+    scores = scores / g.sqrt() if signed else scores / g + g.log()
+    scores = scores if bias is None else scores + bias.unsqueeze(2)
+    scores = scores.masked_fill(~filled, -torch.inf)
+    empty = scores.isneginf().all(-1, keepdim=True)
+    p = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+    return torch.einsum("bhtj,bhtjd->bhtd", p / (g.sqrt() if signed else g), vcs), scores.logsumexp(-1), *ends
+
+
+def plain_torch_attend_prefix_backward(dz: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """What attend_prefix_backward returns, all in the dtype of dz, by autograd."""
+    of_ends, (*data, bias, mask, _, scale, signed) = arguments[:3], arguments[3:]
+    q, k, v, phi, kc, vc, mass = (x.to(dz.dtype) for x in data)
+    leaves = [q, k, v, phi.expand(q.shape[0], kc.shape[1], -1, -1), kc, vc, mass]
+    if bias is not None:
+        leaves.append(bias.to(dz.dtype).expand(*q.shape[:2], -1))
+    leaves = [x.detach().clone().requires_grad_() for x in leaves]
+    given = [dz, *(x.to(dz.dtype) for x in of_ends)]
+    results = plain_torch_attend_prefix(*leaves[:7], leaves[7] if bias is not None else None, mask, scale, signed)
+    outputs = [results[0], *results[2:]]
+    wanted = [x for i, x in enumerate(leaves) if i != 6 or not signed]
+    pairs = [(o, g) for o, g in zip(outputs, given, strict=True) if o.requires_grad]
+    found = list(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs]))
+    if signed:
+        found.insert(6, dz.new_empty(0))
+    return *found, *(() if bias is not None else (dz.new_empty(0),))

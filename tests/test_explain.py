@@ -141,9 +141,11 @@ def test_the_prefix_form() -> None:
     q, k, v, _ = _inputs(36, 12, 32, 32)
     phi = torch.rand(36, 12)
     explained = explain(q, k, v, phi, causal="prefix", device="sm_90")
-    assert [(c.op, c.family) for c in explained] == [("attend_prefix", "mma"), ("attend_prefix_backward", "simt")]
+    assert [(c.op, c.family) for c in explained] == [("attend_prefix", "mma"), ("attend_prefix_backward", "mma")]
     assert explained["attend_prefix"].refused == (("wgmma", "no wgmma kernel of this op"),)
-    assert dict(explained["attend_prefix_backward"].refused)["mma"] == "no mma kernel of this op"
+    large = torch.empty(1, 2, 36, 128, dtype=torch.bfloat16, device="meta")
+    backward = explain(large, large, large, phi, causal="prefix", device="sm_80")["attend_prefix_backward"]
+    assert backward.family == "simt" and "exceeds the shared memory" in dict(backward.refused)["mma"]
     whole = (x.float() for x in (q, k, v))
     assert explain(*whole, phi, causal="prefix", device="sm_90")["attend_prefix"].family == "simt"
     wide = torch.empty(1, 2, 36, 1025, device="meta")

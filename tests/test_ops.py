@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from operator_cases import plain_torch_attend_prefix
 from torch import Tensor
 
 import csat_ext.ops  # noqa: F401  (registers fakes, autograd and autocast)
@@ -40,33 +41,6 @@ def naive_attend(q: Tensor, kc: Tensor, vc: Tensor, bias: Tensor | None, scale: 
         scores = torch.where(empty, torch.zeros_like(scores), scores)
         return torch.where(empty, 0.0, scores.softmax(-1)) @ vc
     return scores.softmax(-1) @ vc
-
-
-def naive_attend_prefix(
-    q: Tensor, k: Tensor, v: Tensor, phi: Tensor, kc: Tensor, vc: Tensor, mass: Tensor, bias: Tensor | None,
-    mask: Tensor | None, scale: float, signed: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """z, lse and the state behind, every state of every token in memory."""
-    heads, of_state = q.shape[1], kc.shape[1]
-    phi = phi.expand(q.shape[0], -1, -1, -1)
-    if mask is not None:
-        k, v, phi = (torch.where(mask[:, None, :, None], x, torch.zeros_like(x)) for x in (k, v, phi))
-    k, v, phi = (x.repeat_interleave(of_state // x.shape[1], 1) for x in (k, v, phi))
-    kcs, vcs = (c.unsqueeze(2) + (phi[..., None] * x[..., None, :]).cumsum(2) for c, x in ((kc, k), (vc, v)))
-    counted = torch.ones(q.shape[0], 1, q.shape[2], 1, dtype=q.dtype) if mask is None else mask[:, None, :, None]
-    masses = mass.unsqueeze(2) + (counted.to(q.dtype) if signed else phi).cumsum(2)
-    ends = kcs[:, :, -1], vcs[:, :, -1], masses[:, :, -1]
-    kcs, vcs = (x.repeat_interleave(heads // of_state, 1) for x in (kcs, vcs))
-    g = masses if signed else masses.repeat_interleave(heads // of_state, 1)
-    filled = g > 0
-    g = torch.where(filled, g, torch.ones_like(g))
-    scores = scale * torch.einsum("bhtd,bhtjd->bhtj", q, kcs)
-    scores = scores / g.sqrt() if signed else scores / g + g.log()
-    scores = scores if bias is None else scores + bias.unsqueeze(2)
-    scores = scores.masked_fill(~filled, -torch.inf)
-    empty = scores.isneginf().all(-1, keepdim=True)
-    p = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
-    return torch.einsum("bhtj,bhtjd->bhtd", p / (g.sqrt() if signed else g), vcs), scores.logsumexp(-1), *ends
 
 
 def naive_decode(z: Tensor, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor, step: Tensor) -> Tensor:
@@ -279,9 +253,11 @@ def test_attend_prefix(dtype: torch.dtype, signed: bool, sizes: tuple[int, ...])
     for some_bias, mask in ((bias, keep), (None, None)):
         for result in range(1 if dtype.itemsize == 2 else 4 if signed else 5):
             if result != 1:  # the log-sum-exp has no gradient
-                rivals = (prefix_result(op, result, mask, signed) for op in (csat.attend_prefix, naive_attend_prefix))
+                rivals = (
+                    prefix_result(op, result, mask, signed) for op in (csat.attend_prefix, plain_torch_attend_prefix)
+                )
                 compare(*rivals, [*data, some_bias], dtype)
-        exact = naive_attend_prefix(*(x.double() for x in (q, k, v, phi, kc, vc, mass)), None, mask, 0.3, signed)
+        exact = plain_torch_attend_prefix(*(x.double() for x in (q, k, v, phi, kc, vc, mass)), None, mask, 0.3, signed)
         got = csat.attend_prefix(q, k, v, phi, kc, vc, mass, None, mask, 0.3, signed)
         for name, a, b in zip(("lse", "kc", "vc", "mass"), got[1:], exact[1:], strict=True):
             assert a.dtype == phi.dtype
@@ -373,7 +349,7 @@ def test_attend_prefix_without_anything_to_look_at(signed: bool) -> None:
     empty = 3 if signed else 5
     leaves = [x.requires_grad_() for x in (q, k, v, phi)]
     z, lse, *_ = csat.attend_prefix(*leaves, *state, bias, keep, 0.3, signed)
-    expected, expected_lse, *_ = naive_attend_prefix(*leaves, *state, bias, keep, 0.3, signed)
+    expected, expected_lse, *_ = plain_torch_attend_prefix(*leaves, *state, bias, keep, 0.3, signed)
     assert bool((z[:, :, :empty] == 0).all()) and bool(lse[:, :, :empty].isneginf().all())
     assert bool((z[:, 1] == 0).all()) and bool(lse[:, 0, empty:].isfinite().all())
     torch.testing.assert_close((z, lse), (expected, expected_lse))

@@ -177,9 +177,7 @@ CSAT_DEVICE Operand<T, 16, limits::kPrefixStretch> score_gradients(const QueryGr
     }
   store_tile(x.a.from_row(first), 0, of.dp);
   store_tile(x.w.from_row(first), 0, of.p);
-  for_each(dg, [&](float& value, int row, int column) {
-    x.dg[(first + row) * limits::kPrefixFloatsPitch + column] = value;
-  });
+  store_floats(x.dg + first * limits::kPrefixFloatsPitch, limits::kPrefixFloatsPitch, 16, dg);
   if (wants_bias) {
     const float sum = column_sum(of_bias);
     const int c = lane_id() / 4;
@@ -216,8 +214,9 @@ template <typename T, int kD>
 CSAT_DEVICE void store_stretch(const PrefixGradientArgs& p, const QueryGradientRows<T, kD>& x,
                                const GradientPlace& place, int64_t m0) {
   constexpr int kColumns = limits::kPrefixStretch, kPart = limits::kPrefixMmaChunk / 8;
+  static_assert(kColumns == 32, "a warp copies eight rows of four vectors");
   for (int i = threadIdx.x; i < limits::kPrefixMmaChunk * kColumns / 8; i += limits::kPrefixGradientThreads) {
-    const int r = i / (kColumns / 8), c = i % (kColumns / 8) * 8;
+    const int r = i / 32 * 8 + i % 8, c = i / 8 % 4 * 8;  // eight rows at a time: no bank conflict
     const int64_t at = place.row(r) + m0 + c;
     *reinterpret_cast<uint4*>(static_cast<T*>(p.a) + at) = *reinterpret_cast<const uint4*>(x.a.row(r) + c);
     *reinterpret_cast<uint4*>(static_cast<T*>(p.w) + at) = *reinterpret_cast<const uint4*>(x.w.row(r) + c);
@@ -254,6 +253,18 @@ CSAT_DEVICE void store_state_gradients(const PrefixGradientArgs& p, const QueryG
   for_each(sums, [&](float& value, int, int) { value /= factor; });
   float* target = (of_values ? p.value_sums : p.key_sums) + (place.matrix * place.padded + m0 + row) * kD + column;
   store_floats(target, kD, 16, sums);
+}
+
+// Measurements that only pad the sums, a stretch at most.
+template <int kD>
+CSAT_DEVICE void store_empty_stretch(const PrefixGradientArgs& p, const GradientPlace& place) {
+  const int64_t first = int64_t(p.forward.rows.chunks) * limits::kPrefixStretch;
+  for (int64_t i = threadIdx.x; i < (place.padded - first) * kD; i += limits::kPrefixGradientThreads) {
+    const int64_t m = place.matrix * place.padded + first + i / kD;
+    p.key_sums[m * kD + i % kD] = p.value_sums[m * kD + i % kD] = 0.f;
+    if (i % kD == 0) p.mass_sums[m] = 0.f;
+    if (i % kD == 0 && p.bias_parts) p.bias_parts[m] = 0.f;
+  }
 }
 
 template <typename T, int kD>
@@ -309,6 +320,7 @@ __global__ void __launch_bounds__(limits::kPrefixGradientThreads, 1)
     store_state_gradients(p, x, target, m0, factor);
     store_stretch(p, x, target, m0);
   }
+  store_empty_stretch<kD>(p, target);
   __syncthreads();  // nobody reads q
   for_each(dq, [&](float& value, int, int) { value /= factor; });
   store_tile(x.q.from_row(first), 0, dq);
@@ -353,7 +365,6 @@ CSAT_DEVICE void add_query_head(Sums<16, kD>& dk, Sums<16, kD>& dv, Sums<16, lim
                                 const TokenGradientRows<T, kD>& x) {
   using Unit = PrefixUnit<T, kD, 16>;
   const int first = Unit::first();
-  const auto phi = load_operand<16>(x.phi.from_row(first));
 #pragma unroll 1
   for (int t = first; t < limits::kPrefixMmaChunk; t += 16) {
     const auto triangle = [&](const auto& left, const auto& right) {
@@ -362,8 +373,11 @@ CSAT_DEVICE void add_query_head(Sums<16, kD>& dk, Sums<16, kD>& dv, Sums<16, lim
       mask_triangle<true>(products, first - t);
       return to_operand<T>(products);
     };
-    multiply(dk, triangle(phi, x.a.from_row(t)), x.q.from_row(t));
-    multiply(dv, triangle(phi, x.w.from_row(t)), x.dz.from_row(t));
+    {
+      const auto phi = load_operand<16>(x.phi.from_row(first));
+      multiply(dk, triangle(phi, x.a.from_row(t)), x.q.from_row(t));
+      multiply(dv, triangle(phi, x.w.from_row(t)), x.dz.from_row(t));
+    }
     multiply(dphi, triangle(Unit::left_operand(x.k.from_row(first)), x.q.from_row(t)), x.a.from_row(t));
     multiply(dphi, triangle(Unit::left_operand(x.v.from_row(first)), x.dz.from_row(t)), x.w.from_row(t));
   }

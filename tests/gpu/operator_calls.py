@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from conftest import assert_accurate
-from operator_cases import plain_torch_decode_backward, settled_decode
+from operator_cases import plain_torch_attend_prefix_backward, plain_torch_decode_backward, settled_decode
 from torch import Tensor
 
 from csat_ext import _composite
@@ -85,6 +85,8 @@ class Call:
             return as_tuple(operator(self.args[0], self.args[1].to(dtype), self.args[2]))
         if self.op == "decode_backward" and dtype.itemsize == 2:
             return plain_torch_decode_backward(*self.args)
+        if self.op == "attend_prefix_backward" and dtype.itemsize == 2:
+            return plain_torch_attend_prefix_backward(*self.args)
         results = as_tuple(operator(*self.args))
         if self.op in ("attend_prefix", "attend_prefix_decode"):  # scores pass through 16 bits on the tensor cores
             at = RESULTS[self.op].index("lse")
