@@ -13,7 +13,7 @@ from operator_cases import Case, make_inputs
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from csat_ext import CSATAttention, CSATConfig, csat_attention, measurement, reference
+from csat_ext import CSATAttention, CSATConfig, SparseDecoder, csat_attention, measurement, reference
 from csat_ext.measurements import BY_POSITION, ENSEMBLES, columns_by_position
 
 B, H, HK, N, D, DV, M, R, BK = 2, 4, 2, 37, 8, 6, 5, 3, 8
@@ -139,8 +139,9 @@ def test_decodes_every_row(form: str, decoder: str) -> None:
     torch.testing.assert_close(got, oracle(q, k, v, make_phi(), decoder=weights, **options))
 
 
+@pytest.mark.parametrize("form", ["block", "prefix"])
 @pytest.mark.parametrize("sensed", [False, True])
-def test_a_sparse_decoder_is_fused_where_no_feature_is_sensed(sensed: bool) -> None:
+def test_a_sparse_decoder_is_fused_where_no_feature_is_sensed(sensed: bool, form: str) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Names(TorchDispatchMode):
@@ -152,11 +153,16 @@ def test_a_sparse_decoder_is_fused_where_no_feature_is_sensed(sensed: bool) -> N
     q, k, v = tokens()
     weights = make_inputs(Case(decoder="sparse", dv=DV, heads=H, kv_heads=HK, phi_heads=HK, decoder_heads=H)).decoder()
     sensing = torch.eye(DV, dtype=torch.float64) if sensed else None
+    phi, oracle, op = (
+        (block_phi(), reference.causal_block, "csat::attend_causal")
+        if form == "block"
+        else (prefix_phi(), reference.causal_prefix, "csat::attend_prefix")
+    )
     with Names():
-        got = csat_attention(q, k, v, block_phi(), decoder=weights, feature_sensing=sensing, causal="block")
-    torch.testing.assert_close(got, reference.causal_block(q, k, v, block_phi(), decoder=weights))
+        got = csat_attention(q, k, v, phi, decoder=weights, feature_sensing=sensing, causal=form)
+    torch.testing.assert_close(got, oracle(q, k, v, phi, decoder=weights))
     assert [name for name in called if name.startswith("csat::") and "project" not in name] == (
-        ["csat::attend_causal", "csat::decode"] if sensed else ["csat::attend_causal_decode"]
+        [op, "csat::decode"] if sensed else [f"{op}_decode"]
     )
 
 
@@ -186,14 +192,20 @@ def test_the_future_has_no_gradient_at_all(form: str, attention: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", ["block", "prefix"])
-def test_the_kernels_see_no_future(kernels: Backend, form: str, dtype: torch.dtype) -> None:
-    n, options = 75, {"window_blocks": 1} if form == "block" else {}
+@pytest.mark.parametrize("decoded", [False, True])
+def test_the_kernels_see_no_future(kernels: Backend, form: str, decoded: bool, dtype: torch.dtype) -> None:
+    """More tokens than the chunk of a kernel, which has 64 and 128 of the prefix form."""
+    n = 140 if form == "prefix" and dtype == torch.bfloat16 else 75
+    options: dict[str, Any] = {"window_blocks": 1} if form == "block" else {}
+    if decoded:
+        eye = torch.eye(DV)[None]
+        options["decoder"] = SparseDecoder(*(kernels.to(x) for x in (eye, eye, torch.zeros(2, DV))), None)
     phi = kernels.to(block_phi(1)[0].float() if form == "block" else prefix_phi(n=n).float())
     leaves = [kernels.to(x).requires_grad_() for x in tokens(n, dtype)]
     if form == "prefix":
         leaves.append(phi.requires_grad_())
     out = csat_attention(*leaves[:3], phi, causal=form, **options)
-    for t in (0, BK - 1, 40, n - 2):
+    for t in (40, n - 2) if decoded else (0, BK - 1, 40, n - 2):
         for grad in torch.autograd.grad(out[:, :, t].sum(), leaves, retain_graph=True):
             assert bool((grad[:, :, t + 1 :] == 0).all()) and bool(grad.isfinite().all())
 
