@@ -13,10 +13,11 @@
 //
 // Data flow: q, k, v, dz of the chunk, a stretch of 32 measurements at a time phi, the means or the gradients of the
 // state, a and w -> shared; accumulators in registers; a, w -> shared (they are the right operands of the sums) and
-// global; dg -> shared, added up from the last row -> global. Budget of a query 2 M (5 D + 3 R) and of the products
-// with the chunk's tokens 2 (64 + 8) (3 D + 3 R + 6 M + ..) FLOP a stretch; global memory 4 M + 4 M bytes a query
-// beside the operands, 2 M (D + R) floats a chunk. Shared memory: limits::prefix_query_backward_mma_bytes,
-// prefix_token_backward_mma_bytes. Limits: limits::why_not_mma.
+// global; dg -> shared, added up from the last row -> global. With 72 tokens that a query sees of its chunk on average,
+// FLOP of a query 2 M (4 D + 3 R) + 144 (M / 32) (3 D + 2 R + 288), of a token for each query head 4 M (D + R) +
+// 144 (M / 32) (2 D + 2 R + 128). Global memory, beside the operands: 8 M bytes a query, written and read, and
+// 2 M (D + R) floats a chunk. 255 registers a thread, one block a multiprocessor. Shared memory:
+// limits::prefix_query_backward_mma_bytes, prefix_token_backward_mma_bytes. Limits: limits::why_not_mma.
 #pragma once
 #include "csat/attend_prefix_mma.cuh"
 
