@@ -190,7 +190,8 @@ def choices(m: int, d: int, atoms: int, capability: str) -> dict[str, tuple[str,
     explained += [*explain(tokens, tokens, tokens, phi, decoder=decoder, device=capability)]
     block = meta(causal_block(m), m, dtype=f32)
     explained += [*explain(tokens, tokens, tokens, block, causal="block", device=capability)]
-    explained += [*explain(tokens, tokens, tokens, phi.mT, causal="prefix", device=capability)]
+    for recovered in (None, decoder):
+        explained += [*explain(tokens, tokens, tokens, phi.mT, decoder=recovered, causal="prefix", device=capability)]
     return {choice.op: (choice.family, choice.shared_bytes) for choice in explained}
 
 
