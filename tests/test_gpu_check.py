@@ -77,7 +77,7 @@ def test_flops_of_backward_operators_are_those_of_plain_torch(psi: bool) -> None
 def test_bytes_are_every_tensor_once() -> None:
     n, m, d = 96, 32, 64
     rows, measured, weights, lse = 2 * PAIRS * n * d, 2 * PAIRS * m * d, 3 * 2 * d * d, 4 * PAIRS * n
-    blocks = 2 * PAIRS * (n // m) * (m // 16) * d
+    blocks, phi = 2 * PAIRS * (n // m) * (m // 16) * d, 2 * PAIRS * n * m
     moved = {op: budget(op, n, m, d).moved for op in gpu_check.operations(SMALL)}
     assert moved == {
         "project": 2 * rows + 2 * measured + 2 * m * n,
@@ -88,6 +88,9 @@ def test_bytes_are_every_tensor_once() -> None:
         "decode_backward": 3 * rows + 2 * weights,
         "attend_causal": 4 * rows + 2 * blocks + lse,
         "attend_causal_backward": 8 * rows + 4 * blocks + lse,
+        "attend_prefix": 4 * rows + phi + lse,
+        "attend_prefix_decode": 5 * rows + phi + lse + weights,
+        "attend_prefix_backward": 7 * rows + phi + 2 * phi + lse,  # dphi has four bytes
     }
 
 
