@@ -70,14 +70,14 @@ CSAT_DEVICE void mask_triangle(Sums<16, 16>& x, int offset) {
 // ---- queries
 
 template <typename T, int kD>
-struct QueryGradientRows {
+struct QueryChunkTiles {
   static constexpr int kChunk = limits::kPrefixMmaChunk, kColumns = limits::kPrefixStretch;
   Tile<T, kD> q, k, v, dz;
   Stretch<T, kD> stretch;
   Tile<T, kColumns> a, w;
   float *dg, *later, *bias, *roots, *factor;
 
-  CSAT_DEVICE explicit QueryGradientRows(T* shared) : q{shared} {
+  CSAT_DEVICE explicit QueryChunkTiles(T* shared) : q{shared} {
     k = q.from_row(kChunk);
     v = k.from_row(kChunk);
     dz = v.from_row(kChunk);
@@ -99,7 +99,7 @@ struct QueryWeights {
   using Unit = PrefixUnit<T, kD, 16>;
   Sums<16, kColumns> p, u, inverse, dp;  // u: scale s / g in powers of two
 
-  CSAT_DEVICE QueryWeights(const QueryGradientRows<T, kD>& x, float scale, const float* roots, const Rows<16>& lse) {
+  CSAT_DEVICE QueryWeights(const QueryChunkTiles<T, kD>& x, float scale, const float* roots, const Rows<16>& lse) {
     const int first = Unit::first();
     Sums<32, kColumns> both = Unit::score(x.q.from_row(first), x.stretch, x.k, scale);
     u = Unit::template rows_of_sums<0>(both);
@@ -155,7 +155,7 @@ struct MeanGradient {
 // a F and w F of this warp's rows -> their tiles, dg -> shared, the sums of the bias' gradient over them; returns
 // a F times the masses before the chunk, for dq.
 template <typename T, int kD>
-CSAT_DEVICE Operand<T, 16, limits::kPrefixStretch> score_gradients(const QueryGradientRows<T, kD>& x,
+CSAT_DEVICE Operand<T, 16, limits::kPrefixStretch> score_gradients(const QueryChunkTiles<T, kD>& x,
                                                                    QueryWeights<T, kD>& of, const MeanGradient& mean,
                                                                    float scale, float factor, bool wants_bias) {
   constexpr int kColumns = limits::kPrefixStretch;
@@ -190,7 +190,7 @@ CSAT_DEVICE Operand<T, 16, limits::kPrefixStretch> score_gradients(const QueryGr
 
 // dq F += (L o a phi^T) k.
 template <typename T, int kD>
-CSAT_DEVICE void add_near_gradients(Sums<16, kD>& dq, const QueryGradientRows<T, kD>& x) {
+CSAT_DEVICE void add_near_gradients(Sums<16, kD>& dq, const QueryChunkTiles<T, kD>& x) {
   const int first = PrefixUnit<T, kD, 16>::first();
   const auto a = load_operand<16>(x.a.from_row(first));
 #pragma unroll 1
@@ -212,8 +212,8 @@ struct GradientPlace {
 
 // Columns m0 .. of a F, w F and the sums of dg over later rows -> global, and the sums over all rows.
 template <typename T, int kD>
-CSAT_DEVICE void store_stretch(const PrefixGradientArgs& p, const QueryGradientRows<T, kD>& x,
-                               const GradientPlace& place, int64_t m0) {
+CSAT_DEVICE void store_stretch(const PrefixGradientArgs& p, const QueryChunkTiles<T, kD>& x, const GradientPlace& place,
+                               int64_t m0) {
   constexpr int kColumns = limits::kPrefixStretch, kPart = limits::kPrefixMmaChunk / 8;
   static_assert(kColumns == 32, "a warp copies eight rows of four vectors");
   for (int i = threadIdx.x; i < limits::kPrefixMmaChunk * kColumns / 8; i += limits::kPrefixGradientThreads) {
@@ -244,7 +244,7 @@ CSAT_DEVICE void store_stretch(const PrefixGradientArgs& p, const QueryGradientR
 
 // a^T q and w^T dz of the chunk, 16 measurements and half of the features a warp.
 template <typename T, int kD>
-CSAT_DEVICE void store_state_gradients(const PrefixGradientArgs& p, const QueryGradientRows<T, kD>& x,
+CSAT_DEVICE void store_state_gradients(const PrefixGradientArgs& p, const QueryChunkTiles<T, kD>& x,
                                        const GradientPlace& place, int64_t m0, float factor) {
   const int row = warp_id() % 2 * 16, column = warp_id() / 2 % 2 * (kD / 2);
   const bool of_values = warp_id() >= 4;
@@ -274,7 +274,7 @@ __global__ void __launch_bounds__(limits::kPrefixGradientThreads, 1)
   constexpr int kThreads = limits::kPrefixGradientThreads, kColumns = limits::kPrefixStretch;
   CSAT_DYN_SMEM(T, shared);
   const PrefixMmaArgs& f = p.forward;
-  const QueryGradientRows<T, kD> x(shared);
+  const QueryChunkTiles<T, kD> x(shared);
   const PrefixChunk place{f, static_cast<int>(blockIdx.x) / f.rows.units, static_cast<int>(blockIdx.x) % f.rows.units};
   const GradientPlace target(f, place.pair, place.chunk);
   const int first = PrefixUnit<T, kD, 16>::first();
@@ -334,13 +334,13 @@ __global__ void __launch_bounds__(limits::kPrefixGradientThreads, 1)
 // ---- tokens
 
 template <typename T, int kD>
-struct TokenGradientRows {
+struct TokenChunkTiles {
   static constexpr int kChunk = limits::kPrefixMmaChunk, kColumns = limits::kPrefixStretch;
   Tile<T, kD> q, k, v, dz, state_keys, state_values;
   Tile<T, kColumns> phi, a, w;
   float* factor;
 
-  CSAT_DEVICE explicit TokenGradientRows(T* shared) : q{shared} {
+  CSAT_DEVICE explicit TokenChunkTiles(T* shared) : q{shared} {
     k = q.from_row(kChunk);
     v = k.from_row(kChunk);
     dz = v.from_row(kChunk);
@@ -363,7 +363,7 @@ CSAT_DEVICE void load_state_gradient(Tile<T, kD> tile, const float* source, floa
 // dk F, dv F and dphi F of the chunk's tokens from the queries of one head: those of the same chunk that see them.
 template <typename T, int kD>
 CSAT_DEVICE void add_query_head(Sums<16, kD>& dk, Sums<16, kD>& dv, Sums<16, limits::kPrefixStretch>& dphi,
-                                const TokenGradientRows<T, kD>& x) {
+                                const TokenChunkTiles<T, kD>& x) {
   using Unit = PrefixUnit<T, kD, 16>;
   const int first = Unit::first();
 #pragma unroll 1
@@ -421,7 +421,7 @@ __global__ void __launch_bounds__(limits::kPrefixGradientThreads, 1)
   using Unit = PrefixUnit<T, kD, 16>;
   CSAT_DYN_SMEM(T, shared);
   const PrefixMmaArgs& f = p.queries.forward;
-  const TokenGradientRows<T, kD> x(shared);
+  const TokenChunkTiles<T, kD> x(shared);
   const int units = f.rows.units, block = static_cast<int>(blockIdx.x);
   const TokenChunk place{block / units / p.key_heads, block / units % p.key_heads, block % units};
   const int first = Unit::first(), of_key = f.key_group / f.state_group;
