@@ -389,7 +389,7 @@ int launch_forward_wgmma(const ForwardMmaArgs& p, int64_t blocks, int64_t shared
   return last_error();
 }
 
-// csrc/kernels/forward_wgmma_<dtype>_<feature>.cu instantiate these; limits::wgmma_atoms_limit says why 128 has less.
+// csrc/kernels/forward_wgmma_<feature>.cu instantiate these; limits::wgmma_atoms_limit says why 128 has less.
 #define CSAT_FORWARD_WGMMA_64(prefix, T)                                                               \
   prefix template int launch_forward_wgmma<T, 64, 0>(const ForwardMmaArgs&, int64_t, int64_t, void*);  \
   prefix template int launch_forward_wgmma<T, 64, 64>(const ForwardMmaArgs&, int64_t, int64_t, void*); \

@@ -1,5 +1,5 @@
-"""Writes the files that instantiate the tensor-core kernels, one a (kernel, dtype, head dimension), so that a build
-compiles them side by side. Run it after a change of the table; tests/test_build.py fails while a file differs.
+"""Writes the files that instantiate the tensor-core kernels, one a (kernel, head dimension) for both dtypes, so that a
+build compiles them side by side and reads the headers no more often than it must. Run it after a change of the table; tests/test_build.py fails while a file differs.
 
     python csrc/kernels/generate.py
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-DTYPES = ("bf16", "f16")
 # Kernel -> the compile-time sizes it is made for (limits.h says which problem takes which). csrc/csat/<kernel>.cuh
 # defines CSAT_<KERNEL>_INSTANCE(T, size).
 MMA_FEATURES = (32, 64, 80, 96, 128)
@@ -31,17 +30,17 @@ TEMPLATE = """// Written by generate.py.
 #include "csat/{kernel}.cuh"
 
 namespace csat {{
-CSAT_{macro}_INSTANCE({dtype}, {size})
-}}
+CSAT_{macro}_INSTANCE(bf16, {size})
+CSAT_{macro}_INSTANCE(f16, {size})
+}}  // namespace csat
 """
 
 
 def files() -> dict[str, str]:
     """Name and text of every file."""
     return {
-        f"{kernel}_{dtype}_{size}.cu": TEMPLATE.format(kernel=kernel, macro=kernel.upper(), dtype=dtype, size=size)
+        f"{kernel}_{size}.cu": TEMPLATE.format(kernel=kernel, macro=kernel.upper(), size=size)
         for kernel, sizes in KERNELS.items()
-        for dtype in DTYPES
         for size in sizes
     }
 

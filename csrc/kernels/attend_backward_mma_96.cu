@@ -1,0 +1,8 @@
+// Written by generate.py.
+#define CSAT_INSTANTIATE
+#include "csat/attend_backward_mma.cuh"
+
+namespace csat {
+CSAT_ATTEND_BACKWARD_MMA_INSTANCE(bf16, 96)
+CSAT_ATTEND_BACKWARD_MMA_INSTANCE(f16, 96)
+}  // namespace csat

@@ -1,7 +1,0 @@
-// Written by generate.py.
-#define CSAT_INSTANTIATE
-#include "csat/attend_backward_mma.cuh"
-
-namespace csat {
-CSAT_ATTEND_BACKWARD_MMA_INSTANCE(bf16, 80)
-}

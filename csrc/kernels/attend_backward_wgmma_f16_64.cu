@@ -1,7 +1,0 @@
-// Written by generate.py.
-#define CSAT_INSTANTIATE
-#include "csat/attend_backward_wgmma.cuh"
-
-namespace csat {
-CSAT_ATTEND_BACKWARD_WGMMA_INSTANCE(f16, 64)
-}

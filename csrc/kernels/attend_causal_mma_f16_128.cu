@@ -1,7 +1,0 @@
-// Written by generate.py.
-#define CSAT_INSTANTIATE
-#include "csat/attend_causal_mma.cuh"
-
-namespace csat {
-CSAT_ATTEND_CAUSAL_MMA_INSTANCE(f16, 128)
-}

@@ -1,7 +1,0 @@
-// Written by generate.py.
-#define CSAT_INSTANTIATE
-#include "csat/attend_prefix_mma.cuh"
-
-namespace csat {
-CSAT_ATTEND_PREFIX_MMA_INSTANCE(bf16, 128)
-}

@@ -1,7 +1,0 @@
-// Written by generate.py.
-#define CSAT_INSTANTIATE
-#include "csat/decode_backward_mma.cuh"
-
-namespace csat {
-CSAT_DECODE_BACKWARD_MMA_INSTANCE(f16, 128)
-}

@@ -1,0 +1,8 @@
+// Written by generate.py.
+#define CSAT_INSTANTIATE
+#include "csat/decode_backward_wgmma.cuh"
+
+namespace csat {
+CSAT_DECODE_BACKWARD_WGMMA_INSTANCE(bf16, 64)
+CSAT_DECODE_BACKWARD_WGMMA_INSTANCE(f16, 64)
+}  // namespace csat

@@ -1,7 +1,0 @@
-// Written by generate.py.
-#define CSAT_INSTANTIATE
-#include "csat/decode_backward_wgmma.cuh"
-
-namespace csat {
-CSAT_DECODE_BACKWARD_WGMMA_INSTANCE(bf16, 64)
-}

@@ -1,7 +1,0 @@
-// Written by generate.py.
-#define CSAT_INSTANTIATE
-#include "csat/forward_mma.cuh"
-
-namespace csat {
-CSAT_FORWARD_MMA_INSTANCE(f16, 96)
-}

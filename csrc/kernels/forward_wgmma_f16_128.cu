@@ -1,7 +1,0 @@
-// Written by generate.py.
-#define CSAT_INSTANTIATE
-#include "csat/forward_wgmma.cuh"
-
-namespace csat {
-CSAT_FORWARD_WGMMA_INSTANCE(f16, 128)
-}
