@@ -85,7 +85,7 @@ class Call:
             return as_tuple(operator(self.args[0], self.args[1].to(dtype), self.args[2]))
         if self.op == "decode_backward" and dtype.itemsize == 2:
             return plain_torch_decode_backward(*self.args)
-        if self.op == "attend_prefix_backward" and dtype.itemsize == 2:
+        if self.op == "attend_prefix_backward" and dtype.itemsize == 2 and self.args[0].shape[2]:
             return plain_torch_attend_prefix_backward(*self.args)
         results = as_tuple(operator(*self.args))
         if self.op in ("attend_prefix", "attend_prefix_decode"):  # scores pass through 16 bits on the tensor cores

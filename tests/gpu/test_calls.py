@@ -17,6 +17,8 @@ REACHED = {
         "attend_decode": {"mma", "pair"},
         "attend_backward": {"mma"},
         "decode_backward": {"mma"},
+        "attend_prefix": {"mma"},
+        "attend_prefix_backward": {"mma"},
     },
     HOPPER: {
         "attend": {"wgmma", "mma"},
@@ -24,6 +26,8 @@ REACHED = {
         "attend_decode": {"wgmma", "mma", "pair"},
         "attend_backward": {"wgmma", "mma"},
         "decode_backward": {"wgmma", "mma"},
+        "attend_prefix": {"mma"},
+        "attend_prefix_backward": {"mma"},
     },
 }
 
