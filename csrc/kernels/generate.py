@@ -1,5 +1,6 @@
 """Writes the files that instantiate the tensor-core kernels, one a (kernel, head dimension) for both dtypes, so that a
-build compiles them side by side and reads the headers no more often than it must. Run it after a change of the table; tests/test_build.py fails while a file differs.
+build compiles them side by side and reads the headers no more often than it must. Run it after a change of the table;
+tests/test_build.py fails while a file differs.
 
     python csrc/kernels/generate.py
 """
