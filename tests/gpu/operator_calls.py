@@ -325,7 +325,7 @@ def attend_prefix_calls(dtype: torch.dtype) -> Iterator[Call]:
         "heads-of-queries": ((1, 4, 2, 4, 1, 130, 70, 17, 5), False, False),
         "signed": ((2, 4, 1, 1, 1, 140, 40, 24, 24), True, True),
         "many-measurements": ((1, 2, 1, 1, 1, 70, 300, 32, 32), False, True),
-        "D64": ((2, 4, 2, 1, 1, 1000, 70, 64, 64), False, False),
+        "D64": ((1, 2, 1, 1, 1, 400, 70, 64, 64), False, False),
         "D128": ((1, 2, 1, 1, 1, 200, 128, 128, 128), False, False),
         "D128-signed": ((1, 2, 1, 2, 1, 300, 65, 100, 128), True, True),
         "wide": ((1, 1, 1, 1, 1, 40, 20, 260, 200), False, False),
@@ -441,7 +441,7 @@ def attend_causal_decode_calls(dtype: torch.dtype) -> Iterator[Call]:
 def attend_prefix_decode_calls(dtype: torch.dtype) -> Iterator[Call]:
     # sizes of attend_prefix, is there a mask; Hd, T, Ts, Tb, P, Dv; is z wanted
     sizes: dict[str, tuple[tuple[int, ...], bool, tuple[int, ...], bool]] = {
-        "D64-P64": ((2, 4, 2, 4, 1, 700, 64, 64, 64), False, (4, 3, 1, 1, 64, 64), False),
+        "D64-P64": ((2, 2, 1, 2, 1, 400, 64, 64, 64), False, (2, 3, 1, 1, 64, 64), False),
         "D64-P128": ((1, 2, 1, 1, 1, 300, 100, 64, 60), True, (1, 3, 3, 1, 128, 50), True),
         "D128-P64": ((1, 2, 2, 1, 1, 300, 40, 128, 100), False, (1, 3, 1, 1, 64, 128), True),
         "D128-P128": ((1, 1, 1, 1, 1, 140, 33, 96, 128), True, (1, 2, 1, 1, 128, 128), False),
