@@ -41,6 +41,11 @@ struct PrefixTokenMmaArgs {
   bool dk_vectors, dv_vectors;
 };
 
+// The forward's scores of this family's rows: one row block a warp.
+template <typename T, int kD>
+using GradientUnit = PrefixUnit<T, kD, limits::kPrefixGradientRows>;
+static_assert(limits::kPrefixGradientRows == 16, "sums and operands below are those of one row block");
+
 // F: as large as the masses before the chunk are, within its limits; by all threads of the block.
 CSAT_DEVICE float gradient_factor(const PrefixMmaArgs& p, int batch, int key_head, int chunk, float* shared) {
   const int64_t state_heads = p.rows.heads / p.state_group, of_key = p.key_group / p.state_group;
@@ -96,7 +101,7 @@ struct QueryChunkTiles {
 template <typename T, int kD>
 struct QueryWeights {
   static constexpr int kColumns = limits::kPrefixStretch;
-  using Unit = PrefixUnit<T, kD, 16>;
+  using Unit = GradientUnit<T, kD>;
   Sums<16, kColumns> p, u, inverse, dp;  // u: scale s / g in powers of two
 
   CSAT_DEVICE QueryWeights(const QueryChunkTiles<T, kD>& x, float scale, const float* roots, const Rows<16>& lse) {
@@ -159,7 +164,7 @@ CSAT_DEVICE Operand<T, 16, limits::kPrefixStretch> score_gradients(const QueryCh
                                                                    QueryWeights<T, kD>& of, const MeanGradient& mean,
                                                                    float scale, float factor, bool wants_bias) {
   constexpr int kColumns = limits::kPrefixStretch;
-  const int first = PrefixUnit<T, kD, 16>::first();
+  const int first = GradientUnit<T, kD>::first();
   float of_bias[kColumns / 4] = {};
   Sums<16, kColumns> dg;
 #pragma unroll
@@ -184,14 +189,14 @@ CSAT_DEVICE Operand<T, 16, limits::kPrefixStretch> score_gradients(const QueryCh
     const int c = lane_id() / 4;
     x.bias[warp_id() * kColumns + c / 2 * 8 + lane_id() % 4 * 2 + c % 2] = sum;
   }
-  PrefixUnit<T, kD, 16>::scale_columns(of.dp, load_columns<kColumns>(x.stretch.mass));
+  GradientUnit<T, kD>::scale_columns(of.dp, load_columns<kColumns>(x.stretch.mass));
   return to_operand<T>(of.dp);
 }
 
 // dq F += (L o a phi^T) k.
 template <typename T, int kD>
 CSAT_DEVICE void add_near_gradients(Sums<16, kD>& dq, const QueryChunkTiles<T, kD>& x) {
-  const int first = PrefixUnit<T, kD, 16>::first();
+  const int first = GradientUnit<T, kD>::first();
   const auto a = load_operand<16>(x.a.from_row(first));
 #pragma unroll 1
   for (int t = 0; t <= first; t += 16) {
@@ -277,7 +282,7 @@ __global__ void __launch_bounds__(limits::kPrefixGradientThreads, 1)
   const QueryChunkTiles<T, kD> x(shared);
   const PrefixChunk place{f, static_cast<int>(blockIdx.x) / f.rows.units, static_cast<int>(blockIdx.x) % f.rows.units};
   const GradientPlace target(f, place.pair, place.chunk);
-  const int first = PrefixUnit<T, kD, 16>::first();
+  const int first = GradientUnit<T, kD>::first();
   load_tokens<kThreads>(x.q, place, f.rows.q, place.head(), f.rows.head_dim);
   load_tokens<kThreads>(x.k, place, f.k, place.key_head(), f.rows.head_dim);
   load_tokens<kThreads>(x.v, place, f.v, place.key_head(), f.rows.features);
@@ -364,7 +369,7 @@ CSAT_DEVICE void load_state_gradient(Tile<T, kD> tile, const float* source, floa
 template <typename T, int kD>
 CSAT_DEVICE void add_query_head(Sums<16, kD>& dk, Sums<16, kD>& dv, Sums<16, limits::kPrefixStretch>& dphi,
                                 const TokenChunkTiles<T, kD>& x) {
-  using Unit = PrefixUnit<T, kD, 16>;
+  using Unit = GradientUnit<T, kD>;
   const int first = Unit::first();
 #pragma unroll 1
   for (int t = first; t < limits::kPrefixMmaChunk; t += 16) {
@@ -396,7 +401,7 @@ CSAT_DEVICE void store_phi_gradients(const PrefixTokenMmaArgs& p, Sums<16, limit
   const PrefixMmaArgs& f = p.queries.forward;
   const int64_t state_heads = f.rows.heads / f.state_group;
   const int64_t state = (place.batch * state_heads + state_head) * f.rows.units + place.chunk;
-  const int64_t first = int64_t(place.chunk) * limits::kPrefixMmaChunk + PrefixUnit<T, kD, 16>::first();
+  const int64_t first = int64_t(place.chunk) * limits::kPrefixMmaChunk + GradientUnit<T, kD>::first();
   for_each(dphi, [&](float& value, int row, int column) {
     const int64_t t = first + row, m = m0 + column;
     if (t >= f.rows.queries || m >= f.rows.measurements) return;
@@ -405,7 +410,7 @@ CSAT_DEVICE void store_phi_gradients(const PrefixTokenMmaArgs& p, Sums<16, limit
       sum += p.masses[state * f.masses.pitch + m];
       for (int h = state_head * f.state_group; h < (state_head + 1) * f.state_group; ++h) {
         const GradientPlace of(f, place.batch * f.rows.heads + h, place.chunk);
-        sum += p.queries.later[of.row(PrefixUnit<T, kD, 16>::first() + row) + m];
+        sum += p.queries.later[of.row(GradientUnit<T, kD>::first() + row) + m];
       }
     }
     const bool kept = !f.keep || f.keep[place.batch * f.rows.queries + t];
@@ -418,7 +423,7 @@ __global__ void __launch_bounds__(limits::kPrefixGradientThreads, 1)
     prefix_token_backward_mma_kernel(PrefixTokenMmaArgs p) {
   constexpr int kThreads = limits::kPrefixGradientThreads, kColumns = limits::kPrefixStretch,
                 kChunk = limits::kPrefixMmaChunk;
-  using Unit = PrefixUnit<T, kD, 16>;
+  using Unit = GradientUnit<T, kD>;
   CSAT_DYN_SMEM(T, shared);
   const PrefixMmaArgs& f = p.queries.forward;
   const TokenChunkTiles<T, kD> x(shared);

@@ -190,7 +190,7 @@ constexpr int64_t prefix_sums_mma_bytes(int feature) {
 }
 // attend_prefix's backward: 16 queries or tokens a warp. What its products with 1 / g are multiplied by, so that fp16
 // holds them: at most this.
-constexpr int kPrefixGradientRows = 16, kPrefixGradientThreads = 2 * kPrefixMmaChunk;
+constexpr int kPrefixGradientRows = 16, kPrefixGradientThreads = 32 * kPrefixMmaChunk / kPrefixGradientRows;
 constexpr float kPrefixGradientFactor = 1024.f;
 constexpr int kPrefixFloatsPitch = kPrefixStretch + 8;
 // q, k, v, dz of the chunk; a slot; a and w of a stretch; dg of it and its sums over 16 rows, of dbias too; masses.
