@@ -271,6 +271,8 @@ def _prefix_inputs(
 def test_attend_prefix(
     library: Any, generator: torch.Generator, sizes: tuple[int, ...], dtype: torch.dtype, signed: bool, masked: bool
 ) -> None:
+    if dtype == torch.float16 and not signed:
+        pytest.skip("what differs between 16-bit dtypes, the signed form with a mask has too")
     ops = EmulatedOps(library, seed=3 if masked else 0, compute_capability=90)
     q, k, v, phi, *rest, keep, scale, _ = _prefix_inputs(generator, dtype, sizes, masked, signed)
     if keep is not None:  # a masked token is never read
@@ -957,6 +959,21 @@ def test_parts_of_strided_tensors_and_the_order_of_threads(library: Any, generat
     ]
     for first, other in zip(results[:2] * 5, results[2:], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(6, 1, 2, 5, 150), (3, 3, 2, 4, 33), (1, 1, 1, 1, 1)], ids=str)
+def test_renormalise_rows(
+    ops: EmulatedOps, generator: torch.Generator, sizes: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    batch, phi_batch, heads, rows, tokens = sizes
+    phi = _strided(_tokens(generator, dtype, phi_batch, heads, rows, tokens))
+    phi[:, :, ::2].abs_()  # rows that average
+    phi[..., : tokens // 2] = 0
+    mask = torch.rand(batch, tokens, generator=generator) > 0.3
+    mask[0, tokens // 2 :] = False
+    factor, _ = check(ops, "renormalise_rows", phi, mask)
+    assert not factor[0].any() and (batch == 1 or factor.any())
 
 
 # batch, heads of x, heads of phi, tokens, measurements, head dim

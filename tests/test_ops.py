@@ -15,6 +15,7 @@ from operator_cases import plain_torch_attend_prefix
 from torch import Tensor
 
 import csat_ext.ops  # noqa: F401  (registers fakes, autograd and autocast)
+from csat_ext import reference
 
 csat = torch.ops.csat
 REFUSED = (ValueError, RuntimeError)  # from torch 2.15 on what a stable-ABI op throws arrives as RuntimeError
@@ -708,6 +709,61 @@ def test_device_without_kernels_runs_plain_torch_with_one_warning(name: str, mon
     torch.testing.assert_close(got, op(*args))
 
 
+# ---- rows under a key mask -------------------------------------------------------------------------------------------
+
+
+def rows_and_mask(phi_batch: int, dtype: torch.dtype, tokens: int = 130) -> tuple[Tensor, Tensor]:
+    """Averaging and signed rows by turns, one of zeros, one emptied by the first mask; the last mask keeps nothing."""
+    phi = randn(phi_batch, 2, tokens, 7, seed=1, dtype=dtype).mT
+    phi[:, :, ::2] = phi[:, :, ::2].abs() + 0.1
+    phi[:, :, 3] = 0
+    phi[:, :, 4, 5:] = 0
+    mask = randn(6, tokens, seed=2) > -0.5
+    mask[0, :5], mask[-1] = False, False
+    return phi, mask
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("phi_batch", [1, 6])
+def test_renormalise_rows(phi_batch: int, dtype: torch.dtype) -> None:
+    phi, mask = rows_and_mask(phi_batch, dtype)
+    factor, mass = csat.renormalise_rows(phi, mask)
+    expected, empty = reference.renormalise_rows(phi, mask)
+    assert factor.dtype == mass.dtype == expected.dtype and torch.equal(factor == 0, empty)
+    assert empty.any() and not empty.all() and empty[-1].all() and empty[0, :, 4].all()
+    torch.testing.assert_close(factor, expected)
+    averages = (phi >= 0).all(-1).expand_as(empty) & ~empty
+    kept = (phi.to(mass.dtype) * mask.to(mass.dtype)[:, None, None]).sum(-1)
+    torch.testing.assert_close(mass, torch.where(averages, kept, 0))
+
+
+@pytest.mark.parametrize("phi_batch", [1, 6])
+def test_gradients_of_renormalise_rows(phi_batch: int) -> None:
+    phi, mask = rows_and_mask(phi_batch, torch.float64, tokens=8)
+    phi[:, :, 3] = 0.3  # at 0 an entry is on the border between averaging and signed rows, and so in row 4
+    phi[:, :, 4, 5:] = 0.2
+    phi.requires_grad_()
+    assert torch.autograd.gradcheck(csat.renormalise_rows, (phi, mask))
+    assert torch.autograd.gradgradcheck(csat.renormalise_rows, (phi, mask))
+    got, expected = (f(phi, mask)[0].square().sum() for f in (csat.renormalise_rows, reference.renormalise_rows))
+    torch.testing.assert_close(*(torch.autograd.grad(t, phi)[0] for t in (got, expected)))
+
+
+@pytest.mark.own_memory
+@pytest.mark.parametrize("phi_batch", [1, 6])
+def test_opcheck_of_renormalise_rows(phi_batch: int) -> None:
+    phi, mask = rows_and_mask(phi_batch, torch.float32)
+    torch.library.opcheck(csat.renormalise_rows.default, (phi.requires_grad_(), mask))
+
+
+@pytest.mark.filterwarnings("ignore:csat_ext on cpu tensors")
+def test_plain_torch_renormalises_rows_alike() -> None:
+    phi, mask = rows_and_mask(1, torch.float32)
+    composite = csat.renormalise_rows.default._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, phi, mask)
+    for got, expected in zip(composite, csat.renormalise_rows(phi, mask), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -738,6 +794,7 @@ def full_calls() -> dict[str, dict[str, Any]]:
     return {
         "project": project,
         "project_backward": {"dy": randn(1, 4, 4, 3, seed=8).float(), **project, "need_dx": True, "need_dphi": True},
+        "renormalise_rows": {"phi": randn(2, 3, 4, 6, seed=8).float(), "key_mask": project["key_mask"].expand(2, -1)},
         "project_implicit": implicit,
         "project_implicit_backward": {"dy": dy, **places, **draw, "x_heads": 2, "tokens": 6},
         "attend": attend,
@@ -768,6 +825,8 @@ def refused(op: str, name: str, value: Any) -> str:
 FREE_AXES = {
     ("project", "x", 3),
     ("project", "phi", 2),
+    ("renormalise_rows", "phi", 1),
+    ("renormalise_rows", "phi", 2),
     ("project_implicit", "x", 3),
     ("project_implicit", "anchors", 1),
     ("project_implicit_backward", "dy", 2),
@@ -784,7 +843,8 @@ FREE_AXES = {
 }
 # The first tensor of an op sets the dtype, so that another argument is named when it differs.
 SETS_DTYPE = {
-    *(("project", "x"), ("project_implicit", "x"), ("project_implicit_backward", "dy")),
+    *(("project", "x"), ("renormalise_rows", "phi")),
+    *(("project_implicit", "x"), ("project_implicit_backward", "dy")),
     *(("attend", "q"), ("attend_causal", "q"), ("decode", "z"), ("attend_decode", "q")),
     *(("attend_causal_decode", "q"), ("attend_prefix_decode", "q")),
     *(("attend", "q"), ("attend_causal", "q"), ("attend_prefix", "q"), ("decode", "z"), ("attend_decode", "q")),

@@ -128,6 +128,16 @@ struct ProjectBackwardParams {
   View dphi;              // (1 or B, Hp, M, N) contiguous, dtype of phi; data null: not wanted
 };
 
+// renormalise_rows: what the key mask of a batch element makes of every row of Phi. A row without entries below 0
+// averages: mass = sum over kept s of phi_js, factor = sum over all s of phi_js / mass. Another has mass 0 and factor
+// sqrt(N / kept tokens). Where no kept token has an entry other than 0, factor and mass are 0.
+struct RowsParams {
+  View phi;                                               // (1 or B, Hp, M, N); a broadcast batch has stride 0
+  const unsigned char* keep;                              // (B, N) contiguous
+  float *factor, *mass;                                   // (B, Hp, M) contiguous
+  int64_t batch, phi_batch, heads, measurements, tokens;  // B, 1 or B, Hp, M, N
+};
+
 // project_implicit: y = Phi x, Phi never in memory (ensembles.h); its first rows are one-hot at the anchors, -1 for an
 // empty row. Token s is measured by the others where counts[s + 1] > counts[s], and is then number counts[s] of them.
 struct ImplicitParams {
@@ -185,6 +195,8 @@ int project_forward(const ProjectParams& p, void* workspace, void* blas, void* s
 
 int64_t project_backward_workspace(const ProjectBackwardParams& p);
 int project_backward(const ProjectBackwardParams& p, void* workspace, void* blas, void* stream);
+
+int renormalise_rows(const RowsParams& p, void* stream);
 
 int64_t project_implicit_workspace(const ImplicitParams& p);
 int project_implicit_forward(const ImplicitParams& p, void* workspace, void* stream);

@@ -28,6 +28,7 @@ constexpr int kMicroColumns = 64;
 constexpr int kOuterRows = 16;         // the same for sums of outer products
 constexpr int kMeasurementTile = 128;  // measurements whose scores one row tile holds at a time
 constexpr int kOuterDepth = 32;        // rows staged at a time by the sums of outer products
+constexpr int kMaskTile = 4;           // key masks that a block of renormalise_rows meets its row with
 constexpr int kPrefixChunk = 64;       // tokens from one state of attend_prefix to the next
 constexpr int kMaxFeature = 1024;      // D, R, P, Dv
 

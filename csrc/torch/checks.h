@@ -30,6 +30,9 @@ using MaybeTensor = std::optional<Tensor>;
 struct ProjectSizes {
   int64_t B, Hx, Hp, Hout, Bp, M, N, D;
 };
+struct RowsSizes {
+  int64_t B, Bp, Hp, M, N;
+};
 struct ImplicitSizes {
   int64_t B, Hx, Hp, Hout, N, A, M, D;  // A anchors, then M rows of the ensemble
 };
@@ -267,6 +270,18 @@ inline ProjectSizes check_project_backward(const char* op, const Tensor& dy, con
   const detail::Argument dy_arg{op, "dy", dy};
   dy_arg.shape({n.B, n.Hout, n.M, n.D}, "(B, max(Hx, Hp), M, D)");
   dy_arg.same_kind({op, "x", x});
+  return n;
+}
+
+inline RowsSizes check_renormalise_rows(const char* op, const Tensor& phi, const Tensor& key_mask) {
+  const detail::Argument phi_arg{op, "phi", phi}, mask_arg{op, "key_mask", key_mask};
+  constexpr const char* phi_shape = "(1 or B, Hp, M, N)";
+  phi_arg.dims(4, phi_shape);
+  phi_arg.data_dtype();
+  mask_arg.dims(2, "(B, N)");
+  const RowsSizes n{key_mask.size(0), phi.size(0), phi.size(1), phi.size(2), phi.size(3)};
+  phi_arg.axis(0, {1, n.B}, phi_shape);
+  detail::check_key_mask(phi_arg, key_mask, n.B, n.N);
   return n;
 }
 

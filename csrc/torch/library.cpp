@@ -22,6 +22,7 @@ STABLE_TORCH_LIBRARY(csat, library) {
   library.def(
       "project_backward(Tensor dy, Tensor x, Tensor phi, Tensor? key_mask, bool need_dx, bool need_dphi) -> "
       "(Tensor, Tensor)");
+  library.def("renormalise_rows(Tensor phi, Tensor key_mask) -> (Tensor, Tensor)");
   library.def(
       "project_implicit(Tensor x, Tensor? counts, Tensor? anchors, str ensemble, int rows, int heads, int seed, "
       "int layer) -> Tensor");
@@ -66,6 +67,7 @@ STABLE_TORCH_LIBRARY(csat, library) {
 STABLE_TORCH_LIBRARY_IMPL(csat, CPU, library) {
   library.impl("project", TORCH_BOX(&cpu::project));
   library.impl("project_backward", TORCH_BOX(&cpu::project_backward));
+  library.impl("renormalise_rows", TORCH_BOX(&cpu::renormalise_rows));
   library.impl("project_implicit", TORCH_BOX(&cpu::project_implicit));
   library.impl("project_implicit_backward", TORCH_BOX(&cpu::project_implicit_backward));
   library.impl("attend", TORCH_BOX(&cpu::attend));
@@ -111,9 +113,9 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CSAT operators on the CPU; every function is torch.ops.csat.* of the same name.";
   for (const char* name :
-       {"project", "project_backward", "project_implicit", "project_implicit_backward", "attend", "attend_backward",
-        "attend_causal", "attend_causal_backward", "attend_prefix", "attend_prefix_backward", "decode",
-        "decode_backward", "attend_decode", "attend_causal_decode", "attend_prefix_decode"})
+       {"project", "project_backward", "renormalise_rows", "project_implicit", "project_implicit_backward", "attend",
+        "attend_backward", "attend_causal", "attend_causal_backward", "attend_prefix", "attend_prefix_backward",
+        "decode", "decode_backward", "attend_decode", "attend_causal_decode", "attend_prefix_decode"})
     expose(m, name);
   m.def(
       "can_run", &csat::can_run, py::arg("kernel"), py::arg("family"), py::arg("sizes"), py::arg("dtype"),

@@ -163,6 +163,26 @@ std::tuple<Tensor, Tensor> project_backward(const Tensor& dy, const Tensor& x, c
   return {dx, dphi};
 }
 
+std::tuple<Tensor, Tensor> renormalise_rows(const Tensor& phi, const Tensor& key_mask) {
+  const RowsSizes n = check_renormalise_rows("renormalise_rows", phi, key_mask);
+  const Device device("renormalise_rows", phi);
+  const Tensor keep = torch::stable::contiguous(key_mask);
+  Tensor factor = torch::stable::new_empty(phi, {n.B, n.Hp, n.M}, ScalarType::Float);
+  Tensor mass = torch::stable::new_empty(phi, {n.B, n.Hp, n.M}, ScalarType::Float);
+  RowsParams p{};
+  p.phi = view_of(phi);
+  p.keep = static_cast<const unsigned char*>(keep.data_ptr());
+  p.factor = static_cast<float*>(factor.data_ptr());
+  p.mass = static_cast<float*>(mass.data_ptr());
+  p.batch = n.B;
+  p.phi_batch = n.Bp;
+  p.heads = n.Hp;
+  p.measurements = n.M;
+  p.tokens = n.N;
+  device.done(csat::renormalise_rows(p, device.stream()));
+  return {factor, mass};
+}
+
 ImplicitParams implicit_params(const ImplicitSizes& n, const MaybeTensor& counts, const MaybeTensor& anchors,
                                const std::string& ensemble, int64_t seed, int64_t layer) {
   ImplicitParams p{};
@@ -562,6 +582,7 @@ STABLE_TORCH_LIBRARY_IMPL(csat, CompositeExplicitAutograd, library) {
 STABLE_TORCH_LIBRARY_IMPL(csat, CUDA, library) {
   library.impl("project", TORCH_BOX(&project));
   library.impl("project_backward", TORCH_BOX(&project_backward));
+  library.impl("renormalise_rows", TORCH_BOX(&renormalise_rows));
   library.impl("project_implicit", TORCH_BOX(&project_implicit));
   library.impl("project_implicit_backward", TORCH_BOX(&project_implicit_backward));
   library.impl("attend", TORCH_BOX(&attend));

@@ -75,6 +75,18 @@ def project_backward(
     return dx, dphi
 
 
+def renormalise_rows(phi: Tensor, key_mask: Tensor) -> tuple[Tensor, Tensor]:
+    rows, keep = phi.to(accumulate_dtype(phi.dtype)), key_mask[:, None, None]
+    signed = (rows < 0).any(-1)
+    kept = torch.where(keep, rows, 0)
+    empty = (kept == 0).all(-1)
+    mass = torch.where(empty | signed, 0, kept.sum(-1))
+    average = rows.sum(-1) / torch.where(mass == 0, 1, mass)
+    count = key_mask.sum(-1).clamp_min(1).to(rows.dtype)[:, None, None]
+    factor = torch.where(signed, torch.sqrt(phi.shape[-1] / count), average)
+    return torch.where(empty, 0, factor), mass
+
+
 def _implicit_phi(
     x: Tensor, tokens: int, counts: Tensor | None, anchors: Tensor | None, settings: tuple[Any, ...]
 ) -> tuple[Tensor, Tensor]:
@@ -500,7 +512,7 @@ def attend_prefix_decode(
 
 _IMPLEMENTATIONS = torch.library.Library("csat", "IMPL")
 for _function in (
-    *(project, project_backward, project_implicit, project_implicit_backward),
+    *(project, project_backward, renormalise_rows, project_implicit, project_implicit_backward),
     *(attend, attend_backward, attend_causal, attend_causal_backward, attend_prefix, attend_prefix_backward),
     *(decode, decode_backward, attend_decode, attend_causal_decode, attend_prefix_decode),
 ):

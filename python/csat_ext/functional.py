@@ -17,7 +17,7 @@ from torch import Tensor
 from csat_ext import ops as _ops  # noqa: F401  (registers fakes, autograd and autocast of torch.ops.csat)
 from csat_ext.causal import BlockState, Measure, PrefixState, attend_blocks, attend_prefixes
 from csat_ext.implicit import ImplicitMeasurement, implicit_measurement
-from csat_ext.reference.attention import has_values, renormalise_rows, repeat_heads
+from csat_ext.reference.attention import has_values, repeat_heads
 from csat_ext.reference.causal import FORMS
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -399,7 +399,8 @@ def _measurement_rows(
         phi = _canonical_phi(name, phi, x, heads)
         if key_mask is None:
             return _Rows(phi, phi.shape[-2])
-        return _Rows(phi, phi.shape[-2], *renormalise_rows(*(whole or (phi, key_mask))))
+        factor, _ = torch.ops.csat.renormalise_rows(*(whole or (phi, key_mask)))
+        return _Rows(phi, phi.shape[-2], factor, factor == 0)
     _check_implicit(name, phi, x, heads)
     if key_mask is None:
         return _Rows(phi, phi.m)

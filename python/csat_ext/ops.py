@@ -1,7 +1,8 @@
 """What torch must know about `torch.ops.csat.*` beyond the kernels: fakes, autograd and autocast rules.
 
 The operators, their shapes and dtypes are listed in docs/architecture.md; arguments are checked at the binding. First
-derivatives exist for all but the backward operators; a second derivative raises NotImplementedError.
+derivatives exist for all but the backward operators; a second derivative raises NotImplementedError, except that
+`renormalise_rows` has every one.
 What carries no gradient: the log-sum-exp that the attend operators return, the z of those that decode, and the number
 of tokens that is the mass of `attend_prefix(..., signed=True)`.
 """
@@ -52,6 +53,12 @@ def _(
     dy: Tensor, x: Tensor, phi: Tensor, key_mask: Tensor | None, need_dx: bool, need_dphi: bool
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape if need_dx else 0), phi.new_empty(phi.shape if need_dphi else 0)
+
+
+@_register_fake("renormalise_rows")
+def _(phi: Tensor, key_mask: Tensor) -> tuple[Tensor, Tensor]:
+    shape, dtype = (key_mask.shape[0], *phi.shape[1:3]), accumulate_dtype(phi.dtype)
+    return phi.new_empty(shape, dtype=dtype), phi.new_empty(shape, dtype=dtype)
 
 
 @_register_fake("project_implicit")
@@ -290,6 +297,29 @@ def _project_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx if need_dx else None, dphi if need_dphi else None, None
 
 
+def _renormalise_rows_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    phi, key_mask = inputs
+    factor, mass = output
+    ctx.save_for_backward(key_mask, factor, mass)  # phi itself is not needed
+    ctx.phi = phi.shape, phi.dtype
+
+
+def _renormalise_rows_backward(ctx: Any, dfactor: Tensor, dmass: Tensor) -> tuple[Tensor, None]:
+    """Rows that average have mass_bj = sum_s keep_bs phi_js and factor_bj = sum_s phi_js / mass_bj: dphi_js = sum over
+    the b that share phi of c_bj + keep_bs (dmass_bj - c_bj factor_bj), c = dfactor / mass. Of other rows both are
+    constant. Through the saved results it is differentiable again."""
+    key_mask, factor, mass = ctx.saved_tensors
+    shape, dtype = ctx.phi
+    averages = (mass != 0).to(mass.dtype)
+    of_all = averages * dfactor / torch.where(mass == 0, 1, mass)
+    of_kept, keep = averages * dmass - of_all * factor, key_mask.to(mass.dtype)
+    if shape[0] == 1:
+        dphi = of_all.sum(0, keepdim=True)[..., None] + torch.einsum("bhm,bn->hmn", of_kept, keep)
+    else:
+        dphi = of_all[..., None] + of_kept[..., None] * keep[:, None, None]
+    return dphi.to(dtype), None
+
+
 def _project_implicit_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, counts, anchors, ensemble, _, heads, seed, layer = inputs
     ctx.save_for_backward(counts, anchors)  # the map is linear: x itself is not needed
@@ -449,6 +479,9 @@ def _no_second_derivative(name: str) -> Callable[..., Any]:
 
 
 torch.library.register_autograd("csat::project", _project_backward, setup_context=_project_context)
+torch.library.register_autograd(
+    "csat::renormalise_rows", _renormalise_rows_backward, setup_context=_renormalise_rows_context
+)
 torch.library.register_autograd(
     "csat::project_implicit", _project_implicit_backward, setup_context=_project_implicit_context
 )

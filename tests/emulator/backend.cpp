@@ -60,6 +60,7 @@ int64_t csat_sizeof(const char* name) {
   if (is("DecodeBackwardParams")) return sizeof(csat::DecodeBackwardParams);
   if (is("ProjectParams")) return sizeof(csat::ProjectParams);
   if (is("ProjectBackwardParams")) return sizeof(csat::ProjectBackwardParams);
+  if (is("RowsParams")) return sizeof(csat::RowsParams);
   if (is("ImplicitParams")) return sizeof(csat::ImplicitParams);
   if (is("Counters")) return sizeof(emulator::Counters);
   return 0;
@@ -87,6 +88,9 @@ CSAT_EXPORT(project_implicit, ImplicitParams) { return csat::project_implicit_fo
 CSAT_EXPORT(project_implicit_backward, ImplicitParams) {
   return csat::project_implicit_backward(*p, workspace, nullptr);
 }
+
+int64_t csat_renormalise_rows_workspace(const csat::RowsParams*) { return 0; }
+int csat_renormalise_rows(const csat::RowsParams* p, void*) { return csat::renormalise_rows(*p, nullptr); }
 
 int64_t csat_attend_decode_workspace(const csat::AttendParams* attend, const csat::DecodeParams* decode) {
   return csat::attend_decode_workspace(*attend, *decode);

@@ -138,6 +138,14 @@ class ProjectBackwardParams(Structure):
     _fields_ = (("forward", ProjectParams), *_views("dy", "dx", "dphi"))
 
 
+class RowsParams(Structure):
+    _fields_ = (
+        *_views("phi"),
+        *((name, c_void_p) for name in ("keep", "factor", "mass")),
+        *_sizes("batch", "phi_batch", "heads", "measurements", "tokens"),
+    )
+
+
 class ImplicitParams(Structure):
     _fields_ = (
         *_views("x", "y"),
@@ -167,7 +175,7 @@ _STRUCTURES = (
     *(View, AttendParams, AttendBackwardParams, AttendCausalParams, AttendCausalBackwardParams),
     *(PrefixParams, PrefixBackwardParams),
     *(Decoder, DecodeParams, DecodeBackwardParams),
-    *(ProjectParams, ProjectBackwardParams, ImplicitParams, Counters),
+    *(ProjectParams, ProjectBackwardParams, RowsParams, ImplicitParams, Counters),
 )
 # Which axes of a View the axes of a tensor take: (B, H, M) and (B, H, Nq) leave one out, and so on.
 _ALL, _NO_ROW, _NO_LAST, _NO_LAYER, _ENDS = (0, 1, 2, 3), (0, 1, 3), (0, 1, 2), (0, 2, 3), (0, 3)
@@ -335,6 +343,17 @@ class EmulatedOps:
             params.dphi = self._output(dphi)
         self._launch("project_backward", params)
         return self._results((dx, params.dx if need_dx else None), (dphi, params.dphi if need_dphi else None))
+
+    def renormalise_rows(self, phi: Tensor, key_mask: Tensor) -> tuple[Tensor, ...]:
+        self._reset()
+        batch, rows = key_mask.shape[0], phi.shape[1:3]
+        factor, mass = torch.empty(batch, *rows), torch.empty(batch, *rows)
+        to_factor, to_mass = (self._allocate(t.nbytes) for t in (factor, mass))
+        keep = self._upload(key_mask.contiguous())
+        sizes = batch, phi.shape[0], *rows, phi.shape[3]
+        params = RowsParams(self._input(phi), keep, to_factor, to_mass, *sizes)
+        self._launch("renormalise_rows", params)
+        return self._results((factor, to_factor), (mass, to_mass))
 
     def project_implicit(
         self,
@@ -660,7 +679,7 @@ def _outputs(theta: Tensor, psi: Tensor | None) -> int:
 
 
 OPERATORS = (
-    *("project", "project_backward", "project_implicit", "project_implicit_backward"),
+    *("project", "project_backward", "renormalise_rows", "project_implicit", "project_implicit_backward"),
     *("attend", "attend_backward", "attend_causal", "attend_causal_backward"),
     *("attend_prefix", "attend_prefix_backward"),
     *("decode", "decode_backward", "attend_decode", "attend_causal_decode", "attend_prefix_decode"),

@@ -25,6 +25,7 @@ from csat_ext.info import FAMILIES
 RESULTS = {
     "project": ("y",),
     "project_backward": ("dx", "dphi"),
+    "renormalise_rows": ("factor", "mass"),
     "project_implicit": ("y",),
     "project_implicit_backward": ("dx",),
     "attend": ("z", "lse"),
@@ -175,6 +176,27 @@ def project_calls(dtype: torch.dtype) -> Iterator[Call]:
         dy = values(batch, max(x_heads, phi_heads), m, dim)
         yield Call("project", label, (x, phi, keep))
         yield Call("project_backward", label, (dy, x, phi, keep, True, True))
+
+
+def renormalise_rows_calls(dtype: torch.dtype) -> Iterator[Call]:
+    # B, Bp, Hp, M, N
+    sizes = {
+        "shared": (6, 1, 2, 9, 300),
+        "per-batch": (3, 3, 2, 5, 41),
+        "one-row": (2, 1, 1, 1, 5000),
+        "one-token": (1, 1, 1, 1, 1),
+        "no-batch": (0, 1, 2, 3, 5),
+        "no-tokens": (2, 1, 1, 3, 0),
+        "no-rows": (2, 2, 1, 0, 5),
+    }
+    for label, (batch, phi_batch, heads, rows, tokens) in sizes.items():
+        values = Values(dtype)
+        phi = values(phi_batch, heads, tokens, rows).mT
+        phi[:, :, ::2] = phi[:, :, ::2].abs()  # every other row averages
+        phi[..., : tokens // 2] = 0
+        keep = values(batch, tokens, dtype=torch.float32) > -0.5
+        keep[:1, tokens // 2 :] = False  # nothing is left of any row
+        yield Call("renormalise_rows", label, (phi, keep))
 
 
 def project_implicit_calls(dtype: torch.dtype) -> Iterator[Call]:
@@ -456,6 +478,7 @@ def attend_prefix_decode_calls(dtype: torch.dtype) -> Iterator[Call]:
 def calls(dtype: torch.dtype) -> Iterator[Call]:
     families = (
         project_calls,
+        renormalise_rows_calls,
         project_implicit_calls,
         attend_calls,
         attend_causal_calls,

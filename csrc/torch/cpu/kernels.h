@@ -13,6 +13,8 @@ Tensor project(const Tensor& x, const Tensor& phi, const MaybeTensor& key_mask);
 std::tuple<Tensor, Tensor> project_backward(const Tensor& dy, const Tensor& x, const Tensor& phi,
                                             const MaybeTensor& key_mask, bool need_dx, bool need_dphi);
 
+std::tuple<Tensor, Tensor> renormalise_rows(const Tensor& phi, const Tensor& key_mask);
+
 // `ensemble` by value: the boxed call takes its arguments so.
 Tensor project_implicit(const Tensor& x, const MaybeTensor& counts, const MaybeTensor& anchors, std::string ensemble,
                         int64_t rows, int64_t heads, int64_t seed, int64_t layer);

@@ -1,4 +1,8 @@
-// project: y = phi x along the tokens, and its two gradients dx = phi^T dy, dphi = sum over batch and heads of dy x^T.
+// project: y = phi x along the tokens, and its two gradients dx = phi^T dy, dphi = sum over batch and heads of dy x^T;
+// renormalise_rows: what a key mask makes of the rows of phi.
+#include <algorithm>
+#include <cmath>
+#include <numeric>
 #include <vector>
 
 #include "torch/checks.h"
@@ -135,6 +139,44 @@ void backward_phi(const ProjectSizes& n, const Array& dy, const Array& x, const 
            });
 }
 
+// What the mask of batch element b makes of one row of Phi (launch.h has the rule). Sums are in float64.
+struct RowFactors {
+  double factor, mass = 0;
+  template <class R>
+  RowFactors(const R* row, double total, bool averages, const KeyMask& mask, int64_t b, int64_t tokens) {
+    int64_t kept = 0, entries = 0;
+    for (int64_t s = 0; s < tokens; ++s) {
+      if (!mask.kept(b, s)) continue;
+      mass += row[s];
+      ++kept;
+      entries += row[s] != R(0);
+    }
+    const bool empty = entries == 0;
+    if (!averages || empty) mass = 0;
+    factor = empty ? 0 : averages ? total / mass : std::sqrt(static_cast<double>(tokens) / static_cast<double>(kept));
+  }
+};
+
+template <class R>
+void renormalise(const RowsSizes& n, const Array& phi, const KeyMask& mask, R* factor, R* mass) {
+  const int64_t masks = n.Bp == 1 ? n.B : 1;
+  parallel(n.Bp * n.Hp * n.M, n.N * (1 + masks), [&](int64_t first, int64_t last) {
+    Stack<R> row(1, 1, n.N);
+    for (int64_t unit = first; unit < last; ++unit) {
+      const int64_t j = unit % n.M, h = unit / n.M % n.Hp, i = unit / n.M / n.Hp;
+      load(phi.matrix(i, h, j), 1, n.N, row[0]);
+      const R* entries = row[0].row(0);
+      const double total = std::accumulate(entries, entries + n.N, 0.0);
+      const bool averages = std::none_of(entries, entries + n.N, [](R value) { return value < R(0); });
+      for (int64_t b = i; b < i + masks; ++b) {
+        const RowFactors found(entries, total, averages, mask, b, n.N);
+        const int64_t to = (b * n.Hp + h) * n.M + j;
+        factor[to] = static_cast<R>(found.factor), mass[to] = static_cast<R>(found.mass);
+      }
+    }
+  });
+}
+
 }  // namespace
 
 Tensor project(const Tensor& x, const Tensor& phi, const MaybeTensor& key_mask) {
@@ -156,6 +198,20 @@ std::tuple<Tensor, Tensor> project_backward(const Tensor& dy, const Tensor& x, c
     if (need_dphi) backward_phi<R>(n, Array(dy), Array(x), KeyMask(key_mask), Array(dphi));
   });
   return {dx, dphi};
+}
+
+std::tuple<Tensor, Tensor> renormalise_rows(const Tensor& phi, const Tensor& key_mask) {
+  const RowsSizes n = check_renormalise_rows("renormalise_rows", phi, key_mask);
+  const ScalarType type = accumulate_dtype(phi.scalar_type());
+  Tensor factor = torch::stable::new_empty(phi, {n.B, n.Hp, n.M}, type);
+  Tensor mass = torch::stable::new_empty(phi, {n.B, n.Hp, n.M}, type);
+  if (factor.numel() == 0) return {factor, mass};
+  with_accumulator(phi, [&](auto zero) {
+    using R = decltype(zero);
+    renormalise<R>(n, Array(phi), KeyMask(key_mask), static_cast<R*>(factor.data_ptr()),
+                   static_cast<R*>(mass.data_ptr()));
+  });
+  return {factor, mass};
 }
 
 }  // namespace csat::cpu
