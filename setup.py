@@ -4,6 +4,8 @@ Environment:
     CSAT_WITH_CUDA   0 | 1 | auto (default). 1 makes a missing CUDA toolkit or a CPU-only torch an error.
     CSAT_CUDA_ARCHS  architectures, default "80;90a"; PTX of the lowest is added, which later GPUs compile at load.
     MAX_JOBS         upper bound of parallel compilers; lowered where memory (3 GiB a compiler) is short.
+    CSAT_UNITY       1: the files that instantiate kernels are compiled three at a time, which is a third less work and
+                     rebuilds more at a change; 0: one at a time. Default: 1 where at most 4 compilers run.
 
 Everything else about the package stands in pyproject.toml.
 """
@@ -22,6 +24,9 @@ ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHS = "80;90a"
 GIB = 1 << 30
 BYTES_PER_JOB = 3 * GIB
+FEW_JOBS = 4  # more compilers than that want more files than a unity build has
+UNITY_FILES = 3
+INSTANCES = re.compile(r"_(bf16|f16|f32|\d+)\.cu$")  # as in cmake/sources.cmake
 # The oldest torch whose stable ABI the libraries use: 2.11.
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
 CXX_FLAGS = ["-O3", "-std=c++20", "-g0", "-fvisibility=hidden", "-fno-math-errno", *STABLE_ABI]
@@ -101,6 +106,24 @@ def job_count(cpus: int, memory: int | None, user: str | None) -> int:
     if memory is not None:
         jobs = min(jobs, memory // BYTES_PER_JOB)
     return max(1, jobs)
+
+
+def unity_choice(setting: str | None, jobs: str | None) -> bool:
+    """Whether files of instances are compiled together, from CSAT_UNITY and the parallel compilers."""
+    if setting not in (None, "0", "1"):
+        raise BuildError(f"CSAT_UNITY must be 0 or 1; got {setting!r}")
+    return setting == "1" if setting else jobs is not None and int(jobs) <= FEW_JOBS
+
+
+def united(files: list[str], folder: Path) -> list[str]:
+    """`files`, with those that instantiate kernels replaced by files in `folder` that include a few each: half of what
+    a small one costs is reading the headers. The largest (forward_*) come first, so that compilers end together."""
+    instances = sorted((file for file in files if INSTANCES.search(file)), reverse=True)
+    groups = [instances[i : i + UNITY_FILES] for i in range(0, len(instances), UNITY_FILES)]
+    together = [folder / f"instances_{number:02}.cu" for number in range(len(groups))]
+    for path, group in zip(together, groups, strict=True):
+        write_changed(path, "".join(f'#include "{ROOT / file}"\n' for file in group))
+    return [*(os.path.relpath(path, ROOT) for path in together), *(file for file in files if file not in instances)]
 
 
 def package_version() -> str:
@@ -184,12 +207,15 @@ def extensions(environment: Mapping[str, str]) -> list:
     if with_cuda:
         archs = parse_archs(environment.get("CSAT_CUDA_ARCHS", DEFAULT_ARCHS))
         cublas_include, cublas_dirs, cublas_link = cublas_of_wheel(torch.__file__, torch.version.cuda)
+        kernels = sources("csrc/kernels/*.cu")
+        if unity_choice(environment.get("CSAT_UNITY"), environment.get("MAX_JOBS")):
+            kernels = united(kernels, ROOT / "build" / "unity")
         nvcc_flags = ["-O3", "-std=c++20", "-DNDEBUG", *STABLE_ABI, "-Xcompiler=-fvisibility=hidden"]
         nvcc_flags += ["--expt-relaxed-constexpr", *gencode_flags(archs)]  # limits.h is constexpr on both sides
         built.append(
             CUDAExtension(
                 "csat_ext._cuda",
-                sources("csrc/torch/ops_cuda.cpp", "csrc/kernels/*.cpp", "csrc/kernels/*.cu"),
+                [*kernels, *sources("csrc/torch/ops_cuda.cpp", "csrc/kernels/*.cpp")],
                 include_dirs=[*include, *cublas_include],
                 library_dirs=cublas_dirs,
                 # USE_CUDA declares the CUDA part of torch's stable shims.

@@ -90,6 +90,25 @@ def test_a_commit_changes_no_flag(build: ModuleType, monkeypatch: pytest.MonkeyP
     assert [path.name for path in readers] == ["library.cpp"]
 
 
+def test_few_compilers_get_files_of_instances_together(build: ModuleType, tmp_path: Path) -> None:
+    assert [build.unity_choice(None, jobs) for jobs in ("2", "4", "5", None)] == [True, True, False, False]
+    assert build.unity_choice("1", "64") and not build.unity_choice("0", "1")
+    with pytest.raises(build.BuildError, match="CSAT_UNITY must be 0 or 1; got 'on'"):
+        build.unity_choice("on", "2")
+
+    files = build.sources("csrc/kernels/*.cu")
+    together = build.united(files, tmp_path)
+    included: list[str] = []
+    for file in together:
+        if file not in files:
+            lines = (build.ROOT / file).read_text().splitlines()
+            assert 1 <= len(lines) <= build.UNITY_FILES
+            included += [str(Path(line.split('"')[1]).relative_to(build.ROOT)) for line in lines]
+    assert sorted([*included, *(file for file in together if file in files)]) == files
+    for file in included:  # names in two anonymous namespaces may collide
+        assert "namespace {" not in (build.ROOT / file).read_text()
+
+
 def test_a_file_that_stays_as_it_is_is_not_written(build: ModuleType, tmp_path: Path) -> None:
     header = tmp_path / "new" / "facts.h"
     build.write_changed(header, "1")

@@ -195,6 +195,8 @@ def test_the_future_has_no_gradient_at_all(form: str, attention: str) -> None:
 @pytest.mark.parametrize("decoded", [False, True])
 def test_the_kernels_see_no_future(kernels: Backend, form: str, decoded: bool, dtype: torch.dtype) -> None:
     """More tokens than the chunk of a kernel, which has 64 and 128 of the prefix form."""
+    if kernels.name == "emulated_sm_90":
+        pytest.skip("the causal forms have no kernels of Hopper's own")
     n = 140 if form == "prefix" and dtype == torch.bfloat16 else 75
     options: dict[str, Any] = {"window_blocks": 1} if form == "block" else {}
     if decoded:

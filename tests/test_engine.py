@@ -16,7 +16,7 @@ import torch
 from csat_ext.planning import state_bytes
 
 pytest.importorskip("deepspeed")
-pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.xdist_group("engine")]
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 FLOAT32 = [
     "stage 1",

@@ -23,7 +23,6 @@ from csat_ext.pretrain import config as configs
 from csat_ext.pretrain.train import read_run
 
 pytest.importorskip("deepspeed")
-pytestmark = pytest.mark.xdist_group("faults")
 STEPS, EVERY = 16, 4
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "CSAT_TRACEBACK")}
 ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}

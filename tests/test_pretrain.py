@@ -28,7 +28,6 @@ from csat_ext.pretrain.metrics import bleu4, cider_d
 from csat_ext.pretrain.model import SDPAttention
 from csat_ext.pretrain.train import Run, build_model, fill_auto, read_run
 
-pytestmark = pytest.mark.xdist_group("pretrain")
 REPOSITORY = Path(__file__).parents[1]
 EXAMPLES = REPOSITORY / "examples"
 OPTIMIZER = {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.01, "torch_adam": True}}

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ranks import Ranks
 
 pytest_plugins = ["ranks"]
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.distributed
 SHAPE = Layer(batch=2, heads=HEADS, width=WIDTH // HEADS, measurements=5, rank=3, element=4)
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ranks import Ranks
 
 pytest_plugins = ["ranks"]
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.distributed
 FORMS: dict[str, Any] = {"measurements": SequenceParallel, "ulysses": UlyssesParallel}
 CONFIGS: dict[str, dict[str, Any]] = {
     "pool": {},

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ranks import Ranks
 
 pytest_plugins = ["ranks"]
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.distributed
 CONFIGS: list[dict[str, Any]] = [
     {},
     {"ensemble": "bucket", "feature_rank": 3, "decoder": "alista"},

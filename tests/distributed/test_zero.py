@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 pytest.importorskip("deepspeed")
 pytest_plugins = ["ranks"]
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.distributed
 STAGES = [0, 1, 2, 3]
 
 

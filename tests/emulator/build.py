@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import shutil
 import subprocess
@@ -29,8 +30,10 @@ def _run(*command: str) -> None:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
 
 
+@functools.cache
 def build(target: str = "csat_emulated", directory: Path = BUILD_DIRECTORY) -> Path:
-    """Configures, builds and returns the path of the library; processes that come at once wait for each other."""
+    """Configures, builds and returns the path of the library, once a process; those that come at once wait for each
+    other."""
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
