@@ -54,7 +54,8 @@ struct AttendOperands {
   int64_t key_index(int64_t b, int64_t h) const { return b * n.Hk + h / (n.H / n.Hk); }
 };
 
-constexpr int64_t kAttendRows = 96;  // query rows of one forward tile, a multiple of the micro kernel's 6
+// Query rows of one forward tile, a multiple of the 6 and 12 of a product's; few, so that their scores stay in L1.
+constexpr int64_t kAttendRows = 48;
 
 // Rows of sums over exp(s - max) v, each divided by its sum over exp(s - max).
 template <class R>

@@ -21,9 +21,8 @@
 namespace csat::cpu {
 namespace {
 
-constexpr int64_t kChunk = 96;  // tokens from one state to the next
-constexpr int64_t kTriangle =
-    24;  // rows that share the columns of a triangle; both are multiples of the micro kernel's 6
+constexpr int64_t kChunk = 96;     // tokens from one state to the next
+constexpr int64_t kTriangle = 24;  // rows that share the columns of a triangle; both multiples of 6 and 12
 
 template <class R>
 void transpose(Block<R> from, int64_t rows, int64_t columns, Block<R> to) {
