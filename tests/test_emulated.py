@@ -520,6 +520,32 @@ def test_attend_on_hopper_follows_peaks_that_grow(
     check(EmulatedOps(library, compute_capability=90), "attend", q, kc, vc, None, scale)
 
 
+# heads, heads of k, queries, measurements, head dim, features: rings of four chunks and of three; rounds in which every
+# warpgroup has a unit and in which some have none; blocks that go on to another pair in the middle of a ring.
+STREAMED = [
+    (2, 1, 70, 600, 128, 100),
+    (1, 1, 900, 530, 128, 128),
+    (3, 1, 450, 1100, 120, 128),
+    (1, 1, 520, 700, 64, 64),
+    (3, 3, 140, 1500, 50, 57),
+]
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
+@pytest.mark.parametrize("sizes", STREAMED, ids=str)
+def test_attend_on_hopper_streams_measurements_that_do_not_fit(
+    library: Any, generator: torch.Generator, sizes: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    heads, _, queries, m, head_dim, _ = sizes
+    inputs = _attend_inputs(generator, dtype, (1, *sizes), "masked" if heads > 1 else "none")
+    ops = EmulatedOps(library, compute_capability=90)
+    expected = check(ops, "attend", *inputs)
+    units, chunks, feature = heads * -(-queries // 64), -(-m // 64), 64 if head_dim <= 64 else 128
+    assert ops.counters.mma == units * chunks * (feature + 64) // 16  # products of a warpgroup
+    shuffled = EmulatedOps(library, seed=5, compute_capability=90).attend(*inputs)
+    assert all(torch.equal(a, b) for a, b in zip(expected, shuffled, strict=True))
+
+
 def test_attend_on_hopper_takes_expanded_tensors(library: Any, generator: torch.Generator) -> None:
     """Axes of stride 0, which tensor copies do not know: heads, batch elements, rows."""
     ops = EmulatedOps(library, compute_capability=90)

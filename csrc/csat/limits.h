@@ -221,17 +221,26 @@ constexpr int64_t decoder_mma_bytes(const Decoder& d, int feature, int atoms) {
 
 // ---- wgmma (sm_90a): D, R, Dv up to 64 or above 96 up to 128: between, padding would cost what wgmma wins
 constexpr int kWgmmaCapability = 90, kWgmmaChunk = 64, kWgmmaRows = 64;
+constexpr int kWgmmaRing = 4;  // the most chunks of the ring that measurements go through where not all of them fit
 constexpr int wgmma_feature(int64_t n) { return n <= 64 ? 64 : (n > 96 && n <= 128 ? 128 : 0); }
 // The most coefficients that the fused kernel's registers hold.
 constexpr int wgmma_atoms_limit(int feature) { return feature == 64 ? 128 : 64; }
 // Warpgroups of a block of the forward. Accumulators of a chunk and z, and the operands of both: four fit into 128
-// registers a thread where a decoder needs no more, else three into 168.
-constexpr int wgmma_groups(int feature, int atoms) { return feature == 64 && atoms <= 64 ? 4 : 3; }
+// registers a thread where neither a decoder nor a place in the ring needs more, else three into 168.
+constexpr int wgmma_groups(int feature, int atoms, bool stream) {
+  return feature == 64 && atoms <= 64 && !stream ? 4 : 3;
+}
 // Are queries kept as left operands, or read anew for every chunk?
 constexpr bool wgmma_holds_queries(int feature) { return feature == 64; }
-// Beside measurements and decoder: a tile of queries and one of results a warp, two mbarriers.
-constexpr int64_t wgmma_rows_bytes(int feature, int atoms) {
-  return wgmma_groups(feature, atoms) * 4 * (2 * 16 * int64_t(feature) * 2 + 8) + 8;
+// Beside measurements and decoder: a tile of queries and one of results a warp, mbarriers.
+constexpr int64_t wgmma_rows_bytes(int feature, int atoms, bool stream) {
+  return wgmma_groups(feature, atoms, stream) * 4 * (2 * 16 * int64_t(feature) * 2 + 8) +
+         8 * (stream ? 2 * kWgmmaRing : 1);
+}
+// Measurements, all or a ring of them, with their biases, and the former.
+constexpr int64_t wgmma_attend_bytes(int chunks, int slots, int feature, int atoms) {
+  return int64_t(kWgmmaChunk) * (slots * 4 * int64_t(feature) + 4 * int64_t(chunks)) +
+         wgmma_rows_bytes(feature, atoms, slots < chunks);
 }
 constexpr int64_t wgmma_decoder_bytes(const Decoder& d, int feature, int atoms) {
   return 2 * (d.s_layers * atoms * atoms + (d.b_layers + 1) * int64_t(atoms) * feature) +

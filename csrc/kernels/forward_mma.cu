@@ -81,11 +81,14 @@ Launch decode_instance(int atoms) {
 }
 template <typename T>
 Launch wgmma_instance(const limits::ForwardMmaPlan& plan) {
+  const bool stream = plan.slots < plan.chunks;
   if (plan.feature == 64) {
-    if (plan.atoms == 0) return launch_forward_wgmma<T, 64, 0>;
-    return plan.atoms == 64 ? launch_forward_wgmma<T, 64, 64> : launch_forward_wgmma<T, 64, 128>;
+    if (stream) return launch_forward_wgmma<T, 64, 0, true>;
+    if (plan.atoms == 0) return launch_forward_wgmma<T, 64, 0, false>;
+    return plan.atoms == 64 ? launch_forward_wgmma<T, 64, 64, false> : launch_forward_wgmma<T, 64, 128, false>;
   }
-  return plan.atoms == 0 ? launch_forward_wgmma<T, 128, 0> : launch_forward_wgmma<T, 128, 64>;
+  if (stream) return launch_forward_wgmma<T, 128, 0, true>;
+  return plan.atoms == 0 ? launch_forward_wgmma<T, 128, 0, false> : launch_forward_wgmma<T, 128, 64, false>;
 }
 template <typename T>
 Launch decode_wgmma_instance(const limits::ForwardMmaPlan& plan) {

@@ -153,12 +153,18 @@ const char* plan_wgmma(ForwardMmaPlan& plan, const AttendParams& attend, const D
   if (decode && plan.atoms > wgmma_atoms_limit(plan.feature)) return "coefficient count P above 64 with D = 128";
   if (attend.queries > kMaxBlocks) return "more than 2^31 queries";
   plan.wgmma = true;
-  plan.chunks = plan.slots = static_cast<int>(ceil_div(attend.measurements, kWgmmaChunk));
-  const int64_t rows = int64_t(plan.chunks) * kWgmmaChunk;
-  plan.shared_bytes = rows * (4 * plan.feature + 4) + wgmma_rows_bytes(plan.feature, plan.atoms);
-  if (decode) plan.shared_bytes += wgmma_decoder_bytes(decode->decoder, plan.feature, plan.atoms);
-  return plan.shared_bytes <= device.shared_bytes ? nullptr
-                                                  : "measurements and decoder exceed the shared memory of a block";
+  if (attend.measurements > kMaxTokens) return "more than 2^31 - 2 measurements";
+  plan.chunks = static_cast<int>(ceil_div(attend.measurements, kWgmmaChunk));
+  const int64_t weights = decode ? wgmma_decoder_bytes(decode->decoder, plan.feature, plan.atoms) : 0;
+  const auto fits = [&](int slots) {
+    plan.slots = slots;
+    plan.shared_bytes = wgmma_attend_bytes(plan.chunks, slots, plan.feature, plan.atoms) + weights;
+    return plan.shared_bytes <= device.shared_bytes;
+  };
+  // With three a warpgroup that is ahead of the first one finds its next chunk still on its way.
+  if (fits(plan.chunks) || (!decode && (fits(kWgmmaRing) || fits(kWgmmaRing - 1)))) return nullptr;
+  return decode ? "measurements and decoder exceed the shared memory of a block"
+                : "the biases of the measurements exceed the shared memory of a block";
 }
 
 const char* plan_wgmma(ForwardMmaPlan& plan, const DecodeParams& decode, const Device& device) {

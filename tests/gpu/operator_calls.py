@@ -261,6 +261,8 @@ def attend_calls(dtype: torch.dtype) -> Iterator[Call]:
         "D96": ((1, 1, 1, 40, 257, 96, 90), (1, 1)),
         "D128": ((2, 2, 1, 150, 100, 128, 128), (2, 1)),
         "streamed": ((1, 2, 1, 70, 600, 128, 100), (1, 2)),
+        "ring-of-three": ((1, 3, 1, 450, 1100, 128, 128), (1, 3)),
+        "streamed-D64": ((2, 2, 2, 330, 1500, 64, 64), None),
     }
     for label, (shape, bias_shape) in sizes.items():
         values = Values(dtype)
