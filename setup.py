@@ -4,7 +4,7 @@ Environment:
     CSAT_WITH_CUDA   0 | 1 | auto (default). 1 makes a missing CUDA toolkit or a CPU-only torch an error.
     CSAT_CUDA_ARCHS  architectures, default "80;90a"; PTX of the lowest is added, which later GPUs compile at load.
     MAX_JOBS         upper bound of parallel compilers; lowered where memory (3 GiB a compiler) is short.
-    CSAT_UNITY       1: the files that instantiate kernels are compiled three at a time, which is a third less work and
+    CSAT_UNITY       1: the files that instantiate kernels are compiled three at a time, which is a fifth less work and
                      rebuilds more at a change; 0: one at a time. Default: 1 where at most 4 compilers run.
 
 Everything else about the package stands in pyproject.toml.
