@@ -78,6 +78,7 @@ struct Resident {
 // Where a warp is in a ring of `slots`, 4 at most, in one register: the slot of its next chunk, and the parity of the
 // phases of this lap.
 struct RingPlace {
+  static_assert(limits::kWgmmaRing <= 4, "two bits hold a slot");
   int bits = 0;
   CSAT_DEVICE int slot() const { return bits & 3; }
   CSAT_DEVICE uint32_t parity() const { return bits >> 2; }

@@ -237,7 +237,7 @@ constexpr int64_t wgmma_rows_bytes(int feature, int atoms, bool stream) {
   return wgmma_groups(feature, atoms, stream) * 4 * (2 * 16 * int64_t(feature) * 2 + 8) +
          8 * (stream ? 2 * kWgmmaRing : 1);
 }
-// Measurements, all or a ring of them, with their biases, and the former.
+// The chunks of measurements that are there at a time, the biases of all of them, and those rows.
 constexpr int64_t wgmma_attend_bytes(int chunks, int slots, int feature, int atoms) {
   return int64_t(kWgmmaChunk) * (slots * 4 * int64_t(feature) + 4 * int64_t(chunks)) +
          wgmma_rows_bytes(feature, atoms, slots < chunks);
