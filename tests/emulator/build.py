@@ -35,12 +35,13 @@ def build(target: str = "csat_emulated", directory: Path = BUILD_DIRECTORY) -> P
     """Configures, builds and returns the path of the library, once a process; those that come at once wait for each
     other."""
     directory.mkdir(parents=True, exist_ok=True)
+    cores = len(os.sched_getaffinity(0))
     with open(directory / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (directory / "CMakeCache.txt").exists():
             generator = ["-G", "Ninja"] if shutil.which("ninja") else []
             switches = ["-DCSAT_EMULATE=ON", "-DCSAT_CUDA=OFF", "-DCMAKE_CXX_COMPILER=g++"]
+            switches.append(f"-DCSAT_UNITY={'ON' if cores <= 4 else 'OFF'}")  # as in setup.py
             _run("cmake", "-S", str(ROOT), "-B", str(directory), *generator, *switches)
-        jobs = str(len(os.sched_getaffinity(0)))
-        _run("cmake", "--build", str(directory), "--target", target, "--parallel", jobs)
+        _run("cmake", "--build", str(directory), "--target", target, "--parallel", str(cores))
     return directory / f"lib{target}.so"
