@@ -26,7 +26,6 @@ GIB = 1 << 30
 BYTES_PER_JOB = 3 * GIB
 FEW_JOBS = 4  # more compilers than that want more files than a unity build has
 UNITY_FILES = 3
-INSTANCES = re.compile(r"_(bf16|f16|f32|\d+)\.cu$")  # as in cmake/sources.cmake
 # The oldest torch whose stable ABI the libraries use: 2.11.
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
 CXX_FLAGS = ["-O3", "-std=c++20", "-g0", "-fvisibility=hidden", "-fno-math-errno", *STABLE_ABI]
@@ -116,14 +115,14 @@ def unity_choice(setting: str | None, jobs: str | None) -> bool:
 
 
 def united(files: list[str], folder: Path) -> list[str]:
-    """`files`, with those that instantiate kernels replaced by files in `folder` that include a few each: half of what
-    a small one costs is reading the headers. The largest (forward_*) come first, so that compilers end together."""
-    instances = sorted((file for file in files if INSTANCES.search(file)), reverse=True)
-    groups = [instances[i : i + UNITY_FILES] for i in range(0, len(instances), UNITY_FILES)]
+    """Files in `folder` that include a few of `files` each: half of what one that instantiates kernels costs is reading
+    the headers. The largest (forward_*) come first, so that compilers end together."""
+    ordered = sorted(files, reverse=True)
+    groups = [ordered[i : i + UNITY_FILES] for i in range(0, len(ordered), UNITY_FILES)]
     together = [folder / f"instances_{number:02}.cu" for number in range(len(groups))]
     for path, group in zip(together, groups, strict=True):
         write_changed(path, "".join(f'#include "{ROOT / file}"\n' for file in group))
-    return [*(os.path.relpath(path, ROOT) for path in together), *(file for file in files if file not in instances)]
+    return [os.path.relpath(path, ROOT) for path in together]
 
 
 def package_version() -> str:
@@ -207,15 +206,15 @@ def extensions(environment: Mapping[str, str]) -> list:
     if with_cuda:
         archs = parse_archs(environment.get("CSAT_CUDA_ARCHS", DEFAULT_ARCHS))
         cublas_include, cublas_dirs, cublas_link = cublas_of_wheel(torch.__file__, torch.version.cuda)
-        kernels = sources("csrc/kernels/*.cu")
+        instances = sources("csrc/kernels/instances/*.cu")
         if unity_choice(environment.get("CSAT_UNITY"), environment.get("MAX_JOBS")):
-            kernels = united(kernels, ROOT / "build" / "unity")
+            instances = united(instances, ROOT / "build" / "unity")
         nvcc_flags = ["-O3", "-std=c++20", "-DNDEBUG", *STABLE_ABI, "-Xcompiler=-fvisibility=hidden"]
         nvcc_flags += ["--expt-relaxed-constexpr", *gencode_flags(archs)]  # limits.h is constexpr on both sides
         built.append(
             CUDAExtension(
                 "csat_ext._cuda",
-                [*kernels, *sources("csrc/torch/ops_cuda.cpp", "csrc/kernels/*.cpp")],
+                [*instances, *sources("csrc/kernels/*.cu", "csrc/kernels/*.cpp", "csrc/torch/ops_cuda.cpp")],
                 include_dirs=[*include, *cublas_include],
                 library_dirs=cublas_dirs,
                 # USE_CUDA declares the CUDA part of torch's stable shims.

@@ -593,7 +593,7 @@ int launch_backward_shift_mma(const AttendBackwardMmaArgs& p, int64_t blocks, vo
   return last_error();
 }
 
-// csrc/kernels/attend_backward_mma_<size>.cu instantiates these; everything else only refers to them.
+// csrc/kernels/instances/attend_backward_mma_<size>.cu instantiates these; everything else only refers to them.
 #define CSAT_ATTEND_BACKWARD_MMA(prefix, T, size)                                                        \
   prefix template int launch_attend_backward_mma<T, size>(const AttendBackwardMmaArgs&, int64_t, void*); \
   prefix template int launch_backward_shift_mma<T, size>(const AttendBackwardMmaArgs&, int64_t, void*);

@@ -623,7 +623,8 @@ int launch_backward_mean_wgmma(const AttendBackwardMmaArgs& p, const AttendBackw
   return last_error();
 }
 
-// csrc/kernels/attend_backward_wgmma_<feature>.cu instantiate these; limits::plan_wgmma says which are needed.
+// csrc/kernels/instances/attend_backward_wgmma_<feature>.cu instantiate these; limits::plan_wgmma says which are
+// needed.
 #define CSAT_ATTEND_BACKWARD_WGMMA(prefix, T, kD, row_blocks, groups, one_slab)          \
   prefix template int launch_attend_backward_wgmma<T, kD, row_blocks, groups, one_slab>( \
       const AttendBackwardMmaArgs&, const AttendBackwardMaps&, int64_t, void*);

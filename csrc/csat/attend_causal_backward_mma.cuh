@@ -506,7 +506,7 @@ int launch_column_backward_causal_mma(const AttendCausalBackwardMmaArgs& p, int6
   return last_error();
 }
 
-// csrc/kernels/attend_causal_backward_mma_<size>.cu instantiates these; everything else only refers to them.
+// csrc/kernels/instances/attend_causal_backward_mma_<size>.cu instantiates these; everything else only refers to them.
 #define CSAT_ATTEND_CAUSAL_BACKWARD_MMA(prefix, T, size)                                                             \
   prefix template int launch_query_backward_causal_mma<T, size>(const AttendCausalBackwardMmaArgs&, int64_t, void*); \
   prefix template int launch_column_backward_causal_mma<T, size, false>(const AttendCausalBackwardMmaArgs&, int64_t, \

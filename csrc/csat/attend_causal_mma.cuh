@@ -162,7 +162,7 @@ int launch_attend_causal_mma(const AttendCausalMmaArgs& p, int64_t blocks, int64
   return last_error();
 }
 
-// csrc/kernels/attend_causal_mma_<feature>.cu instantiate these; everything else refers to them. Above
+// csrc/kernels/instances/attend_causal_mma_<feature>.cu instantiate these; everything else refers to them. Above
 // limits::kFusedMmaFeature there is no fused kernel.
 #define CSAT_CAUSAL_MMA(prefix, T, kD, kP) \
   prefix template int launch_attend_causal_mma<T, kD, kP>(const AttendCausalMmaArgs&, int64_t, int64_t, void*);

@@ -506,7 +506,7 @@ int launch_prefix_token_backward_mma(const PrefixTokenMmaArgs& p, int64_t blocks
   return last_error();
 }
 
-// csrc/kernels/attend_prefix_backward_mma_<feature>.cu instantiate these; everything else refers to them.
+// csrc/kernels/instances/attend_prefix_backward_mma_<feature>.cu instantiate these; everything else refers to them.
 #define CSAT_PREFIX_BACKWARD_MMA(prefix, T, kD)                                                           \
   prefix template int launch_prefix_query_backward_mma<T, kD>(const PrefixGradientArgs&, int64_t, void*); \
   prefix template int launch_prefix_token_backward_mma<T, kD>(const PrefixTokenMmaArgs&, int64_t, void*);

@@ -410,7 +410,7 @@ int launch_attend_prefix_mma(const PrefixMmaArgs& p, int64_t blocks, int64_t sha
   return last_error();
 }
 
-// csrc/kernels/attend_prefix_mma_<feature>.cu instantiate these; everything else refers to them.
+// csrc/kernels/instances/attend_prefix_mma_<feature>.cu instantiate these; everything else refers to them.
 #define CSAT_PREFIX_MMA(prefix, T, kD, kP) \
   prefix template int launch_attend_prefix_mma<T, kD, kP>(const PrefixMmaArgs&, int64_t, int64_t, void*);
 #define CSAT_ALL_PREFIX_MMA(prefix, T, kD)                                                     \

@@ -342,7 +342,7 @@ int launch_decode_backward_mma(const DecodeBackwardMmaArgs& p, int64_t blocks, i
   return last_error();
 }
 
-// csrc/kernels/decode_backward_mma_<P>.cu instantiate these; everything else refers to them.
+// csrc/kernels/instances/decode_backward_mma_<P>.cu instantiate these; everything else refers to them.
 #define CSAT_DECODE_BACKWARD_MMA_INSTANCES(prefix, T, kP)                                                           \
   prefix template int launch_decode_backward_mma<T, kP, 64>(const DecodeBackwardMmaArgs&, int64_t, int64_t, void*); \
   prefix template int launch_decode_backward_mma<T, kP, 128>(const DecodeBackwardMmaArgs&, int64_t, int64_t, void*);

@@ -487,7 +487,7 @@ int launch_decode_backward_wgmma(const DecodeBackwardWgmmaArgs& p, int64_t block
   return last_error();
 }
 
-// csrc/kernels/decode_backward_wgmma_<size>.cu instantiate these: P, R and Dv up to 64, or up to 128.
+// csrc/kernels/instances/decode_backward_wgmma_<size>.cu instantiate these: P, R and Dv up to 64, or up to 128.
 #define CSAT_DECODE_BACKWARD_WGMMA(prefix, T, size)                                                                 \
   prefix template int launch_decode_backward_wgmma<T, size, size>(const DecodeBackwardWgmmaArgs&, int64_t, int64_t, \
                                                                   void*);

@@ -203,7 +203,7 @@ int launch_decode_wgmma(const ForwardMmaArgs& p, int64_t blocks, int64_t shared_
   return last_error();
 }
 
-// csrc/kernels/decode_wgmma_<feature>.cu instantiate these, for up to 64 and up to 128 coefficients.
+// csrc/kernels/instances/decode_wgmma_<feature>.cu instantiate these, for up to 64 and up to 128 coefficients.
 #define CSAT_DECODE_WGMMA(prefix, T, kD)                                                              \
   prefix template int launch_decode_wgmma<T, kD, 64>(const ForwardMmaArgs&, int64_t, int64_t, void*); \
   prefix template int launch_decode_wgmma<T, kD, 128>(const ForwardMmaArgs&, int64_t, int64_t, void*);

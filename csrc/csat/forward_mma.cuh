@@ -354,7 +354,7 @@ int launch_decode_mma(const ForwardMmaArgs& p, int64_t blocks, int64_t shared_by
   return last_error();
 }
 
-// csrc/kernels/forward_mma_<feature>.cu instantiate these; everything else refers to them. Above
+// csrc/kernels/instances/forward_mma_<feature>.cu instantiate these; everything else refers to them. Above
 // limits::kFusedMmaFeature there is no fused kernel.
 #define CSAT_ATTEND_MMA(prefix, T, kD) \
   prefix template int launch_forward_mma<T, kD, 0>(const ForwardMmaArgs&, int64_t, int64_t, void*);

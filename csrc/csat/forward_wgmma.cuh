@@ -468,7 +468,7 @@ int launch_forward_wgmma(const ForwardMmaArgs& p, int64_t blocks, int64_t shared
   return last_error();
 }
 
-// csrc/kernels/forward_wgmma_<feature>.cu instantiate these; limits::wgmma_atoms_limit says why 128 has less.
+// csrc/kernels/instances/forward_wgmma_<feature>.cu instantiate these; limits::wgmma_atoms_limit says why 128 has less.
 #define CSAT_FORWARD_WGMMA(prefix, T, kD, kP, kStream) \
   prefix template int launch_forward_wgmma<T, kD, kP, kStream>(const ForwardMmaArgs&, int64_t, int64_t, void*);
 #define CSAT_FORWARD_WGMMA_64(prefix, T)       \

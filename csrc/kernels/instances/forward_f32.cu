@@ -1,6 +1,7 @@
+// Written by generate.py.
 #define CSAT_INSTANTIATE
 #include "csat/instances.h"
 
 namespace csat {
-CSAT_ATTEND_PREFIX_INSTANCES(, f16)
+CSAT_FORWARD_INSTANCES(, float)
 }  // namespace csat

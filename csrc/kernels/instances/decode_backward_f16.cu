@@ -1,3 +1,4 @@
+// Written by generate.py.
 #define CSAT_INSTANTIATE
 #include "csat/instances.h"
 

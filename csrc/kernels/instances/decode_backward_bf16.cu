@@ -1,6 +1,7 @@
+// Written by generate.py.
 #define CSAT_INSTANTIATE
 #include "csat/instances.h"
 
 namespace csat {
-CSAT_FORWARD_INSTANCES(, bf16)
+CSAT_DECODE_BACKWARD_INSTANCES(, bf16)
 }  // namespace csat

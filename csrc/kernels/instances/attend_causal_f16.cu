@@ -1,6 +1,7 @@
+// Written by generate.py.
 #define CSAT_INSTANTIATE
 #include "csat/instances.h"
 
 namespace csat {
-CSAT_ATTEND_BACKWARD_INSTANCES(, float)
+CSAT_ATTEND_CAUSAL_INSTANCES(, f16)
 }  // namespace csat

@@ -1,6 +1,7 @@
+// Written by generate.py.
 #define CSAT_INSTANTIATE
 #include "csat/instances.h"
 
 namespace csat {
-CSAT_ATTEND_PREFIX_INSTANCES(, float)
+CSAT_DECODE_BACKWARD_INSTANCES(, float)
 }  // namespace csat
