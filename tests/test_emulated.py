@@ -6,7 +6,7 @@ Sizes are odd and small: tails of every tile, padding of every panel, a head axi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -392,6 +392,28 @@ def test_order_of_threads_does_not_matter_to_the_prefix_form(library: Any, gener
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
+def _assert_pair(
+    library: Any, ops: EmulatedOps, attend: str, inputs: Sequence[Any], weights: Sequence[Tensor], one_kernel: bool
+) -> None:
+    """`attend`_decode gives what `attend` and decode give one after the other, to the bit, from `one_kernel` or two."""
+    out, *rest = check(ops, f"{attend}_decode", *inputs, *weights, True)
+    fused_launches = ops.counters.launches
+    alone = getattr(ops, attend)(*inputs)
+    attend_launches = ops.counters.launches
+    assert all(torch.equal(a, b) for a, b in zip(rest, alone, strict=True))
+    if one_kernel:
+        plain = EmulatedOps(library, compute_capability=80)  # on 90 decode alone sums in the order of warpgroups
+        assert torch.equal(out, plain.decode(rest[0], *weights))
+        weights_packed = fused_launches - attend_launches  # copies to vector rows: no kernel beyond
+        assert weights_packed < plain.counters.launches
+    else:
+        assert torch.equal(out, ops.decode(rest[0], *weights))
+        assert fused_launches == attend_launches + ops.counters.launches
+    again = getattr(ops, f"{attend}_decode")(*inputs, *weights, False)
+    assert torch.equal(again[0], out) and again[1].shape == (0,)
+    assert all(torch.equal(a, b) for a, b in zip(again[2:], alone[1:], strict=True))
+
+
 # Sizes of PREFIX, then heads, layers, layers of S, layers of B, coefficients, outputs of the decoder; whether it is one
 # kernel in 16 bits.
 PREFIX_DECODE = [
@@ -414,27 +436,11 @@ def test_attend_prefix_decode(
     fused: bool,
     dtype: torch.dtype,
 ) -> None:
-    """What attend_prefix and decode give one after the other, to the bit, from one kernel where it is fused."""
     ops = EmulatedOps(library, seed=13, compute_capability=90)
     inputs = _prefix_inputs(generator, dtype, sizes, True, False)
     heads, layers, s_layers, b_layers, coefficients, outputs = decoder
     weights = _decoder(generator, (heads, layers, s_layers, b_layers, coefficients, sizes[-1], outputs))
-    out, *rest = check(ops, "attend_prefix_decode", *inputs, *weights, True)
-    fused_launches = ops.counters.launches
-    alone = ops.attend_prefix(*inputs)
-    attend_launches = ops.counters.launches
-    assert all(torch.equal(a, b) for a, b in zip(rest, alone, strict=True))
-    plain = EmulatedOps(library, compute_capability=80)  # on 90 decode alone sums in the order of warpgroups
-    if fused and dtype != torch.float32:
-        assert torch.equal(out, plain.decode(rest[0], *weights))
-        weights_packed = fused_launches - attend_launches  # copies to vector rows: no kernel beyond
-        assert weights_packed < plain.counters.launches
-    else:
-        assert torch.equal(out, ops.decode(rest[0], *weights))
-        assert fused_launches == attend_launches + ops.counters.launches
-    again = ops.attend_prefix_decode(*inputs, *weights, False)
-    assert torch.equal(again[0], out) and again[1].shape == (0,)
-    assert all(torch.equal(a, b) for a, b in zip(again[2:], alone[1:], strict=True))
+    _assert_pair(library, ops, "attend_prefix", inputs, weights, fused and dtype != torch.float32)
 
 
 SIXTEEN_BITS = [torch.bfloat16, torch.float16]
@@ -905,26 +911,11 @@ def test_attend_causal_decode(
     fused: bool,
     dtype: torch.dtype,
 ) -> None:
-    """What attend_causal and decode give one after the other, to the bit, from one kernel where it is fused."""
     ops = EmulatedOps(library, seed=11, compute_capability=90 if sizes[5] % 20 else 80)
     inputs = _causal_inputs(generator, dtype, sizes, True)
     heads, layers, s_layers, b_layers, coefficients, outputs = decoder
     weights = _decoder(generator, (heads, layers, s_layers, b_layers, coefficients, sizes[-1], outputs))
-    out, z, lse = check(ops, "attend_causal_decode", *inputs, *weights, True)
-    fused_launches = ops.counters.launches
-    expected = ops.attend_causal(*inputs)
-    attend_launches = ops.counters.launches
-    assert torch.equal(z, expected[0]) and torch.equal(lse, expected[1])
-    plain = EmulatedOps(library, compute_capability=80)  # on 90 decode alone sums in the order of warpgroups
-    if fused and dtype != torch.float32:
-        assert torch.equal(out, plain.decode(z, *weights))
-        weights_packed = fused_launches - attend_launches  # copies to vector rows: no kernel beyond
-        assert weights_packed < plain.counters.launches
-    else:
-        assert torch.equal(out, ops.decode(z, *weights))
-        assert fused_launches == attend_launches + ops.counters.launches
-    again = ops.attend_causal_decode(*inputs, *weights, False)
-    assert torch.equal(again[0], out) and again[1].shape == (0,) and torch.equal(again[2], lse)
+    _assert_pair(library, ops, "attend_causal", inputs, weights, fused and dtype != torch.float32)
     S, B, theta, psi, step = weights
     identity = torch.eye(coefficients).expand(psi.shape[0], -1, -1)
     without = [ops.attend_causal_decode(*inputs, S, B, theta, own, step, False)[0] for own in (None, identity)]

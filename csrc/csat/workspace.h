@@ -99,15 +99,6 @@ inline int take_token_rows(CausalTokens& tokens, Carver& carver, const AttendPar
   return code ? code : take(tokens.v, of.features);
 }
 
-// z (B, H, rows, R) of attend or one of its kin, or rows in the workspace where the caller does not want it.
-template <typename Params>
-View take_z_rows(const Params& p, int64_t rows, Carver& carver) {
-  if (p.z.data) return p.z;
-  const int64_t pitch = limits::round_up(p.features, 8), head = rows * pitch;
-  return {
-      carver.take<char>(p.batch * p.heads * head * size_of(p.q.dtype)), p.q.dtype, {p.heads * head, head, pitch, 1}};
-}
-
 // Evaluates to the first non-zero error code of a sequence of launches.
 #define CSAT_TRY(expression)                        \
   do {                                              \

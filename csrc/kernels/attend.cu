@@ -1,6 +1,7 @@
 // Host side of attend, decode and the fused forward, and of attend's backward: panels, workspace, launches.
 #include "csat/attend_backward_mma.h"
 #include "csat/attend_panels.h"
+#include "csat/decode_pair.h"
 #include "csat/dispatch.h"
 #include "csat/forward_mma.h"
 #include "csat/instances.h"
@@ -61,16 +62,6 @@ struct Fused {
   }
 };
 
-// The pair, with z in the workspace where the caller does not want it.
-struct AttendDecodePair {
-  AttendParams attend;
-  DecodeParams decode;
-
-  AttendDecodePair(const AttendParams& a, const DecodeParams& d, Carver& carver) : attend(a), decode(d) {
-    decode.z = attend.z = take_z_rows(a, a.queries, carver);
-  }
-};
-
 }  // namespace
 
 int64_t attend_workspace(const AttendParams& p) {
@@ -123,12 +114,7 @@ int decode_forward(const DecodeParams& p, void* workspace, void* stream) {
 int64_t attend_decode_workspace(const AttendParams& attend, const DecodeParams& decode) {
   const Fused fused(attend, decode);
   if (fused.on_tensor_cores) return forward_mma_workspace(fused.plan, &attend, &decode);
-  if (fused.as_pair) {
-    Carver carver(nullptr);
-    AttendDecodePair pair(attend, decode, carver);
-    const int64_t first = attend_workspace(pair.attend), second = decode_workspace(pair.decode);
-    return carver.used() + (first > second ? first : second);
-  }
+  if (fused.as_pair) return DecodePair<AttendParams>::workspace(attend, decode, attend_workspace);
   Carver carver(nullptr);
   ForwardArgs args{};
   take_attend(args, attend, attend.measurements, carver, nullptr);
@@ -139,13 +125,8 @@ int64_t attend_decode_workspace(const AttendParams& attend, const DecodeParams& 
 int attend_decode_forward(const AttendParams& attend, const DecodeParams& decode, void* workspace, void* stream) {
   const Fused fused(attend, decode);
   if (fused.on_tensor_cores) return forward_mma(fused.plan, &attend, &decode, workspace, stream);
+  if (fused.as_pair) return DecodePair<AttendParams>::forward(attend, decode, attend_forward, workspace, stream);
   Carver carver(workspace);
-  if (fused.as_pair) {
-    const AttendDecodePair pair(attend, decode, carver);
-    void* rest = static_cast<char*>(workspace) + carver.used();
-    CSAT_TRY(attend_forward(pair.attend, rest, stream));
-    return decode_forward(pair.decode, rest, stream);
-  }
   ForwardArgs args{};
   CSAT_TRY(take_attend(args, attend, attend.measurements, carver, stream));
   CSAT_TRY(take_decoder(args, decode, carver, stream));

@@ -1,6 +1,7 @@
 // Host side of attend_causal and its backward: the panels of attend twice, for measurements and for tokens.
 #include "csat/attend_causal_backward_mma.h"
 #include "csat/attend_panels.h"
+#include "csat/decode_pair.h"
 #include "csat/dispatch.h"
 #include "csat/forward_mma.h"
 #include "csat/instances.h"
@@ -33,16 +34,6 @@ int take(AttendCausalArgs& args, const AttendCausalParams& p, Carver& carver, vo
   CSAT_TRY(take_attend(args.measured, p.measured, columns, carver, stream));
   return take_attend(args.tokens, tokens, columns, carver, stream);
 }
-
-// attend_causal and decode one after the other, with z in the workspace where the caller does not want it.
-struct AttendCausalDecodePair {
-  AttendCausalParams attend;
-  DecodeParams decode;
-
-  AttendCausalDecodePair(const AttendCausalParams& a, const DecodeParams& d, Carver& carver) : attend(a), decode(d) {
-    decode.z = attend.measured.z = take_z_rows(a.measured, a.measured.queries, carver);
-  }
-};
 
 struct CausalBackwardPlan {
   AttendBackwardParams token_params{};
@@ -94,10 +85,7 @@ int64_t attend_causal_decode_workspace(const AttendCausalParams& attend, const D
   limits::ForwardMmaPlan plan;
   if (!limits::plan_causal_mma(plan, attend, &decode, shared_memory_limit()))
     return attend_causal_mma_workspace(plan, attend, &decode);
-  Carver carver(nullptr);
-  const AttendCausalDecodePair pair(attend, decode, carver);
-  const int64_t first = attend_causal_workspace(pair.attend), second = decode_workspace(pair.decode);
-  return carver.used() + (first > second ? first : second);
+  return DecodePair<AttendCausalParams>::workspace(attend, decode, attend_causal_workspace);
 }
 
 int attend_causal_decode_forward(const AttendCausalParams& attend, const DecodeParams& decode, void* workspace,
@@ -105,11 +93,7 @@ int attend_causal_decode_forward(const AttendCausalParams& attend, const DecodeP
   limits::ForwardMmaPlan plan;
   if (!limits::plan_causal_mma(plan, attend, &decode, shared_memory_limit()))
     return attend_causal_mma(plan, attend, &decode, workspace, stream);
-  Carver carver(workspace);
-  const AttendCausalDecodePair pair(attend, decode, carver);
-  void* rest = static_cast<char*>(workspace) + carver.used();
-  CSAT_TRY(attend_causal_forward(pair.attend, rest, stream));
-  return decode_forward(pair.decode, rest, stream);
+  return DecodePair<AttendCausalParams>::forward(attend, decode, attend_causal_forward, workspace, stream);
 }
 
 int64_t attend_causal_backward_workspace(const AttendCausalBackwardParams& p) {

@@ -1,6 +1,7 @@
 // Host side of attend_prefix and its backward, which go over batch elements and key heads in parts.
 #include "csat/attend_prefix_backward_mma.h"
 #include "csat/attend_prefix_mma.h"
+#include "csat/decode_pair.h"
 #include "csat/dispatch.h"
 #include "csat/instances.h"
 #include "csat/prefix_parts.h"
@@ -333,16 +334,6 @@ struct BackwardPlan {
   }
 };
 
-// attend_prefix and decode one after the other, with z in the workspace where the caller does not want it.
-struct PrefixDecodePair {
-  PrefixParams attend;
-  DecodeParams decode;
-
-  PrefixDecodePair(const PrefixParams& a, const DecodeParams& d, Carver& carver) : attend(a), decode(d) {
-    decode.z = attend.z = take_z_rows(a, a.tokens, carver);
-  }
-};
-
 }  // namespace
 
 int64_t attend_prefix_workspace(const PrefixParams& p) {
@@ -362,10 +353,7 @@ int64_t attend_prefix_decode_workspace(const PrefixParams& attend, const DecodeP
   limits::ForwardMmaPlan plan;
   if (!limits::plan_prefix_mma(plan, attend, &decode, shared_memory_limit()))
     return attend_prefix_mma_workspace(attend, &decode);
-  Carver carver(nullptr);
-  const PrefixDecodePair pair(attend, decode, carver);
-  const int64_t first = attend_prefix_workspace(pair.attend), second = decode_workspace(pair.decode);
-  return carver.used() + (first > second ? first : second);
+  return DecodePair<PrefixParams>::workspace(attend, decode, attend_prefix_workspace);
 }
 
 int attend_prefix_decode_forward(const PrefixParams& attend, const DecodeParams& decode, void* workspace,
@@ -373,11 +361,7 @@ int attend_prefix_decode_forward(const PrefixParams& attend, const DecodeParams&
   limits::ForwardMmaPlan plan;
   if (!limits::plan_prefix_mma(plan, attend, &decode, shared_memory_limit()))
     return attend_prefix_mma(attend, &decode, workspace, stream);
-  Carver carver(workspace);
-  const PrefixDecodePair pair(attend, decode, carver);
-  void* rest = static_cast<char*>(workspace) + carver.used();
-  CSAT_TRY(attend_prefix_forward(pair.attend, rest, stream));
-  return decode_forward(pair.decode, rest, stream);
+  return DecodePair<PrefixParams>::forward(attend, decode, attend_prefix_forward, workspace, stream);
 }
 
 int64_t attend_prefix_backward_workspace(const PrefixBackwardParams& p) {
