@@ -3,6 +3,7 @@
 Environment:
     CSAT_WITH_CUDA   0 | 1 | auto (default). 1 makes a missing CUDA toolkit or a CPU-only torch an error.
     CSAT_CUDA_ARCHS  architectures, default "80;90a"; PTX of the lowest is added, which later GPUs compile at load.
+                     Without 90a a Hopper runs the kernels for Ampere's tensor cores.
     MAX_JOBS         upper bound of parallel compilers; lowered where memory (3 GiB a compiler) is short.
     CSAT_UNITY       1: the files that instantiate kernels are compiled three at a time, which is a fifth less work and
                      rebuilds more at a change; 0: one at a time. Default: 1 where at most 4 compilers run.
@@ -205,6 +206,8 @@ def extensions(environment: Mapping[str, str]) -> list:
         print(message, file=sys.stderr)
     if with_cuda:
         archs = parse_archs(environment.get("CSAT_CUDA_ARCHS", DEFAULT_ARCHS))
+        if "90" in archs and "90a" not in archs:
+            print("csat_ext: warpgroup products of Hopper need 90a beside or in place of 90", file=sys.stderr)
         cublas_include, cublas_dirs, cublas_link = cublas_of_wheel(torch.__file__, torch.version.cuda)
         instances = sources("csrc/kernels/instances/*.cu")
         if unity_choice(environment.get("CSAT_UNITY"), environment.get("MAX_JOBS")):

@@ -12,6 +12,8 @@ add_library(csat_kernels STATIC ${CSAT_KERNEL_SOURCES})
 add_library(csat_ext::csat_kernels ALIAS csat_kernels)
 # Flags, not a property: CMake before 3.26 does not know that nvcc has C++20. limits.h is constexpr for host and device.
 target_compile_options(csat_kernels PRIVATE -std=c++20 $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr>)
+string(REPLACE ";" "." archs "${CMAKE_CUDA_ARCHITECTURES}")  # device.cu asks it for 90a
+target_compile_definitions(csat_kernels PRIVATE CSAT_CUDA_ARCHS=${archs})
 target_include_directories(csat_kernels PUBLIC $<BUILD_INTERFACE:${CSAT_SOURCE_ROOT}> $<INSTALL_INTERFACE:include>)
 target_link_libraries(csat_kernels PRIVATE CUDA::cudart_static csat_ext::cublas)
 set_target_properties(csat_kernels PROPERTIES POSITION_INDEPENDENT_CODE ON)

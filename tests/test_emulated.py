@@ -349,6 +349,20 @@ def test_attend_prefix_after_a_million_tokens(library: Any, generator: torch.Gen
         assert_accurate(f"attend_prefix_backward[{i}]", a, b, dtype=dtype)  # plain torch in 16 bits has no such sums
 
 
+def test_prefix_masses_that_are_subnormal(library: Any, generator: torch.Generator) -> None:
+    """What a softmax leaves of a distant logit: too little to be seen, and no row may become NaN by it."""
+    q, k, v, phi, *_, scale, _ = _prefix_inputs(generator, torch.bfloat16, PREFIX_MMA[0], False, False)
+    phi = phi.bfloat16()
+    phi[..., 0::3], phi[..., 1::3] = 1e-39, 2e-40
+    state = [torch.zeros(1, 1, *s) for s in ((70, 64), (70, 64), (70,))]
+    data = q, k, v, phi, *state, None, None
+    ops = EmulatedOps(library)
+    z, lse, *ends = check(ops, "attend_prefix", *data, scale, False)
+    of_ends = [torch.zeros_like(x) for x in ends]
+    gradients = ops.attend_prefix_backward(z, *of_ends, *data, lse, scale, False)
+    assert all(bool(x.isfinite().all()) for x in (z, lse, *ends, *gradients) if x is not None)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_prefix_values_that_are_alike(library: Any, generator: torch.Generator, dtype: torch.dtype) -> None:
     """A mean of equal values is that value, however phi is rounded: masses are those of the rounded phi."""

@@ -82,6 +82,25 @@ def test_decode_alone_on_hopper(sizes: dict[str, int], reason: str | None) -> No
     assert _C.can_run(*call, 80, 163 * 1024)[0] == "wgmma belongs to compute capability 9.0"
 
 
+@pytest.mark.parametrize("kernel", ["attend", "decode", "attend_decode", "attend_backward", "decode_backward"])
+def test_what_keeps_warpgroup_products_from_a_hopper(kernel: str) -> None:
+    """Code for sm_90a that was not built would trap, and a tensor map has no axis of 0."""
+    from csat_ext._library import _C
+
+    problem = dict.fromkeys(("B", "H", "Nq", "D", "Hk", "M", "R", "Hd", "T", "Ts", "Tb", "P", "Dv"), 1)
+    hopper = 90, 227 * 1024
+
+    def reason(**sizes: int) -> str | None:
+        return _C.can_run(kernel, "wgmma", problem | sizes, "float16", "float32", *hopper)[0]
+
+    assert reason() is None
+    without = _C.can_run(kernel, "wgmma", problem, "float16", "float32", *hopper, wgmma_code=False)[0]
+    assert without == "the library is built without code for sm_90a"
+    read = {name for name in ("D", "R", "Dv") if reason(**{name: 0}) == "D, R or Dv is 0"}
+    of_attend, of_decode = {"D", "R"} if "attend" in kernel else set(), {"R", "Dv"} if "decode" in kernel else set()
+    assert read == of_attend | of_decode
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
     "dtype,width,family",

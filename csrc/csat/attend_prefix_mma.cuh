@@ -306,8 +306,9 @@ struct PrefixUnit {
           for (int c = 0; c < 2; ++c) {
             float &s = both.at[i][j][2 * h + c], &mass = both.at[kRows / 16 + i][j][2 * h + c];
             const float g = roots ? root : before.at[j][c] + mass;
-            mass = g > 0.f ? divide_approx(1.f, g) : 0.f;
-            s = g > 0.f ? s * mass + bias.at[j][c] + of_logarithm * log2_approx(g) : -INFINITY;
+            const bool sees = g >= kSmallestNormal;  // of less the device's logarithm is -inf, its inverse inf
+            mass = sees ? divide_approx(1.f, g) : 0.f;
+            s = sees ? s * mass + bias.at[j][c] + of_logarithm * log2_approx(g) : -INFINITY;
           }
       }
   }

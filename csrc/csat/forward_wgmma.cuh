@@ -271,11 +271,14 @@ CSAT_DEVICE void attend_chunk(const Resident<T, kD, kP, kStream>& resident, cons
   }
   const bool grown = chunk_softmax<kFirst>(unit.softmax, decay, s, factor);
   if constexpr (!kFirst) {
+    // One wait before the branch would be enough, and ptxas moves it up, before the exponentials; behind a branch it
+    // stays. That a warp alone enters the branch PTX leaves undefined (`.aligned` speaks of the warpgroup); what ptxas
+    // makes of the wait, WARPGROUP.DEPBAR, is a warp's own, and devices have passed all tests with it.
     if (grown) {
       wgmma_wait<0>(unit.z.at[0], unit.probabilities.at[0]);
       scale_rows(unit.z, decay);
     }
-    wgmma_wait<0>(unit.z.at[0], unit.probabilities.at[0]);  // behind a branch: or the compiler moves it up
+    wgmma_wait<0>(unit.z.at[0], unit.probabilities.at[0]);
   }
   unit.probabilities = to_operand<T>(s);
 }

@@ -1,4 +1,5 @@
-// The launch templates that csrc/kernels/instances/<kernel>_<dtype>.cu instantiate; everything else only refers to them.
+// The launch templates that csrc/kernels/instances/<kernel>_<dtype>.cu instantiate; everything else only refers to
+// them.
 #pragma once
 #include "csat/attend_backward.cuh"
 #include "csat/attend_causal.cuh"

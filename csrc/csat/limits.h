@@ -59,10 +59,12 @@ constexpr int64_t kProductGain = 16, kSharedOperandBytes = int64_t(4) << 20;
 #endif
 constexpr int64_t kProductTiles = 128, kProductSide = 128;  // tiles of a dense product that fill a device
 
-// What the kernels ask of a device: 10 major + minor, and the shared memory that a block may have.
+// What the kernels ask of a device: 10 major + minor, the shared memory that a block may have, and whether this library
+// has code of sm_90a, without which the kernels on warpgroup products only trap.
 struct Device {
   int capability = 0;
   int64_t shared_bytes = 0;
+  bool wgmma_code = true;
 };
 Device current_device();
 

@@ -26,12 +26,14 @@
 #define CSAT_DYN_SMEM(T, name)                                    \
   extern __shared__ __align__(1024) unsigned char name##_bytes[]; \
   T* name = reinterpret_cast<T*>(name##_bytes)
-// Above 48 KiB a kernel has to ask for its shared memory; a refusal shows as the error of the launch itself.
-#define CSAT_LAUNCH(kernel, grid, block, smem, stream, ...)                                                    \
-  do {                                                                                                         \
-    if ((smem) > 48 * 1024)                                                                                    \
-      (void)cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem)); \
-    kernel<<<grid, block, smem, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__);                             \
+// Above 48 KiB a kernel has to ask for its shared memory: for all that there is, so that what a thread asks for never
+// stands below what another is about to launch with. A refusal shows as the error of the launch itself.
+#define CSAT_LAUNCH(kernel, grid, block, smem, stream, ...)                           \
+  do {                                                                                \
+    if ((smem) > 48 * 1024)                                                           \
+      (void)cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, \
+                                 static_cast<int>(::csat::max_shared_bytes()));       \
+    kernel<<<grid, block, smem, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__);    \
   } while (0)
 #endif
 
@@ -267,6 +269,10 @@ inline int make_tensor_map(TensorMap* map, const T* data, int rank, const int64_
   }();
   if (encode == nullptr) return cudaErrorNotSupported;
   if (rank < 2 || rank > 4) return cudaErrorInvalidValue;
+  // A thread that has done no CUDA work yet has no context, without which the driver refuses.
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  if (const cudaError_t error = cudaSetDevice(device)) return error;
   cuuint64_t size[4], pitch[3];
   cuuint32_t box[4] = {128 / sizeof(T), static_cast<cuuint32_t>(box_rows), 1, 1}, step[4] = {1, 1, 1, 1};
   for (int i = 0; i < rank; ++i) size[i] = static_cast<cuuint64_t>(sizes[i]);
@@ -425,16 +431,16 @@ CSAT_DEVICE void wgmma_k16_shared(float (&c)[kFragments][4], uint64_t a, uint64_
   CSAT_EACH_WGMMA(CSAT_WGMMA_SHARED)
 }
 
-// a / b within 2 units in the last place, for b from 2^-126 to 2^126.
+// a / b within 2 units in the last place, for b from 2^-126 to 2^126; 0 for larger ones.
 CSAT_DEVICE float divide_approx(float a, float b) { return __fdividef(a, b); }
-// 2^x, relative error below 2^-22 (PTX ISA, ex2.approx); 2^-inf = 0.
+// 2^x, relative error below 2^-22 (PTX ISA, ex2.approx); 2^-inf = 0, and so is what would be subnormal.
 CSAT_DEVICE float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 // The logarithm to base 2, absolute error below 2^-22 between 1 / 2 and 2, relative elsewhere (PTX ISA, lg2.approx); of
-// 0 -inf.
+// 0 and of subnormal numbers -inf.
 CSAT_DEVICE float log2_approx(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -508,6 +514,7 @@ CSAT_DEVICE uint64_t wgmma_advance(uint64_t descriptor, int bytes) {
 
 // Natural logarithms outside kernels, powers of two inside, where exp2_approx is one instruction.
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kSmallestNormal = 0x1p-126f;
 
 // Full precision: nothing here is compiled with fast-math.
 CSAT_DEVICE float exp_f32(float x) { return expf(x); }

@@ -1,4 +1,6 @@
 // What the host asks about the device, the build and errors.
+#include <string_view>
+
 #include "csat/limits.h"
 #include "csat/prims.cuh"
 
@@ -16,11 +18,19 @@
 
 namespace csat {
 
+namespace {
+
+// Only nvcc builds lack it: the emulator, which names no architectures, runs every kernel.
+constexpr std::string_view kArchs = CSAT_TEXT(CSAT_CUDA_ARCHS);
+constexpr bool kWgmmaCode = kArchs == "unknown" || kArchs.find("90a") != std::string_view::npos;
+
+}  // namespace
+
 const char* build_info() { return "sm " CSAT_TEXT(CSAT_CUDA_ARCHS) ", " CSAT_COMPILER; }
 
 int64_t shared_memory_limit() { return max_shared_bytes(); }
 
-limits::Device limits::current_device() { return {compute_capability(), max_shared_bytes()}; }
+limits::Device limits::current_device() { return {compute_capability(), max_shared_bytes(), kWgmmaCode}; }
 
 const char* error_string(int code) {
   if (code == 0) return "no error";

@@ -42,6 +42,15 @@ const char* check_dtypes(DType dtype, const Decoder* d) {
   return nullptr;
 }
 
+// The device of wgmma, and sizes of rows that tensor copies bring: no tensor map has an axis of 0.
+const char* check_wgmma(const Device& device, std::initializer_list<int64_t> row_sizes) {
+  if (device.capability != kWgmmaCapability) return "wgmma belongs to compute capability 9.0";
+  if (!device.wgmma_code) return "the library is built without code for sm_90a";
+  for (int64_t n : row_sizes)
+    if (n == 0) return "D, R or Dv is 0";
+  return nullptr;
+}
+
 // The compile-time sizes of both tensor-core families; `feature_of` picks that of D, R and Dv.
 const char* plan_sizes(ForwardMmaPlan& plan, const AttendParams* attend, const DecodeParams* decode,
                        int (*feature_of)(int64_t), const char* feature_reason) {
@@ -146,7 +155,9 @@ const char* plan_prefix_mma(ForwardMmaPlan& plan, const PrefixParams& p, const D
 const char* plan_wgmma(ForwardMmaPlan& plan, const AttendParams& attend, const DecodeParams* decode,
                        const Device& device) {
   plan = {};
-  if (device.capability != kWgmmaCapability) return "wgmma belongs to compute capability 9.0";
+  if (const char* reason =
+          check_wgmma(device, {attend.head_dim, attend.features, decode ? decode->decoder.outputs : 1}))
+    return reason;
   if (const char* reason =
           plan_sizes(plan, &attend, decode, wgmma_feature, "D, R and Dv neither up to 64 nor 97 to 128"))
     return reason;
@@ -169,7 +180,7 @@ const char* plan_wgmma(ForwardMmaPlan& plan, const AttendParams& attend, const D
 
 const char* plan_wgmma(ForwardMmaPlan& plan, const DecodeParams& decode, const Device& device) {
   plan = {};
-  if (device.capability != kWgmmaCapability) return "wgmma belongs to compute capability 9.0";
+  if (const char* reason = check_wgmma(device, {decode.decoder.features, decode.decoder.outputs})) return reason;
   if (const char* reason = plan_sizes(plan, nullptr, &decode, decode_wgmma_feature, "R or Dv above 128")) return reason;
   if (plan.atoms > kDecodeWgmmaAtoms) return "coefficient count P above 128";
   if (decode.batch * decode.heads * ceil_div(decode.queries, kWgmmaRows) > kMaxBlocks || decode.queries > kMaxBlocks)
@@ -203,7 +214,7 @@ const char* why_not_mma(const DecodeBackwardParams& p, int64_t shared_limit) {
 const char* why_not_wgmma(const DecodeBackwardParams& p, const Device& device) {
   const Decoder& d = p.forward.decoder;
   const int size = decode_backward_wgmma_size(d);
-  if (device.capability != kWgmmaCapability) return "wgmma belongs to compute capability 9.0";
+  if (const char* reason = check_wgmma(device, {d.features, d.outputs})) return reason;
   if (const char* reason = check_dtypes(p.forward.z.dtype, &d)) return reason;
   if (!size) return "P, R or Dv above 128";
   if (d.layers > 1 && (d.s_layers > 1 || d.b_layers > 1)) return "S or B not tied over the layers";
@@ -305,7 +316,7 @@ const char* plan_mma(AttendBackwardPlan& plan, const AttendBackwardParams& p, in
 }
 
 const char* plan_wgmma(AttendBackwardPlan& plan, const AttendBackwardParams& p, const Device& device) {
-  if (device.capability != kWgmmaCapability) return "wgmma belongs to compute capability 9.0";
+  if (const char* reason = check_wgmma(device, {p.forward.head_dim, p.forward.features})) return reason;
   if (const char* reason = plan_backward_sizes(plan, p, wgmma_feature, "D and R neither up to 64 nor 97 to 128"))
     return reason;
   // Of 64 features slabs of 256 measurements where those of 128 would not be padded less.

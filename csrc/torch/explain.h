@@ -61,7 +61,7 @@ inline limits::Problem problem_of(const ProblemSizes& sizes, DType dtype, DType 
 inline std::pair<std::optional<std::string>, int64_t> can_run(const std::string& kernel, const std::string& family,
                                                               const ProblemSizes& sizes, const std::string& dtype,
                                                               const std::string& weights, int capability,
-                                                              int64_t shared_bytes) {
+                                                              int64_t shared_bytes, bool wgmma_code) {
   using limits::Family, limits::Kernel;
   const Kernel which = named<Kernel>("kernel", kernel,
                                      {{"attend", Kernel::attend},
@@ -79,7 +79,7 @@ inline std::pair<std::optional<std::string>, int64_t> can_run(const std::string&
       named<Family>("family", family,
                     {{"wgmma", Family::wgmma}, {"mma", Family::mma}, {"pair", Family::pair}, {"simt", Family::simt}});
   const limits::Problem problem = problem_of(sizes, dtype_named("dtype", dtype), dtype_named("weights", weights));
-  const limits::Device device{capability, shared_bytes};
+  const limits::Device device{capability, shared_bytes, wgmma_code};
   const char* reason = limits::can_run(which, of, problem, device);
   return {reason ? std::optional<std::string>(reason) : std::nullopt, limits::shared_bytes(which, of, problem, device)};
 }

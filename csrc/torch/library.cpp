@@ -119,7 +119,7 @@ PYBIND11_MODULE(_C, m) {
     expose(m, name);
   m.def(
       "can_run", &csat::can_run, py::arg("kernel"), py::arg("family"), py::arg("sizes"), py::arg("dtype"),
-      py::arg("weights"), py::arg("capability"), py::arg("shared_bytes"),
+      py::arg("weights"), py::arg("capability"), py::arg("shared_bytes"), py::arg("wgmma_code") = true,
       "Why a CUDA kernel does not take a problem in a family, or None if it does, and the bytes of shared memory of a "
       "block (csrc/csat/limits.h).");
   m.def("build_info", &build_info, "What this library was built from and for.");

@@ -131,6 +131,13 @@ def attend_prefix_decode(
     need_z: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...
 def can_run(
-    kernel: str, family: str, sizes: dict[str, int], dtype: str, weights: str, capability: int, shared_bytes: int
+    kernel: str,
+    family: str,
+    sizes: dict[str, int],
+    dtype: str,
+    weights: str,
+    capability: int,
+    shared_bytes: int,
+    wgmma_code: bool = True,
 ) -> tuple[str | None, int]: ...
 def build_info() -> dict[str, Any]: ...

@@ -109,8 +109,8 @@ def explain(
 
     check_form(causal, False, block_size, measurements_per_block, window_blocks, False)
     m, n = _measured(phi_k, causal, block_size, measurements_per_block)
-    where, capability, shared = _device(query.device if device is None else device)
-    if capability is None:
+    where, gpu = _device(query.device if device is None else device)
+    if not gpu:
         return Explanation(where, ())
     attend = {None: "attend", "block": "attend_causal", "prefix": "attend_prefix"}[causal]
     if query.dtype == torch.float64:
@@ -131,7 +131,7 @@ def explain(
     def choose(op: str) -> KernelChoice:
         # The causal forms sense the rows that they have attended to.
         features = value.shape[3] if causal is not None and op.startswith("attend") else rank
-        return _choose(op, sizes=sizes | {"R": features}, capability=capability, shared_bytes=shared, **dtypes)
+        return _choose(op, sizes=sizes | {"R": features}, **gpu, **dtypes)
 
     fused = sparse and (causal is None or feature_sensing is None)
     choices = [] if causal == "prefix" else [_projection(phi_k, query.dtype)]
@@ -198,8 +198,8 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _device(device: str | torch.device) -> tuple[str, int | None, int]:
-    """Its name, and of a GPU the compute capability and the shared memory of a block."""
+def _device(device: str | torch.device) -> tuple[str, dict[str, int]]:
+    """Its name, and what `_C.can_run` asks of a GPU: nothing of what has no CUDA kernels."""
     import torch
 
     from csat_ext._library import CUDA, backend_of
@@ -209,10 +209,13 @@ def _device(device: str | torch.device) -> tuple[str, int | None, int]:
         capability = int(name[3:].rstrip("a")) if name[3:].rstrip("a").isdigit() else 0
         if capability not in _SHARED_BYTES:
             raise ValueError(f"device {name!r}: accepted are {[f'sm_{c}' for c in _SHARED_BYTES]} and torch devices")
-        return name, capability, _SHARED_BYTES[capability] * 1024
+        return name, {"capability": capability, "shared_bytes": _SHARED_BYTES[capability] * 1024}
     kind = torch.device(name).type
     if kind != "cuda" or not CUDA.kernels or not torch.cuda.is_available():
-        return f"{name}: {backend_of(kind)}", None, 0
+        return f"{name}: {backend_of(kind)}", {}
     properties = torch.cuda.get_device_properties(torch.device(name))
-    shared = int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
-    return f"{name} ({properties.name})", 10 * properties.major + properties.minor, shared
+    return f"{name} ({properties.name})", {
+        "capability": 10 * properties.major + properties.minor,
+        "shared_bytes": int(properties.shared_memory_per_block_optin),  # type: ignore[attr-defined]
+        "wgmma_code": "90a" in torch.ops.csat.cuda_build_info(),
+    }

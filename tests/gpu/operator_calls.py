@@ -254,6 +254,7 @@ def attend_calls(dtype: torch.dtype) -> Iterator[Call]:
         "no-batch": ((0, 2, 1, 5, 4, 8, 8), (1, 2)),
         "no-queries": ((2, 2, 1, 0, 4, 8, 8), (1, 2)),
         "no-measurements": ((2, 2, 1, 5, 0, 8, 8), (1, 2)),
+        "no-features": ((2, 2, 1, 5, 4, 8, 0), None),
         # Every compiled size of the tensor-core kernels, resident and streamed; 64 and 128 take wgmma on Hopper.
         "D32": ((1, 2, 1, 70, 130, 32, 30), (1, 2)),
         "D64": ((2, 4, 2, 330, 200, 64, 64), (1, 4)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -195,6 +196,17 @@ def test_training_step_in_a_cuda_graph(dtype: torch.dtype) -> None:
             assert torch.isfinite(b).all()
             # cuBLAS may choose another kernel under capture, where its workspace is another one.
             assert rms(a.double() - b.double()) <= (1e-5 if dtype == torch.float32 else 1e-2) * rms(a)
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_a_thread_that_has_no_context_yet(label: str) -> None:
+    """As autograd's may be: its memory is there already, so that the operator's own calls are the first ones."""
+    call = pick(label, torch.bfloat16)
+    expected, arguments = run(call), call.to("cuda")
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(1) as fresh:
+        got = as_tuple(fresh.submit(getattr(csat, call.op), *arguments).result())
+    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(got, expected, strict=True))
 
 
 def test_runs_on_the_current_stream() -> None:

@@ -68,7 +68,8 @@ def elementwise(x: Tensor) -> Tensor:
     bits = x.view(torch.int32)
     tf32 = torch.where(x.isfinite(), (bits + 0x1000) & ~0x1FFF, bits).view(torch.float32)
     plain = [rounded(x, torch.bfloat16), rounded(x, torch.float16), x]
-    of_magnitude = x.abs().log2(), x.abs().log(), x.abs().sqrt()
+    normal = torch.where(x.abs() < 2**-126, 0.0, x.abs())  # NaN stays
+    of_magnitude = normal.log2(), x.abs().log(), x.abs().sqrt()
     return torch.cat([*plain, *pairs, x.exp(), x.exp2(), *of_magnitude, soft, x.clamp(min=0), x / 3, tf32, *packed])
 
 

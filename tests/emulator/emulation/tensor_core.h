@@ -112,14 +112,16 @@ inline float2 unpack2(uint32_t pair) {
   return {float(low), float(high)};
 }
 
-inline float exp2_approx(float x) { return std::exp2(x); }
-inline float log2_approx(float x) { return std::log2(x); }
+// As .ftz does; results that would be subnormal too.
+inline float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.f, x) : x; }
+inline float exp2_approx(float x) { return flushed(std::exp2(flushed(x))); }
+inline float log2_approx(float x) { return std::log2(flushed(x)); }
 inline float positive_part(float x) { return x <= 0.0f ? 0.0f : x; }
 template <typename T>
 inline uint32_t pack2_magnitudes(float low, float high, float low_sign, float high_sign) {
   return pack2<T>(std::copysign(positive_part(low), low_sign), std::copysign(positive_part(high), high_sign));
 }
-inline float divide_approx(float a, float b) { return a / b; }
+inline float divide_approx(float a, float b) { return a / (std::fabs(b) > 0x1p126f ? INFINITY : b); }
 
 inline void named_barrier_sync(int id, int threads, int line = __builtin_LINE()) {
   emulator::named_barrier(id, threads, true, line);
