@@ -128,10 +128,18 @@ def test_what_does_not_continue_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"^phi has negative entries"):
         prefix.step(q, k, v, -prefix_phi())
     assert prefix.length == 0
-    with pytest.raises(ValueError, match="state_dict has causal = 'block'"):
+    with pytest.raises(ValueError, match="state_dict has kind = 'CSATCache', causal = 'block'"):
         prefix.load_state_dict(cache.state_dict())
-    with pytest.raises(ValueError, match="accepted: 'block', an int and"):
-        cache.load_state_dict({"causal": "block", "length": 3, "kc": torch.zeros(1)})
+    with pytest.raises(ValueError, match="accepted: an int and"):
+        cache.load_state_dict(cache.state_dict() | {"length": 3, "rows": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"state_dict has kind = 'CSATCache'.*accepted: kind = 'MeasurementStream'"):
+        MeasurementStream().load_state_dict(CSATCache("prefix").state_dict())
+    with pytest.raises(ValueError, match=r"signed = True; accepted: .*signed = False"):
+        MeasurementStream().load_state_dict(MeasurementStream(signed=True).state_dict())
+    with pytest.raises(ValueError, match=r"window_blocks = 1.*accepted: .*window_blocks = 0"):
+        CSATCache("block", block_phi()).load_state_dict(CSATCache("block", block_phi(), window_blocks=1).state_dict())
+    with pytest.raises(ValueError, match=f"key has {H} heads, the tokens before had {HK}"):
+        cache.step(q, q, v)
     with pytest.raises(TypeError, match="index must be a tensor of one dimension"):
         cache.reorder([0, 1])  # type: ignore[arg-type]
 
@@ -168,6 +176,33 @@ def test_a_stream_is_attention_over_the_whole_sequence(signed: bool, masked: boo
     expected = csat_attention(q, k, v, whole, decoder=decoder, scale=0.3, score_bias=(bias + log_mass).contiguous())
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
     assert stream.length == N
+
+
+def test_a_stream_sums_in_float32_under_autocast() -> None:
+    """In bfloat16 256 + 1 is 256."""
+    one, stream = torch.ones(1, 1, 1, 1), MeasurementStream()
+    for _ in range(400):
+        with torch.autocast("cpu", torch.bfloat16):
+            stream.append(one, one.bfloat16(), torch.ones(1, 1))
+    assert [x.dtype for x in stream.measured()] == [torch.float32] * 3
+    assert float(stream.measured()[1]) == 1.0 and stream.length == 400
+    with pytest.raises(ValueError, match="key has 2 heads, the tokens before had 1"):
+        stream.append(one.expand(1, 2, 1, 1), one.expand(1, 2, 1, 1), torch.ones(1, 1))
+
+
+@pytest.mark.parametrize("form", ["block", "prefix"])
+def test_steps_under_autocast(form: str) -> None:
+    q, k, v = tokens(dtype=torch.float32)
+    cache = CSATCache("block", block_phi().float()) if form == "block" else CSATCache("prefix")
+    rows = []
+    for at in (slice(0, 20), slice(20, 21), slice(21, N)):
+        phi = None if form == "block" else prefix_phi().float()[:, :, at]
+        with torch.autocast("cpu", torch.bfloat16):
+            rows.append(cache.step(q[:, :, at], k[:, :, at], v[:, :, at], phi))
+    arguments = {"causal": form, "phi_k": (block_phi() if form == "block" else prefix_phi()).float()}
+    with torch.autocast("cpu", torch.bfloat16):
+        whole = csat_attention(q, k, v, **arguments)
+    torch.testing.assert_close(torch.cat(rows, 2), whole, rtol=2e-2, atol=2e-2)
 
 
 def test_a_stream_forgets_its_tokens_and_goes_on_from_a_checkpoint() -> None:

@@ -12,8 +12,9 @@ from conftest import Backend, assert_accurate
 from operator_cases import Case, make_inputs
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
-from csat_ext import CSATAttention, CSATConfig, SparseDecoder, csat_attention, measurement, reference
+from csat_ext import CSATAttention, CSATCache, CSATConfig, SparseDecoder, csat_attention, measurement, reference
 from csat_ext.measurements import BY_POSITION, ENSEMBLES, columns_by_position
 
 B, H, HK, N, D, DV, M, R, BK = 2, 4, 2, 37, 8, 6, 5, 3, 8
@@ -403,6 +404,37 @@ def test_a_causal_layer_restores_bit_for_bit(name: str) -> None:
     assert torch.equal(other(x), module(x))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert module(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["block, learned", "prefix"])
+def test_a_layer_takes_its_own_caches_alone(name: str) -> None:
+    module, other, x = layer(name), layer(name), torch.randn(B, N, WIDTH)
+    with pytest.raises(ValueError, match=r"cache came of another layer; accepted: what the layer's new_cache made"):
+        module(x, cache=other.new_cache())
+    with pytest.raises(ValueError, match="cache came that no layer made"):
+        module(x, cache=CSATCache("prefix"))
+    with pytest.raises(TypeError, match="cache must be a CSATCache of this layer's new_cache, got dict"):
+        module(x, cache={})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"accepted: None, as causal is None"):
+        CSATAttention(WIDTH, H, CSATConfig(measurements=4))(x, cache=module.new_cache())
+
+
+@pytest.mark.parametrize("name", ["block, learned", "prefix"])
+def test_a_compiled_layer_decodes_with_a_cache(name: str) -> None:
+    module, x = layer(name), torch.randn(B, N, WIDTH)
+    compiled, cache = torch.compile(module, backend="eager"), module.new_cache()
+    with torch.no_grad():
+        rows = [compiled(x[:, at], cache=cache) for at in (slice(0, 11), slice(11, 12), slice(12, N))]
+        torch.testing.assert_close(torch.cat(rows, 1), module(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["block, learned", "prefix", "bucket"])
+def test_activation_checkpointing_of_a_causal_layer(name: str) -> None:
+    """Saved tensors are looked at once: `use_reentrant=False` gives them out once."""
+    module, x = layer(name), torch.randn(B, N, WIDTH, requires_grad=True)
+    (plain,) = torch.autograd.grad(module(x).square().sum(), x)
+    (again,) = torch.autograd.grad(checkpoint(module, x, use_reentrant=False).square().sum(), x)
+    assert torch.equal(plain, again)
 
 
 @pytest.mark.parametrize("ensemble", ENSEMBLES)

@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
+from csat_ext import csat_attention, implicit_measurement, reference
 from csat_ext import diagnostics as d
-from csat_ext import reference
+from csat_ext.implicit import IMPLICIT
 from csat_ext.measurements import measurement
 from csat_ext.reference.solvers import Recovery
 
@@ -112,6 +113,17 @@ def test_welch_bound_of_a_basis_is_zero():
         (lambda: d.phase_transition("gaussian", rhos=()), ValueError, "rhos"),
         (lambda: d.phase_transition("gaussian", trials=0), ValueError, "trials"),
         (lambda: d.phase_transition(lambda m, n, seed: torch.ones(n, m), n=8), ValueError, "ensemble must return"),
+        (lambda: d.phase_transition("gaussian", deltas=torch.tensor([0.5, 2.0])), ValueError, "deltas must be"),
+        (lambda: d.phase_transition("gaussian", deltas=torch.tensor(0.5)), TypeError, "deltas must be a non-empty seq"),
+        (lambda: d.phase_transition("gaussian", rhos=torch.ones(2, 2)), TypeError, "rhos must be a non-empty sequence"),
+        (lambda: d.phase_transition("gaussian", rhos=0.5), TypeError, "rhos must be a non-empty sequence"),
+        (lambda: d.donoho_tanner(0.5), TypeError, "delta must be a Tensor, got float"),
+        (
+            lambda: d.donoho_tanner(torch.tensor([0.0, 2.0])),
+            ValueError,
+            r"delta must lie in \(0, 1\], got \[0.0, 2.0\]",
+        ),
+        (lambda: d.donoho_tanner(torch.tensor(math.nan)), ValueError, "delta must lie in"),
         (lambda: d.token_attributions(torch.ones(2, 3), torch.ones(4, 5)), ValueError, "agree in M"),
         (lambda: d.token_attributions(torch.ones(3), torch.ones(3, 5)), ValueError, "two axes"),
         (lambda: d.token_attributions(torch.ones(2, 3), [1.0]), TypeError, "phi_v"),
@@ -177,6 +189,16 @@ def test_phase_transition_takes_any_matrix_and_solver():
     assert (result.ensemble, result.solver) == ("identity", "back_projection")
 
 
+def test_phase_transition_takes_tensors():
+    fractions = {"n": 16, "trials": 2, "seed": 1}
+    given = {
+        name: torch.tensor(values, dtype=torch.float64) for name, values in (("deltas", [0.5]), ("rhos", [0.1, 0.5]))
+    }
+    of_tensors = d.phase_transition("gaussian", "omp", **given, **fractions)
+    of_lists = d.phase_transition("gaussian", "omp", deltas=[0.5], rhos=[0.1, 0.5], **fractions)
+    assert torch.equal(of_tensors.success, of_lists.success) and torch.equal(of_tensors.rho, of_lists.rho)
+
+
 def test_donoho_tanner_curve():
     delta = torch.linspace(0.02, 1, 60, dtype=torch.float64)
     rho = d.donoho_tanner(delta)
@@ -229,6 +251,29 @@ def test_attributions_are_a_distribution_and_times_v_give_z(kv_heads, masked):
     values = torch.nan_to_num(v).repeat_interleave(H // kv_heads, dim=1)
     expected = reference.csat_attention(q, k, v, phi, **arguments)
     torch.testing.assert_close(shares @ values, expected)
+
+
+@pytest.mark.parametrize("ensemble", IMPLICIT)
+@pytest.mark.parametrize("made_for_the_mask", [None, False, True])
+def test_attributions_of_a_measurement_without_a_matrix(ensemble, made_for_the_mask):
+    """Times V they are what `csat_attention` makes of it; with a mask, given beside it or its own."""
+    B, H, N, D, m = 2, 4, 20, 6, 5
+    q, k, v = randn(B, H, 9, D), randn(B, 2, N, D, seed=1), randn(B, 2, N, 3, seed=2)
+    mask = torch.arange(B * N).reshape(B, N) % 3 > 0
+    if made_for_the_mask is not None:
+        for tensor in (k, v):
+            tensor.transpose(1, 2)[~mask] = math.nan
+    own = {"key_mask": mask} if made_for_the_mask else {}
+    phi_k, phi_v = (implicit_measurement(ensemble, m, N, seed=s, heads=2, anchors=("last",), **own) for s in (0, 1))
+    bias = phi_k.score_bias.repeat_interleave(H // phi_k.heads, dim=-2)
+    arguments = {"score_bias": bias, "key_mask": mask if made_for_the_mask is False else None}
+    for phis in ((phi_k,), (phi_k, phi_v)):
+        shares = d.csat_attribution(q, k, *phis, **arguments)
+        values = torch.nan_to_num(v).repeat_interleave(2, dim=1)
+        torch.testing.assert_close(shares @ values, csat_attention(q, k, v, *phis, **arguments), rtol=1e-5, atol=1e-6)
+    if made_for_the_mask:
+        with pytest.raises(ValueError, match="phi_k was made for a key mask; accepted beside key_mask"):
+            d.csat_attribution(q, k, phi_k, key_mask=mask)
 
 
 def test_attributions_of_chosen_rows_scale_and_another_phi_v():

@@ -201,6 +201,30 @@ def test_causal_arguments_that_do_not_fit(changes: dict[str, Any], error: type[E
         explain(q, k, v, **{"phi_k": None, "device": "sm_80", **changes})
 
 
+@pytest.mark.parametrize(
+    "changes,error,message",
+    [
+        (
+            {"query": torch.rand(2, 9, 32)},
+            ValueError,
+            r"query has shape \(2, 9, 32\); accepted: \(batch, heads, tokens",
+        ),
+        ({"value": torch.rand(2, 9, 32)}, ValueError, "value has shape"),
+        (
+            {"key": torch.ones(1, 2, 36, 32, dtype=torch.int64)},
+            TypeError,
+            "key has dtype torch.int64; accepted: float32",
+        ),
+        ({"query": torch.ones(1, 2, 9, 32, dtype=torch.int32)}, TypeError, "query has dtype torch.int32; accepted"),
+        ({"query": [1.0]}, TypeError, "query must be a torch.Tensor, got list"),
+    ],
+)
+def test_tensors_that_no_kernel_takes(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    q, k, v, phi = _inputs(9, 12, 32, 32)
+    with pytest.raises(error, match=message):
+        explain(**{"query": q, "key": k, "value": v, "phi_k": phi, "device": "sm_80", **changes})
+
+
 def test_every_family_before_the_chosen_one_has_a_reason() -> None:
     q, k, v, phi = _inputs(9, 12, 200, 200, torch.float32)
     choice = explain(q, k, v, phi, device="sm_90")["attend"]
@@ -232,6 +256,8 @@ def test_devices() -> None:
     assert on_cpu.device.startswith("cpu: C++ kernels") and not tuple(on_cpu)
     with pytest.raises(ValueError, match=r"sm_75.*sm_80"):
         explain(*inputs, device="sm_75")
+    with pytest.raises(ValueError, match=r"device 'foo': accepted are .*sm_80.* and torch devices"):
+        explain(*inputs, device="foo")
     assert explain(*(t.double() for t in inputs), device="sm_90")["attend"].family == "none"
 
 

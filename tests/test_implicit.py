@@ -213,6 +213,8 @@ def test_compiles_fullgraph_once_for_all_lengths_and_masks(ensemble: str) -> Non
         ({"ensemble": "gaussian"}, ValueError, "ensemble 'gaussian' has no implicit form; accepted: rademacher"),
         ({"ensemble": "nothing"}, ValueError, "ensemble must be one of"),
         ({"m": 38}, ValueError, "m must be at most n"),
+        ({"n": 2**31 - 1}, ValueError, r"n must be below 2\*\*31 - 1 in an implicit form, got 2147483647"),
+        ({"n": 2**31}, ValueError, r"n must be below 2\*\*31 - 1"),
         ({"m": 1, "anchors": ("last",)}, ValueError, "m must exceed the number of anchors"),
         ({"anchors": ("middle",)}, ValueError, "anchors must hold"),
         ({"seed": -1}, ValueError, "seed must be in"),

@@ -385,6 +385,24 @@ def test_one_graph_for_every_length(ensemble):
     assert counter.frame_count == 1
 
 
+class _Measured(torch.nn.Module):
+    def __init__(self, ensemble):
+        super().__init__()
+        self.ensemble = ensemble
+
+    def forward(self, x):
+        return measurement(self.ensemble, 5, x.shape[0], heads=2, dtype=F64).phi
+
+
+@pytest.mark.parametrize("ensemble", sorted(set(ENSEMBLES) - {"bucket"}))  # its stretches of m tokens guard n modulo m
+def test_one_exported_program_for_every_length(ensemble):
+    module = _Measured(ensemble)
+    lengths = {"x": {0: torch.export.Dim("n", min=8, max=4096)}}
+    program = torch.export.export(module, (torch.empty(23),), dynamic_shapes=lengths, strict=False).module()
+    for n in (16, 23, 64):
+        assert torch.equal(program(torch.empty(n)), module(torch.empty(n)))
+
+
 # --- bad input ---
 
 

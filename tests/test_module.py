@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 
 from csat_ext import CSATAttention, CSATConfig, SparseDecoder, csat_attention, measurement_matrix, reference
@@ -258,6 +259,64 @@ def test_made_on_meta_and_filled_from_a_checkpoint() -> None:
     other = other.to_empty(device="cpu")
     other.load_state_dict(module.state_dict())
     assert torch.equal(other(x), module(x))
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_made_on_meta_and_initialised(decoder: str) -> None:
+    """What FSDP2 does before it shards: memory that nothing has written is refused, then initialised."""
+    rank = None if decoder == "none" else 4
+    config: dict[str, object] = {"ensemble": "gaussian", "seed": 3, "feature_rank": rank, "decoder": decoder}
+    expected, x = attention(**config), torch.randn(2, 20, E)
+    with torch.device("meta"):
+        module = attention(**config)
+    module = module.to_empty(device="cpu")
+    module.measurement_key.zero_()
+    with pytest.raises(ValueError, match=r"generator version 0.*reset_parameters\(\) comes first"):
+        module(x)
+    for part in module.modules():
+        if hasattr(part, "reset_parameters"):
+            part.reset_parameters()
+    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        getattr(module, name).load_state_dict(getattr(expected, name).state_dict())
+    assert torch.equal(module(x), expected(x))
+
+
+def test_the_seed_of_a_loader_that_bypasses_load_state_dict() -> None:
+    """transformers puts tensors in the buffers' place, distributed checkpoints write into them."""
+    source, x = attention(ensemble="gaussian", seed=9, layer=2), torch.randn(2, 20, E)
+    for place in ("in its place", "into it"):
+        module = attention(ensemble="gaussian")
+        assert not torch.equal(module(x), source(x))
+        with torch.no_grad():
+            for name, tensor in source.state_dict().items():
+                owner = module.get_submodule(name.rpartition(".")[0])
+                own = getattr(owner, name.rpartition(".")[2])
+                if place == "in its place" and name == "measurement_key":
+                    module.measurement_key = tensor.clone()
+                else:
+                    own.copy_(tensor)
+        assert torch.equal(module(x), source(x)) and module.config.seed == 9 and module.config.layer == 2
+        assert torch.equal(module.measurement(20, x.device).phi, source.measurement(20, x.device).phi)
+
+
+def test_nothing_made_of_fakes_is_remembered() -> None:
+    module, x = attention(ensemble="gaussian", dictionary="dct"), torch.randn(2, 20, E)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(module(torch.randn(2, 20, E)), FakeTensor)
+    assert torch.equal(module(x), attention(ensemble="gaussian", dictionary="dct")(x))
+
+
+@pytest.mark.parametrize("causal", [{}, {"causal": "prefix"}, {"causal": "block", "block_size": 16}])
+def test_forward_mode_is_refused(causal: dict[str, object]) -> None:
+    """torch gives operators of others no tangents: zeros would come without a word."""
+    module, x = attention(**causal).requires_grad_(False), torch.randn(2, 20, E)
+    for derivative in (lambda: torch.func.jvp(module, (x,), (x,)), lambda: torch.func.jacfwd(module)(x)):
+        with pytest.raises(NotImplementedError, match=r"forward-mode .*accepted: reverse mode"):
+            derivative()
+    with torch.autograd.forward_ad.dual_level():
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            module(torch.autograd.forward_ad.make_dual(x, x))
+        assert torch.equal(module(x), attention(**causal)(x))
 
 
 @pytest.mark.parametrize("tokens", [5, 20])  # attended exactly, and measured

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from csat_ext import CSATConfig, cli, planning
+from csat_ext import CSATAttention, CSATConfig, cli, planning
 from csat_ext.config import DECODERS
 from csat_ext.convert import family
 from csat_ext.deepspeed import apply
@@ -81,6 +81,20 @@ def test_kept_activations_are_foreseen(name: str, dtype: torch.dtype) -> None:
     run = Run(SHAPE, N, B, attention=config, precision="fp32" if dtype == torch.float32 else "bf16")
     foreseen = LAYERS * (planning.block_activations(run) + planning.phi_bytes(run))
     assert foreseen == pytest.approx(saved_bytes(blocks, dtype), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "config", [{"grid": (8, 5)}, {"ensemble": "gaussian"}, {"ensemble": "bucket"}, {"ensemble": "dct"}]
+)
+@pytest.mark.parametrize("head_shift", [True, False])
+@pytest.mark.parametrize("anchors", [(), ("first",)])
+def test_phi_is_the_one_that_the_module_holds(
+    config: dict[str, Any], head_shift: bool, anchors: tuple[str, ...]
+) -> None:
+    tokens = 40 + len(anchors) * ("grid" in config)  # a class token in front of the grid
+    attention = CSATConfig(measurements=8 + len(anchors), head_shift=head_shift, anchors=anchors, **config)
+    phi = CSATAttention(32, 4, attention).measurement(tokens, torch.device("cpu")).phi
+    assert planning.phi_bytes(Run(ModelShape(1, 32, 4, 64), tokens, attention=attention)) == phi.nbytes
 
 
 def test_embeddings_are_counted() -> None:

@@ -86,6 +86,41 @@ def test_causal_examples_are_computed_by_themselves(form: str) -> None:
     torch.testing.assert_close(got, joined([csat_attention(*one, p, **options) for one, p in each]))
 
 
+@pytest.mark.parametrize("causal", [None, "block"])
+def test_autocast_is_that_of_csat_attention(causal: str | None) -> None:
+    """Dtypes may differ, as they do after a projection under autocast beside one of another dtype."""
+    n = 23
+    q, k, v = (x[:n] for x in packed(torch.float32))
+    k, cu = k.bfloat16(), torch.tensor([0, n])
+    phi = torch.rand(M, 8 if causal else n)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = csat_attention_varlen(q, k, v, cu, cu, phi, causal=causal)
+        expected = csat_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), phi, causal=causal)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, expected[0].transpose(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("cu", "options", "error", "message"),
+    [
+        (
+            CU[:1],
+            {},
+            ValueError,
+            r"cu_seqlens holds \[0\]; accepted: one number more than there are examples, at least",
+        ),
+        (CU[1:], {}, ValueError, r"accepted: 0, rising to the number of tokens$"),
+        (CU, {"key_mask": torch.ones(6, M)}, TypeError, r"measurement_varlen got unknown options \['key_mask'\]; acc"),
+        (CU, {"grid": (1, M)}, TypeError, r"measurement_varlen got unknown options \['grid'\]; accepted: \['anchors'"),
+    ],
+)
+def test_wrong_arguments_of_the_measurement_are_refused(
+    cu: Tensor, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        measurement_varlen("pool", M, cu, **options)
+
+
 def test_an_example_without_keys_gives_zeros_and_queries_may_differ_in_number() -> None:
     q, k, v = packed()
     of_q = torch.tensor([0, 2, 9, 9, 30, 32, TOTAL])  # the first and the fifth have as many queries, not keys
@@ -105,6 +140,7 @@ def test_an_example_without_keys_gives_zeros_and_queries_may_differ_in_number() 
         ({"cu_seqlens_k": CU[:-1]}, ValueError, "rising to the number of tokens, 76"),
         ({"cu_seqlens_k": CU.flip(0)}, ValueError, "cu_seqlens_k holds"),
         ({"cu_seqlens_k": CU[:0]}, ValueError, "cu_seqlens_k holds"),
+        ({"cu_seqlens_k": CU[:1]}, ValueError, r"cu_seqlens_k holds \[0\]; accepted: one number more than there are"),
         ({"cu_seqlens_k": [0, TOTAL]}, TypeError, "cu_seqlens_k must be a torch.Tensor"),
         ({"cu_seqlens_q": torch.tensor([0, TOTAL])}, ValueError, "cu_seqlens_q holds 1 examples, cu_seqlens_k 6"),
         ({"phi_k": None}, TypeError, "phi_k must be a torch.Tensor"),
@@ -112,6 +148,11 @@ def test_an_example_without_keys_gives_zeros_and_queries_may_differ_in_number() 
         ({"phi_k": torch.rand(1, 1, M, TOTAL)}, ValueError, "phi_k has shape"),
         ({"phi_k": torch.rand(3, M, TOTAL)}, ValueError, "phi_k has 3 heads"),
         ({"score_bias": torch.zeros(5, H, M)}, ValueError, "one for each of 6 examples"),
+        (
+            {"causal": "block", "phi_k": torch.rand(3, 8), "score_bias": torch.zeros(6, 1, 3)},
+            ValueError,
+            r"score_bias has shape \(6, 1, 3\); accepted with causal='block': that of one block",
+        ),
         ({"causal": "prefix"}, ValueError, "phi_k has 5 tokens on axis -2"),
         ({"causal": "blocks"}, ValueError, "causal = 'blocks' came"),
     ],

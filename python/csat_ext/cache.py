@@ -18,12 +18,14 @@ from csat_ext.functional import (
     CausalState,
     Decoder,
     Phi,
+    autocast_inputs,
     canonical_bias,
     canonical_prefix,
     check_attention,
     check_form,
     checked_mask,
     continue_causal,
+    no_autocast,
     recover,
 )
 from csat_ext.reference.attention import repeat_heads
@@ -38,8 +40,8 @@ Continuation = Callable[
 class _Memory:
     """A state that stands for all tokens so far. It is never written in place, so that clones and beams share it."""
 
-    def __init__(self, causal: str) -> None:
-        self.causal = causal
+    def __init__(self, causal: str, **settings: Any) -> None:
+        self.causal, self._settings = causal, {"kind": type(self).__name__, "causal": causal, **settings}
         self._state: CausalState | None = None
         self._length = 0
 
@@ -68,17 +70,20 @@ class _Memory:
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers, which `load_state_dict` of one of the same arguments continues from."""
         fields = {} if self._state is None else self._state._asdict()
-        return {"causal": self.causal, "length": self._length, **fields}
+        return {**self._settings, "length": self._length, **fields}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Raises ValueError for the state of the other form and for keys that are missing or unknown."""
+        """Raises ValueError for the state of another form or other arguments, and for keys that are missing or
+        unknown."""
         fields = dict(state_dict)
-        causal, length = fields.pop("causal", None), fields.pop("length", None)
+        settings = {name: fields.pop(name, None) for name in self._settings}
+        length = fields.pop("length", None)
         kind = BlockState if self.causal == "block" else PrefixState
-        if causal != self.causal or not isinstance(length, int) or (fields and set(fields) != set(kind._fields)):
+        if settings != self._settings:
+            raise ValueError(f"state_dict has {_listed(settings)}; accepted: {_listed(self._settings)}")
+        if not isinstance(length, int) or (fields and set(fields) != set(kind._fields)):
             raise ValueError(
-                f"state_dict has causal = {causal!r}, length = {length!r} and {sorted(fields)}; accepted: "
-                f"{self.causal!r}, an int and {sorted(kind._fields)}"
+                f"state_dict has length = {length!r} and {sorted(fields)}; accepted: an int and {sorted(kind._fields)}"
             )
         self._state, self._length = kind(**fields) if fields else None, length
 
@@ -140,18 +145,21 @@ class CSATCache(_Memory):
                 raise ValueError("phi came, None is accepted with causal='block': all blocks have that of the cache")
             return call(state, q, k, v, phi if causal == "prefix" else phi_k, phi_v, key_mask=key_mask)
 
-        self._begin(causal, continuation)
+        sizes = {"block_size": block_size, "measurements_per_block": measurements_per_block}
+        self._begin(causal, continuation, None, window_blocks=window_blocks, signed=signed, **sizes)
 
     @classmethod
-    def over(cls, causal: str, continuation: Continuation) -> CSATCache:
-        """A cache of what another layer computes, which must take any split of a sequence."""
+    def over(cls, causal: str, continuation: Continuation, owner: object, **settings: Any) -> CSATCache:
+        """A cache of what the layer ``owner`` computes, which must take any split of a sequence. States are exchanged
+        with caches of equal ``settings``."""
         cache = cls.__new__(cls)
-        cache._begin(causal, continuation)
+        cache._begin(causal, continuation, owner, **settings)
         return cache
 
-    def _begin(self, causal: str, continuation: Continuation) -> None:
-        super().__init__(causal)
+    def _begin(self, causal: str, continuation: Continuation, owner: object, **settings: Any) -> None:
+        super().__init__(causal, **settings)
         self._continue = continuation
+        self.owner = owner
 
     def prefill(
         self, query: Tensor, key: Tensor, value: Tensor, phi: Tensor | None = None, *, key_mask: Tensor | None = None
@@ -175,6 +183,7 @@ class CSATCache(_Memory):
         Raises:
             TypeError, ValueError: as `csat_attention`; tokens that do not continue those before.
         """
+        query, key, value = autocast_inputs(query, key, value)
         if self._state is not None:
             _check_continues(self._state, query, key, value)
         rows, state = self._continue(self._state, self._length, query, key, value, phi, key_mask)
@@ -198,7 +207,7 @@ class MeasurementStream(_Memory):
     """
 
     def __init__(self, *, signed: bool = False) -> None:
-        super().__init__("prefix")
+        super().__init__("prefix", signed=signed)
         self.signed = signed
 
     @property
@@ -218,11 +227,14 @@ class MeasurementStream(_Memory):
         Raises:
             TypeError, ValueError: naming the argument, what came and what is accepted.
         """
+        key, value = autocast_inputs(key, value)
         check_attention(key, key, value)
         phi = canonical_prefix("phi", phi, key, key.shape[1], self.signed)
         past = self._sums
         if past is not None:
             _check_continues(past, key, key, value)
+            if key.shape[1] != past.kc.shape[1]:
+                raise ValueError(f"key has {key.shape[1]} heads, the tokens before had {past.kc.shape[1]}")
             if phi.shape[3] != past.kc.shape[2]:
                 raise ValueError(f"phi has {phi.shape[3]} measurements, the tokens before had {past.kc.shape[2]}")
         counted = torch.ones(1, 1, key.shape[2], 1, dtype=torch.bool, device=key.device)
@@ -232,7 +244,8 @@ class MeasurementStream(_Memory):
         wide = accumulate_dtype(key.dtype)
         phi, counted = phi.to(wide), counted.to(wide).expand(key.shape[0], -1, -1, -1)
         mass = counted.sum(2) if self.signed else phi.expand(key.shape[0], key.shape[1], -1, -1).sum(2)
-        sums = phi.mT @ key.to(wide), phi.mT @ value.to(wide), mass
+        with no_autocast(key.device.type):  # or a long sequence would be summed in 16 bits
+            sums = phi.mT @ key.to(wide), phi.mT @ value.to(wide), mass
         self._state = PrefixState(*(sums if past is None else (a + b for a, b in zip(past, sums, strict=True))))
         self._length += key.shape[2]
 
@@ -287,8 +300,14 @@ def _check_continues(state: CausalState, query: Tensor, key: Tensor, value: Tens
                 f"{name} has shape {tuple(new.shape)} on {new.device}; the tokens before had batch size "
                 f"{past.shape[0]} and {past.shape[3]} features on {past.device}"
             )
+        if isinstance(state, BlockState) and new.shape[1] != state.k.shape[1]:
+            raise ValueError(f"{name} has {new.shape[1]} heads, the tokens before had {state.k.shape[1]}")
     if isinstance(state, BlockState) and isinstance(key, Tensor) and key.dtype != state.k.dtype:
         raise TypeError(f"key has dtype {key.dtype}, the tokens before had {state.k.dtype}: they must agree")
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} = {value!r}" for name, value in settings.items())
 
 
 def _mapped(function: Callable[[Tensor], Tensor], state: CausalState) -> CausalState:
@@ -297,5 +316,7 @@ def _mapped(function: Callable[[Tensor], Tensor], state: CausalState) -> CausalS
 
 
 def _compact(kept: Tensor) -> Tensor:
-    """kept without the rest of the memory that it is a view of."""
+    """kept without the rest of the memory that it is a view of, which nobody knows while a compiler traces."""
+    if torch.compiler.is_compiling():
+        return kept.clone()
     return kept if kept.untyped_storage().nbytes() == kept.nbytes else kept.clone()

@@ -27,13 +27,16 @@ class UnsoundCheckpointWarning(UserWarning):
     """A checkpoint that was passed over: which, and why."""
 
 
-def save(engine: Any, folder: Path, step: int, state: dict[str, Any], keep: int) -> None:
-    """Writes and seals the checkpoint of a step, then removes all but the newest `keep`.
+def save(engine: Any, folder: str | os.PathLike[str], step: int, state: dict[str, Any], keep: int) -> None:
+    """Writes and seals the checkpoint of a step, then removes all but `keep`: this one and, of the others, the newest.
 
     Raises:
+        ValueError: keep is below 1; nothing is written.
         OSError: it could not be written; what there is of it is removed and the earlier ones stay as they are.
     """
-    tag = _tag(step)
+    if keep < 1:
+        raise ValueError(f"keep: {keep} came, at least 1 is accepted: the checkpoint that is written stays")
+    folder, tag = Path(folder), _tag(step)
     if dist.get_rank() == 0:
         shutil.rmtree(folder / tag, ignore_errors=True)  # half written by a run that was killed here
     dist.barrier()
@@ -50,12 +53,13 @@ def save(engine: Any, folder: Path, step: int, state: dict[str, Any], keep: int)
         ) from error
     if dist.get_rank() == 0:
         _write(folder / LATEST, tag)
-        for old in _tags(folder)[:-keep]:
+        others = [other for other in _tags(folder) if other != tag]  # of later steps too: a run that went back
+        for old in others[: max(len(others) - (keep - 1), 0)]:
             shutil.rmtree(folder / old)
     dist.barrier()
 
 
-def restore(engine: Any, folder: Path) -> dict[str, Any]:
+def restore(engine: Any, folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Loads the newest sound checkpoint and returns the state that was saved with it.
 
     Warns of every newer one that is passed over (`UnsoundCheckpointWarning`), on rank 0.
@@ -63,7 +67,7 @@ def restore(engine: Any, folder: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: none is sound; the message says what is wrong with each.
     """
-    reasons = []
+    folder, reasons = Path(folder), []
     for tag in reversed(_tags(folder)):
         reason = _defect(folder / tag)
         if reason is None:

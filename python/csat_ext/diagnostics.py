@@ -15,6 +15,8 @@ from os import PathLike
 import torch
 from torch import Tensor
 
+from csat_ext.functional import Phi
+from csat_ext.implicit import ImplicitMeasurement
 from csat_ext.measurements import measurement_matrix
 from csat_ext.reference.attention import attend, project, renormalise_rows
 from csat_ext.reference.solvers import basis_pursuit, omp
@@ -179,8 +181,8 @@ def phase_transition(
     solver: str | Solver = "basis_pursuit",
     *,
     n: int = 128,
-    deltas: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
-    rhos: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
+    deltas: Sequence[float] | Tensor = (0.1, 0.3, 0.5, 0.7, 0.9),
+    rhos: Sequence[float] | Tensor = (0.1, 0.3, 0.5, 0.7, 0.9),
     trials: int = 20,
     tolerance: float = 1e-2,
     seed: int = 0,
@@ -193,16 +195,14 @@ def phase_transition(
     Args:
         ensemble: a name that ``measurement_matrix`` knows, or a function (m, n, seed) -> (m, n) matrix.
         solver: "basis_pursuit", "omp" or a function (z, A, k) -> coefficients.
-        n: length of the vectors; deltas: m / n in (0, 1]; rhos: k / m in (0, 1].
+        n: length of the vectors; deltas: m / n in (0, 1]; rhos: k / m in (0, 1], sequences or (I,) and (J,) tensors.
 
     Returns:
         :class:`PhaseTransition`, the same for the same arguments.
     """
     _within("n", n, 2)
     _within("trials", trials, 1)
-    for name, values in (("deltas", deltas), ("rhos", rhos)):
-        if not values or not all(0 < value <= 1 for value in values):
-            raise ValueError(f"{name} must be a non-empty sequence of numbers in (0, 1], got {tuple(values)}")
+    deltas, rhos = _fractions("deltas", deltas), _fractions("rhos", rhos)
     if isinstance(solver, str) and solver not in SOLVERS:
         raise ValueError(f"solver must be one of {sorted(SOLVERS)} or a function, got {solver!r}")
     solve = SOLVERS[solver] if isinstance(solver, str) else solver
@@ -220,6 +220,17 @@ def phase_transition(
     names = [x if isinstance(x, str) else getattr(x, "__name__", repr(x)) for x in (ensemble, solver)]
     delta = torch.tensor(measured, dtype=torch.float64) / n
     return PhaseTransition(delta, torch.tensor(rhos, dtype=torch.float64), success, n, trials, tolerance, seed, *names)
+
+
+def _fractions(name: str, values: Sequence[float] | Tensor) -> tuple[float, ...]:
+    accepted = f"{name} must be a non-empty sequence of numbers in (0, 1]"
+    try:
+        numbers = tuple(float(value) for value in values)
+    except (TypeError, ValueError, RuntimeError) as error:  # torch's of a row of several numbers is a RuntimeError
+        raise TypeError(f"{accepted}, got {values!r}") from error
+    if not numbers or not all(0 < number <= 1 for number in numbers):
+        raise ValueError(f"{accepted}, got {numbers}")
+    return numbers
 
 
 def _drawn_matrix(ensemble: str | Callable[[int, int, int], Tensor], m: int, n: int, seed: int) -> Tensor:
@@ -253,6 +264,10 @@ def donoho_tanner(delta: Tensor) -> Tensor:
     Returns:
         (...) in float64, to about 1e-5.
     """
+    if not isinstance(delta, Tensor):
+        raise TypeError(f"delta must be a Tensor, got {type(delta).__name__}")
+    if not bool(((delta > 0) & (delta <= 1)).all()):
+        raise ValueError(f"delta must lie in (0, 1], got {delta.tolist()}")
     z = torch.linspace(5e-4, 10, 20000, dtype=torch.float64)  # at 0 it is 0 / 0 for delta = 1
     tail = torch.special.ndtr(-z)
     density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
@@ -319,8 +334,8 @@ def token_attributions(attention: Tensor, phi_v: Tensor) -> Tensor:
 def csat_attribution(
     query: Tensor,
     key: Tensor,
-    phi_k: Tensor,
-    phi_v: Tensor | None = None,
+    phi_k: Phi,
+    phi_v: Phi | None = None,
     *,
     rows: Sequence[int] | Tensor | None = None,
     scale: float | None = None,
@@ -331,7 +346,8 @@ def csat_attribution(
 
     Args:
         query: (B, H, Nq, D); key: (B, Hk, N, D), Hk divides H.
-        phi_k, phi_v, scale, score_bias, key_mask: as in ``csat_attention``, the same renormalisation included.
+        phi_k, phi_v, scale, score_bias, key_mask: as in ``csat_attention``, the same renormalisation included. An
+            ``ImplicitMeasurement`` is taken by its matrix.
         rows: indices of the queries asked for, in 0..Nq-1; all of them if None.
 
     Returns:
@@ -351,8 +367,6 @@ def csat_attribution(
             f"got key {tuple(key.shape)} for query {tuple(query.shape)}"
         )
     sizes = (query.shape[0], heads, key.shape[2])
-    phi_k = _four_axes("phi_k", phi_k, *sizes)
-    phi_v = phi_k if phi_v is None else _four_axes("phi_v", phi_v, *sizes)
     if key_mask is not None and (key_mask.dtype != torch.bool or tuple(key_mask.shape) != sizes[::2]):
         raise ValueError(f"key_mask must be bool of shape {sizes[::2]}, got {key_mask.dtype} {tuple(key_mask.shape)}")
     if rows is not None:
@@ -360,17 +374,33 @@ def csat_attribution(
         if index.ndim != 1 or bool(((index < 0) | (index >= queries)).any()):
             raise ValueError(f"rows must be a list of indices in 0..{queries - 1}, got {rows}")
         query = query[:, :, index]
-    measured_key = project(key, phi_k, key_mask)
-    if key_mask is not None:
-        factor, empty = renormalise_rows(phi_k, key_mask)
-        measured_key = (measured_key * factor[..., None]).to(key.dtype)
-        beta = torch.zeros((), dtype=factor.dtype, device=key.device) if score_bias is None else score_bias
+    read = phi_k.key_mask if key_mask is None and isinstance(phi_k, ImplicitMeasurement) else key_mask
+    rows_k, empty = _masked_rows("phi_k", phi_k, key_mask, key.dtype, *sizes)
+    rows_v = rows_k if phi_v is None else _masked_rows("phi_v", phi_v, key_mask, key.dtype, *sizes)[0]
+    if empty is not None:
+        beta = torch.zeros((), dtype=rows_k.dtype, device=key.device) if score_bias is None else score_bias
         score_bias = torch.where(empty.repeat_interleave(heads // empty.shape[1], dim=1), -math.inf, beta)
-        kept = torch.where(key_mask[:, None, None, :], phi_v, 0.0)
-        phi_v = kept * renormalise_rows(phi_v, key_mask)[0][..., None]
-    weights = torch.eye(phi_k.shape[2], dtype=query.dtype, device=query.device)[None, None]
+    measured_key = project(key, rows_k, read)
+    weights = torch.eye(rows_k.shape[2], dtype=query.dtype, device=query.device)[None, None]
     attention, _ = attend(query, measured_key, weights, score_bias, query.shape[-1] ** -0.5 if scale is None else scale)
-    return token_attributions(attention, phi_v.repeat_interleave(heads // phi_v.shape[1], dim=1))
+    return token_attributions(attention, rows_v.repeat_interleave(heads // rows_v.shape[1], dim=1))
+
+
+def _masked_rows(
+    name: str, phi: Phi, key_mask: Tensor | None, dtype: torch.dtype, batch: int, heads: int, tokens: int
+) -> tuple[Tensor, Tensor | None]:
+    """phi as (1 or B, heads that divide H, M, N), renormalised for a key mask, and which rows that leaves empty."""
+    if isinstance(phi, ImplicitMeasurement):
+        if key_mask is not None and phi.key_mask is not None:
+            raise ValueError(f"{name} was made for a key mask; accepted beside key_mask: one made without")
+        made = (phi if key_mask is None else phi.masked(key_mask)).dense(torch.promote_types(dtype, torch.float32))
+        empty = None if key_mask is None or made.score_bias is None else made.score_bias == -math.inf
+        return _four_axes(name, made.phi, batch, heads, tokens), empty
+    four = _four_axes(name, phi, batch, heads, tokens)
+    if key_mask is None:
+        return four, None
+    factor, empty = renormalise_rows(four, key_mask)
+    return torch.where(key_mask[:, None, None, :], four, 0.0) * factor[..., None], empty
 
 
 def _four_axes(name: str, phi: Tensor, batch: int, heads: int, tokens: int) -> Tensor:

@@ -7,12 +7,14 @@ head): `measure` compresses K and V to m measurements, `recover` attends over th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from csat_ext import ops as _ops  # noqa: F401  (registers fakes, autograd and autocast of torch.ops.csat)
 from csat_ext.causal import BlockState, Measure, PrefixState, attend_blocks, attend_prefixes
@@ -193,7 +195,7 @@ def csat_attention(
             measurements_per_block=measurements_per_block, window_blocks=window_blocks, signed=signed, decoder=decoder,
             feature_sensing=feature_sensing, scale=scale, score_bias=score_bias, key_mask=key_mask,
         )[0]  # fmt: skip
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast_inputs(query, key, value)
     check_attention(query, key, value)
     if phi_k is None:
         raise TypeError("phi_k must be a torch.Tensor or an ImplicitMeasurement, got None")
@@ -228,6 +230,7 @@ def measure(
         Kc (B, Hc, M, D), Vc (B, Hc, M, R) with Hc = Hk or H, and the score bias (1 or B, 1 or H, M), in which rows of
         Phi that ``key_mask`` left empty are -inf, or None.
     """
+    _refuse_forward_mode(key, value)
     if key_mask is not None:
         checked_mask(key_mask, key)
     mask = key_mask if renormalise else None
@@ -254,6 +257,7 @@ def recover(
     score_bias: Tensor | None = None,
 ) -> Tensor:
     """Second half of `csat_attention`: attend over Kc (B, Hc, M, D) and Vc (B, Hc, M, R), decode every row."""
+    _refuse_forward_mode(query, kc, vc)
     tau = _canonical_scale(scale, query)
     _check_decoder(decoder, query, vc)
     if isinstance(decoder, SparseDecoder):
@@ -291,7 +295,8 @@ def continue_causal(
     phi and so on are those of the new tokens. Returns the rows and the state after them. The block form also takes a
     function that measures blocks as ``phi_k``, beside their size. ``prefix_name`` is what the caller calls the phi of
     the prefix form."""
-    query, key, value = _autocast(query, key, value)
+    _refuse_forward_mode(query, key, value)
+    query, key, value = autocast_inputs(query, key, value)
     check_attention(query, key, value)
     if query.shape[2] != key.shape[2]:
         raise ValueError(
@@ -506,7 +511,7 @@ def _check_thresholds(theta: Tensor) -> None:
         raise ValueError(f"decoder.theta holds {bad}; accepted: soft thresholds >= 0")
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast the inputs take its dtype, as those of a matrix product do; parameters stay as they are."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     if not autocasts(device):
@@ -527,6 +532,30 @@ def autocasts(device_type: str) -> bool:
 def _is_autocast(value: object) -> bool:
     """float64 is left alone, as everywhere in torch's autocast."""
     return isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+
+
+def _refuse_forward_mode(*tensors: object) -> None:
+    """torch's rules for operators of others know no tangents: they would be zeros, and nobody would be told."""
+    if torch.compiler.is_compiling():
+        return
+    is_dual: Callable[[Tensor], bool]
+    transform = torch._C._functorch.peek_interpreter_stack()
+    if transform is not None and transform.key() == torch._C._functorch.TransformType.Jvp:
+        is_dual = torch._C._functorch.is_functorch_wrapped_tensor
+    elif forward_ad._current_level >= 0:
+        is_dual = _has_tangent
+    else:
+        return
+    for x in tensors:
+        if isinstance(x, Tensor) and is_dual(x):
+            raise NotImplementedError(
+                "forward-mode derivatives (torch.func.jvp, jacfwd, torch.autograd.forward_ad) came; accepted: reverse "
+                "mode, or csat_ext.reference for both"
+            )
+
+
+def _has_tangent(x: Tensor) -> bool:
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def check_attention(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -120,6 +120,8 @@ def implicit_measurement(
     if ensemble not in IMPLICIT:
         raise ValueError(f"ensemble {ensemble!r} has no implicit form; accepted: {', '.join(IMPLICIT)}")
     anchor_places = check_draw(m, n, seed, layer, heads, anchors)
+    if n >= 2**31 - 1:  # the kernels count tokens in int32
+        raise ValueError(f"n must be below 2**31 - 1 in an implicit form, got {n}")
     check_options(chosen, None, head_shift, n, anchor_places)
     device = resolve_device(device if device is not None or key_mask is None else key_mask.device)
     phi_heads = 1 if heads is None or (chosen.averaging and not head_shift) else heads

@@ -100,14 +100,15 @@ def explain(
             capability, which need not be there.
 
     Raises:
-        TypeError: no phi_k without the block form.
-        ValueError: an unknown device; sizes of a block that do not fit.
+        TypeError: no phi_k without the block form; a query, key or value that `csat_attention` takes of no dtype.
+        ValueError: an unknown device; a query, key or value without four axes; sizes of a block that do not fit.
     """
     import torch
 
     from csat_ext.functional import check_form
 
     check_form(causal, False, block_size, measurements_per_block, window_blocks, False)
+    _check_inputs(query=query, key=key, value=value)
     m, n = _measured(phi_k, causal, block_size, measurements_per_block)
     where, gpu = _device(query.device if device is None else device)
     if not gpu:
@@ -142,6 +143,19 @@ def explain(
         choices += [choose("decode")]
     choices += [choose(f"{attend}_backward"), *([choose("decode_backward")] if sparse else [])]
     return Explanation(where, tuple(choices))
+
+
+def _check_inputs(**inputs: Tensor) -> None:
+    """What is read of them here: `csat_attention` checks how they fit together."""
+    import torch
+
+    for name, value in inputs.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        if value.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise TypeError(f"{name} has dtype {value.dtype}; accepted: float32, bfloat16, float16 or float64 (CPU)")
+        if value.dim() != 4:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; accepted: (batch, heads, tokens, features)")
 
 
 def _measured(phi: Phi | None, causal: str | None, block_size: int | None, per_block: int | None) -> tuple[int, int]:
@@ -210,7 +224,11 @@ def _device(device: str | torch.device) -> tuple[str, dict[str, int]]:
         if capability not in _SHARED_BYTES:
             raise ValueError(f"device {name!r}: accepted are {[f'sm_{c}' for c in _SHARED_BYTES]} and torch devices")
         return name, {"capability": capability, "shared_bytes": _SHARED_BYTES[capability] * 1024}
-    kind = torch.device(name).type
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        accepted = f"{[f'sm_{c}' for c in _SHARED_BYTES]} and torch devices"
+        raise ValueError(f"device {name!r}: accepted are {accepted}") from error
     if kind != "cuda" or not CUDA.kernels or not torch.cuda.is_available():
         return f"{name}: {backend_of(kind)}", {}
     properties = torch.cuda.get_device_properties(torch.device(name))

@@ -12,7 +12,8 @@ Two families (`Ensemble.averaging`):
 
 Column s of a random Phi depends on (seed, layer, head, row, s) alone (`csat_ext.philox`), apart from one scalar in N,
 so any N works and every device and rank holds the same columns. Values are made in exact integers or float64 and cast
-last. Nothing here waits for a device, and `torch.compile` traces it with a symbolic N.
+last. Nothing here waits for a device, and `torch.compile` and `torch.export` trace it with a symbolic N: a root of N is
+`torch.sym_sqrt`, which is `math.sqrt` of an int (`math.sqrt` of a symbol fixes it to the traced length).
 
 To add an ensemble: one function from `Layout`, decorated with `@_signed(name)` (values of variance 1/N) or
 `@_averaging(name)` (integer token weights and their unit), its docstring saying what it is worth.
@@ -377,14 +378,14 @@ def _learned(layout: Layout) -> tuple[Tensor, int]:
 def _gaussian(layout: Layout) -> Tensor:
     """Entries N(0, 1/n), the paper's. Not an approximation of softmax attention (benchmarks/results/ensembles.json): as
     m grows the output tends to V^T s / n (unnormalised linear attention)."""
-    return philox.normal(layout.words(layout.rows(), layout.tokens())) / math.sqrt(layout.n)
+    return philox.normal(layout.words(layout.rows(), layout.tokens())) / torch.sym_sqrt(layout.n)
 
 
 @_signed("rademacher")
 def _rademacher(layout: Layout) -> Tensor:
     """Signs / sqrt(n). Not an approximation of softmax attention (benchmarks/results/ensembles.json): as m grows the
     output tends to V^T tanh(s / sqrt(n)) / sqrt(n)."""
-    return philox.sign(layout.words(layout.rows(), layout.tokens())).to(torch.float64) / math.sqrt(layout.n)
+    return philox.sign(layout.words(layout.rows(), layout.tokens())).to(torch.float64) / torch.sym_sqrt(layout.n)
 
 
 @_signed("srht")
@@ -403,7 +404,7 @@ def _srht(layout: Layout) -> Tensor:
     for shift in (16, 8, 4, 2, 1):
         parity = parity ^ (parity >> shift)
     signs = philox.sign(layout.words(0, layout.tokens()[None, :]))
-    return (signs * (1 - 2 * (parity & 1))).to(torch.float64) / math.sqrt(layout.n)
+    return (signs * (1 - 2 * (parity & 1))).to(torch.float64) / torch.sym_sqrt(layout.n)
 
 
 @_signed("count_sketch")
@@ -412,7 +413,7 @@ def _count_sketch(layout: Layout) -> Tensor:
     approximation of softmax attention (benchmarks/results/ensembles.json)."""
     words = layout.words(0, layout.tokens()[None, :])
     row = words[1] * layout.m >> 32
-    values = philox.sign(words).to(torch.float64) * math.sqrt(layout.m / layout.n)
+    values = philox.sign(words).to(torch.float64) * torch.sym_sqrt(layout.m / layout.n)
     return torch.where(row == layout.rows(), values, 0.0)
 
 
@@ -463,7 +464,7 @@ def haar_rows(rows: Tensor, n: int, token: Tensor) -> Tensor:
     low, high = (middle - left).clamp_min(1).to(torch.float64), (right - middle).clamp_min(1).to(torch.float64)
     wavelet = torch.where(token < middle, torch.sqrt(high / low), -torch.sqrt(low / high)) / torch.sqrt(low + high)
     wavelet = torch.where((token >= left) & (token < right), wavelet, 0.0)
-    return torch.where(rows == 0, math.sqrt(1 / n), wavelet)
+    return torch.where(rows == 0, torch.sym_sqrt(1 / n), wavelet)
 
 
 # --- the one place where rows are normalised -------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from csat_ext.functional import (
 from csat_ext.implicit import IMPLICIT, ImplicitMeasurement, implicit_measurement
 from csat_ext.measurements import ENSEMBLES, Measurement, Part, columns_by_position, measurement
 from csat_ext.philox import GENERATOR_VERSION
-from csat_ext.reference.attention import has_values
+from csat_ext.reference.attention import fakes_tensors, has_values
 from csat_ext.reference.lista import (
     DecoderWeights,
     analytic_weight,
@@ -108,6 +108,7 @@ class CSATCore(nn.Module):
         key = (GENERATOR_VERSION, _ensemble_code(config.ensemble), config.seed, config.layer)
         self.register_buffer("measurement_key", torch.tensor(key, dtype=torch.int64))
         self._fixed: dict[tuple[Any, ...], Any] = {}
+        self._key_seen: tuple[int, int] | None = None
         self._parallel: Parallel | None = None
         self._create_parameters()
 
@@ -159,6 +160,21 @@ class CSATCore(nn.Module):
             psi = dictionary("learned", self.head_dim, config.atoms, seed=config.seed)
             self.psi = nn.Parameter(psi.expand(heads, -1, -1).clone())
         self._create_decoder()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Every parameter and the `measurement_key` as construction makes them: after `to_empty` of a layer that was
+        made on the meta device, sharded or not."""
+        with torch.device("cpu"):
+            fresh = CSATCore(self.num_heads, self.head_dim, self.config, self.kv_heads)
+        for name, start in (*fresh.named_parameters(), *fresh.named_buffers()):
+            own = getattr(self, name)
+            if hasattr(own, "device_mesh"):  # a DTensor of FSDP2
+                from torch.distributed.tensor import distribute_tensor
+
+                start = distribute_tensor(start.detach().to(own.device), own.device_mesh, own.placements)
+            own.copy_(start)
+        self._fixed.clear()
 
     def _random_content(self) -> Tensor:
         """(Hk, M, D), entries N(0, 1 / D): logits that spread as the keys' features do."""
@@ -268,7 +284,7 @@ class CSATCore(nn.Module):
     def _remember(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """A fixed tensor, made once for every key; made anew while a compiler traces: its graph must not depend on a
         length."""
-        if not has_values(self.measurement_key):
+        if not has_values(self.measurement_key) or fakes_tensors():
             return make()
         if key not in self._fixed:
             if len(self._fixed) >= 16:  # many lengths in one run: keep memory bounded
@@ -313,6 +329,7 @@ class CSATCore(nn.Module):
     ) -> Measurement:
         """Phi (and the score bias) that keys of length n meet, in float32; with a key mask one for each batch
         element; with a part its columns and heads."""
+        self._follow_key()
         if self.config.learned:
             phi = self._own(self.phi)
             columns = phi if part is None else phi[..., part.start : part.stop].contiguous()
@@ -448,6 +465,7 @@ class CSATCore(nn.Module):
         return self._attend(lambda: q, k, v, key_mask)
 
     def _attend(self, queries: Callable[[], Tensor], k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        self._follow_key()
         if self.config.causal is not None:
             rows, _ = self._continue(None, 0, queries(), k, v, key_mask, self.decoder())
             return rows.transpose(1, 2).flatten(2)
@@ -466,6 +484,7 @@ class CSATCore(nn.Module):
         decoder: Decoder | None,
     ) -> tuple[Tensor, CausalState]:
         """The rows (B, H, n, Dv) of tokens that come after ``length`` others, and the state after them."""
+        self._follow_key()
         config = self.config
         if config.gain:
             q = q * self.gain[:, None, None].to(q.dtype)
@@ -508,14 +527,21 @@ class CSATCore(nn.Module):
     @torch.no_grad()
     def new_cache(self) -> CSATCache:
         """A cache for `CSATAttention.forward`, or by its own `step` for the heads of q, k, v; its decoder is that of
-        the present parameters. Raises ValueError for a layer that is not causal."""
-        if self.config.causal is None:
+        the parameters at its first tokens. Raises ValueError for a layer that is not causal."""
+        c = self.config
+        if c.causal is None:
             raise ValueError("causal = None came; a cache is for causal='block' or 'prefix'")
-        decoder = self.decoder()
-        return CSATCache.over(
-            self.config.causal,
-            lambda state, length, q, k, v, _, mask: self._continue(state, length, q, k, v, mask, decoder),
-        )
+        made: list[Decoder | None] = []  # in a forward pass, where the parameters of a sharded layer are whole
+
+        def continuation(
+            state: CausalState | None, length: int, q: Tensor, k: Tensor, v: Tensor, _: object, mask: Tensor | None
+        ) -> tuple[Tensor, CausalState]:
+            if not made:
+                made.append(self.decoder())
+            return self._continue(state, length, q, k, v, mask, made[0])
+
+        sizes = {"measurements": c.measurements, "block_size": c.block_size, "window_blocks": c.window_blocks}
+        return CSATCache.over(c.causal, continuation, self, ensemble=c.ensemble, content=c.content, **sizes)
 
     def rows(self, q: Tensor, kc: Tensor, vc: Tensor, bias: Tensor | None) -> Tensor:
         """What `attend` returns, from what `measured` returned."""
@@ -562,23 +588,37 @@ class CSATCore(nn.Module):
     # ---- state ------------------------------------------------------------------------------------------------------
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """The seed of the checkpoint wins over that of the config: the weights were trained with its Phi."""
         stored = state_dict.get(prefix + "measurement_key")
         if stored is not None:
-            version, ensemble, seed, layer = (int(v) for v in stored)
-            here = _ensemble_code(self.config.ensemble)
-            if version != GENERATOR_VERSION or ensemble != here:
-                raise ValueError(
-                    f"{prefix}measurement_key: the checkpoint was made with generator version {version} and ensemble "
-                    f"{_ensemble_name(ensemble)!r}; this module has version {GENERATOR_VERSION} "
-                    f"and {self.config.ensemble!r}"
-                )
-            self.config = self.config.replace(seed=seed, layer=layer)
-            self._fixed.clear()
+            self._take_key(prefix, stored)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
+    def _take_key(self, prefix: str, key: Tensor) -> None:
+        """The seed of the checkpoint wins over that of the config: the weights were trained with its Phi."""
+        version, ensemble, seed, layer = (int(v) for v in key)
+        if version != GENERATOR_VERSION or ensemble != _ensemble_code(self.config.ensemble):
+            raise ValueError(
+                f"{prefix}measurement_key: the checkpoint was made with generator version {version} and ensemble "
+                f"{_ensemble_name(ensemble)!r}; this module has version {GENERATOR_VERSION} "
+                f"and {self.config.ensemble!r}. After to_empty, reset_parameters() comes first"
+            )
+        if (seed, layer) != (self.config.seed, self.config.layer):
+            self.config = self.config.replace(seed=seed, layer=layer)
+            self._fixed.clear()
+
+    def _follow_key(self) -> None:
+        """Takes what a loader that bypasses `load_state_dict` has put into the buffer's place, or on a CPU into it. A
+        device is not waited for at every forward pass: DDP writes buffers before each."""
+        key = self.measurement_key
+        if not has_values(key) or fakes_tensors():
+            return
+        seen = key.data_ptr(), key._version if key.is_cpu and not key.is_inference() else 0
+        if seen != self._key_seen:
+            self._take_key("", key)
+            self._key_seen = seen
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_fixed": {}}
+        return {**self.__dict__, "_fixed": {}, "_key_seen": None}
 
     def extra_repr(self) -> str:
         c, width = self.config, self.num_heads * self.head_dim
@@ -698,10 +738,19 @@ class CSATAttention(CSATCore):
         self._check_inputs(x, context)
         k, v = self._heads(self.k_proj(context)), self._heads(self.v_proj(context))
         if cache is not None:
+            self._check_cache(cache)
             rows = cache.step(self._heads(self.q_proj(x)), k, v, key_mask=key_mask)
             return self.out_proj(rows.transpose(1, 2).flatten(2))
         # Queries are projected while measurements of other ranks are on their way.
         return self.out_proj(self._attend(lambda: self._heads(self.q_proj(x)), k, v, key_mask))
+
+    def _check_cache(self, cache: CSATCache) -> None:
+        if not isinstance(cache, CSATCache):
+            raise TypeError(f"cache must be a CSATCache of this layer's new_cache, got {type(cache).__name__}")
+        if cache.owner is not self:
+            came = "that no layer made" if cache.owner is None else "of another layer"
+            accepted = "None, as causal is None" if self.config.causal is None else "what the layer's new_cache made"
+            raise ValueError(f"cache came {came}; accepted: {accepted}")
 
     def _check_inputs(self, x: Tensor, context: Tensor) -> None:
         weight = self.q_proj.weight

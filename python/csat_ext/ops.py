@@ -406,8 +406,8 @@ def _decode_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _decode_backward(ctx: Any, dc: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = _csat.decode_backward(dc, *ctx.saved_tensors)
-    return tuple(_if_needed(ctx.needs_input_grad, gradients, ctx.saved_tensors))
+    saved = ctx.saved_tensors  # asked for once, as everywhere: hooks unpack at every look, and checkpoints at one
+    return tuple(_if_needed(ctx.needs_input_grad, _csat.decode_backward(dc, *saved), saved))
 
 
 def _attend_decode_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -437,7 +437,8 @@ def _attend_causal_decode_context(ctx: Any, inputs: tuple[Any, ...], output: tup
 
 
 def _attend_causal_decode_backward(ctx: Any, dc: Tensor, _dz: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
-    tensors, (z, lse), weights = ctx.saved_tensors[:7], ctx.saved_tensors[7:9], ctx.saved_tensors[9:]
+    saved = ctx.saved_tensors
+    tensors, (z, lse), weights = saved[:7], saved[7:9], saved[9:]
     if not ctx.need_z:  # one more forward pass instead of the memory
         z, lse = _csat.attend_causal(*tensors, *ctx.numbers)
     dz, *dweights = _csat.decode_backward(dc, z, *weights)
@@ -458,7 +459,8 @@ def _attend_prefix_decode_context(ctx: Any, inputs: tuple[Any, ...], output: tup
 def _attend_prefix_decode_backward(
     ctx: Any, dc: Tensor, _dz: Tensor, _dlse: Tensor, dkc: Tensor, dvc: Tensor, dmass: Tensor
 ) -> tuple[Tensor | None, ...]:
-    saved, z, weights = ctx.saved_tensors[:10], ctx.saved_tensors[10], ctx.saved_tensors[11:]
+    everything = ctx.saved_tensors
+    saved, z, weights = everything[:10], everything[10], everything[11:]
     if not ctx.need_z:  # one more forward pass instead of the memory
         z = _csat.attend_prefix(*saved[:9], ctx.scale, ctx.signed)[0]
     dz, *dweights = _csat.decode_backward(dc, z, *weights)

@@ -226,7 +226,7 @@ def phi_bytes(run: Run) -> int:
     config = run.compressed
     if config is None or config.learned or _implicit(config):
         return 0
-    shifts = config.head_shift and config.grid is None and "head_shift" in ENSEMBLES[config.ensemble].options
+    shifts = config.head_shift and "head_shift" in ENSEMBLES[config.ensemble].options  # on a grid too
     sample = measurement(config.ensemble, 2, 8, heads=2, head_shift=shifts)  # deterministic ensembles make one for all
     heads = 1 if sample.phi.shape[0] == 1 else run.model.key_heads
     return 4 * heads * config.measurements * run.local_tokens * (1 if config.share_kv else 2)

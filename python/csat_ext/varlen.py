@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csat_ext.functional import Decoder, check_attention, check_form, csat_attention, measure, recover
+from csat_ext.functional import Decoder, autocast_inputs, check_attention, check_form, csat_attention, measure, recover
 from csat_ext.measurements import Measurement, measurement
+
+_OPTIONS = frozenset({"seed", "layer", "dtype", "device", "anchors", "head_shift"})  # of `measurement`, per example
 
 
 def csat_attention_varlen(
@@ -47,12 +49,14 @@ def csat_attention_varlen(
             `measurement_varlen` makes them: (M, tokens), (1, Hk or H, M, tokens without the batch axis), also for
             examples shorter than M; with causal="prefix" (tokens, M), (1, Hk or H, tokens, M). With causal="block" that
             of a block, shared.
-        score_bias: (M,), (1 or H, M), or one for each example, (examples, 1 or H, M).
+        score_bias: (M,), (1 or H, M), or one for each example, (examples, 1 or H, M). With causal="block" that of a
+            block, shared: (r,), (1 or H, r).
         decoder, feature_sensing, scale, causal, block_size, measurements_per_block, window_blocks, signed: as in
             `csat_attention`.
 
     Returns:
-        (tokens of the queries, H, Dv), (.., H, R) without a decoder; dtype of the query.
+        (tokens of the queries, H, Dv), (.., H, R) without a decoder; dtype of the query, which autocast sets as it does
+        that of the key and the value.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is accepted.
@@ -68,8 +72,9 @@ def csat_attention_varlen(
             f"cu_seqlens_q holds {len(of_q)} examples, cu_seqlens_k {len(of_k)}; accepted: as many, and with a causal "
             "form the same lengths"
         )
+    query, key, value = autocast_inputs(query, key, value)
     phis = [_packed_phi(name, phi, causal, key) for name, phi in (("phi_k", phi_k), ("phi_v", phi_v))]
-    biases = _biases(score_bias, len(of_k))
+    biases = _biases(score_bias, len(of_k), causal)
     alike: dict[tuple[int, int], list[int]] = {}  # lengths -> examples
     for i, (at_q, at_k) in enumerate(zip(of_q, of_k, strict=True)):
         alike.setdefault((at_q.stop - at_q.start, at_k.stop - at_k.start), []).append(i)
@@ -111,7 +116,7 @@ def measurement_varlen(
 
     Args:
         ensemble, m, heads: as in `measurement`; so are the options seed, layer, dtype, device, anchors, head_shift.
-            No grid: pools of images are laid over their tokens in order.
+            No grid: pools of images are laid over their tokens in order. No key mask: what is packed has no padding.
         cu_seqlens: (examples + 1,) int32 or int64, starting at 0; on the device of the result unless `device` says so.
 
     Returns:
@@ -121,6 +126,8 @@ def measurement_varlen(
     Raises:
         TypeError, ValueError: naming the argument, what came and what is accepted.
     """
+    if unknown := sorted(options.keys() - _OPTIONS):
+        raise TypeError(f"measurement_varlen got unknown options {unknown}; accepted: {sorted(_OPTIONS)}")
     lengths = [at.stop - at.start for at in _ranges("cu_seqlens", cu_seqlens, None)]
     options = {"device": cu_seqlens.device, **options}
     template = measurement(ensemble, m, m, heads=heads, **options).phi
@@ -156,9 +163,12 @@ def _ranges(name: str, cu_seqlens: Tensor, packed: Tensor | None) -> list[slice]
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} has dtype {cu_seqlens.dtype}; accepted: torch.int32 or torch.int64")
     ends = cu_seqlens.tolist()
-    total = ends[-1] if ends and packed is None else 0 if packed is None else packed.shape[0]
-    if len(ends) < 2 or ends[0] != 0 or ends[-1] != total or ends != sorted(ends):
-        raise ValueError(f"{name} holds {ends}; accepted: 0, rising to the number of tokens, {total}")
+    if len(ends) < 2:
+        raise ValueError(f"{name} holds {ends}; accepted: one number more than there are examples, at least two")
+    total = ends[-1] if packed is None else packed.shape[0]
+    if ends[0] != 0 or ends[-1] != total or ends != sorted(ends):
+        which = "" if packed is None else f", {total}"
+        raise ValueError(f"{name} holds {ends}; accepted: 0, rising to the number of tokens{which}")
     return [slice(a, b) for a, b in itertools.pairwise(ends)]
 
 
@@ -178,13 +188,18 @@ def _packed_phi(
     return lambda at: torch.stack([with_heads.narrow(axis, s.start, s.stop - s.start) for s in at])
 
 
-def _biases(score_bias: Tensor | None, examples: int) -> Callable[[Sequence[int]], Tensor | None]:
+def _biases(score_bias: Tensor | None, examples: int, causal: str | None) -> Callable[[Sequence[int]], Tensor | None]:
     """From some examples to their score bias."""
     if score_bias is None:
         return lambda chosen: None
     _check_tensor("score_bias", score_bias, (1, 2, 3), "(M,), (1 or H, M) or (examples, 1 or H, M)")
     if score_bias.dim() < 3:
         return lambda chosen: score_bias
+    if causal == "block":
+        raise ValueError(
+            f"score_bias has shape {tuple(score_bias.shape)}; accepted with causal='block': that of one block, (r,) or "
+            "(heads, r), which all examples share"
+        )
     if score_bias.shape[0] != examples:
         raise ValueError(
             f"score_bias has shape {tuple(score_bias.shape)}; accepted: one for each of {examples} examples"

@@ -226,6 +226,35 @@ def test_token_mean_weighs_every_token_alike(two: Ranks) -> None:
         assert gradients == pytest.approx([1 / 7] * len(gradients))
 
 
+def mean_of_many_tokens(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean and gradients of `token_mean`, and of `Tensor.mean` in one place."""
+    values = torch.randn(70_000).abs().to(dtype)  # more than float16 can count
+    sizes, rank = [40_000, 30_000], dist.get_rank()
+    own, whole = values.split(sizes)[rank].clone().requires_grad_(), values.clone().requires_grad_()
+    mean, expected = token_mean(own, world()), whole.mean()
+    for result in (mean, expected):
+        (2.0**10 * result).backward()
+    assert own.grad is not None and whole.grad is not None
+    return mean.detach(), expected.detach(), own.grad, whole.grad.split(sizes)[rank]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_token_mean_of_many_tokens_is_the_mean(two: Ranks, dtype: torch.dtype) -> None:
+    for mean, expected, own, whole in two.run(mean_of_many_tokens, dtype):
+        assert mean.dtype == dtype
+        torch.testing.assert_close(mean, expected)
+        torch.testing.assert_close(own, whole)
+
+
+def mean_of_integers() -> Tensor:
+    return token_mean(torch.arange(7).split([5, 2])[dist.get_rank()] + 1, world())
+
+
+def test_token_mean_of_integers_is_no_integer(two: Ranks) -> None:
+    for mean in two.run(mean_of_integers):
+        assert float(mean) == 4.0 and mean.dtype == torch.float32
+
+
 # ---- groups and refusals ---------------------------------------------------------------------------------------------
 
 
@@ -249,6 +278,8 @@ def refusals() -> None:
     rank = dist.get_rank()
     with pytest.raises(ValueError, match=r"ranks 0 and 1 .* differ in the seed.* of 1: they would measure differently"):
         parallelise(torch.nn.Sequential(layer(seed=1), layer(seed=rank)), SequenceParallel(world()), world())
+    with pytest.raises(ValueError, match=r"differ in the seed.* of the model itself: they would measure differently"):
+        parallelise(layer(seed=rank), SequenceParallel(world()), world())
     with pytest.raises(ValueError, match="the model has no CSATAttention"):
         parallelise(torch.nn.Linear(2, 2), SequenceParallel(world()), world())
     model = torch.nn.Sequential(layer(), layer(layer=1))

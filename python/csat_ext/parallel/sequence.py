@@ -229,15 +229,18 @@ def _end(total: Tensor, under_way: SumOverRanks) -> Tensor:
 def token_mean(values: Tensor, group: Group) -> Tensor:
     """The mean over the values of all ranks, whose gradients sum to its gradient; ranks may hold different numbers.
 
-    A mean of the ranks' own means would weigh the tokens of a short shard more.
+    A mean of the ranks' own means would weigh the tokens of a short shard more. Summed and divided in float32 (float64
+    stays), as `Tensor.mean` is: float16 ends at 65,504 tokens. In the dtype of the values.
     """
     group = process_group(group)
+    wide = torch.promote_types(values.dtype, torch.float32)
     count = torch.tensor(float(values.numel()), dtype=torch.float64, device=values.device)
     dist.all_reduce(count, group=group)
-    own = values.sum() / count.to(values.dtype)
+    own = values.sum(dtype=wide) / count.to(wide)
     mean = own.detach().clone()
     dist.all_reduce(mean, group=group)
-    return own + (mean - own.detach())
+    mean = own + (mean - own.detach())
+    return mean.to(values.dtype) if values.is_floating_point() else mean
 
 
 def check_same_measurements(model: nn.Module, group: dist.ProcessGroup) -> None:
@@ -252,7 +255,8 @@ def check_same_measurements(model: nn.Module, group: dist.ProcessGroup) -> None:
     dist.all_gather_object(everyone, own, group=group)
     for rank, other in enumerate(everyone):
         if other != everyone[0]:
-            different = sorted(name for name in {*other, *everyone[0]} if other.get(name) != everyone[0].get(name))
+            names = sorted(name for name in {*other, *everyone[0]} if other.get(name) != everyone[0].get(name))
+            different = [name or "the model itself" for name in names]
             raise ValueError(
                 f"ranks 0 and {rank} of the group differ in the seed, layer number or config of {', '.join(different)}"
                 ": they would measure differently; build the model from one config on every rank"

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from csat_ext.measurements import rows_over_places
 
@@ -212,8 +213,15 @@ def recover(z: Tensor, decoder: Any) -> Tensor:  # (B, H, Nq, R) to (B, H, Nq, D
 
 
 def has_values(x: Tensor) -> bool:
-    """Whether a check may look into x: not while a compiler traces, not on the meta device."""
-    return not (torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor))
+    """Whether a check may look into x: not while a compiler traces, not on the meta device, not under torch.func."""
+    if torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def fakes_tensors() -> bool:
+    """Whether what is made now holds no values, whatever it is made from."""
+    return any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack())
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
