@@ -248,6 +248,51 @@ def test_grouped_queries_compressed(keys: dict[str, Any]) -> None:
     torch.testing.assert_close(module.attend(q, k, v), wide.attend(q, *repeated), rtol=1e-4, atol=1e-5)
 
 
+class Normed(Grouped):
+    """What a module may compute beside its projections."""
+
+    def __init__(self, **extras: Any) -> None:
+        super().__init__(4)
+        for name, value in extras.items():
+            self.register_buffer(name, value) if type(value) is Tensor else setattr(self, name, value)
+
+
+@pytest.mark.parametrize(
+    ("extras", "message"),
+    [
+        (
+            {"q_norm": nn.LayerNorm(4), "k_norm": nn.LayerNorm(4)},
+            r"it holds q_norm \(LayerNorm\), k_norm \(LayerNorm\)",
+        ),
+        ({"resid_drop": nn.Dropout(0.1)}, r"it holds resid_drop \(Dropout\) beside its projections"),
+        ({"attn_drop": nn.Linear(2, 2)}, r"it holds attn_drop \(Linear\)"),
+        ({"temperature": nn.Parameter(torch.ones(()))}, r"it holds temperature \(parameter\)"),
+        ({"bias": torch.ones(N, N)}, r"it holds bias \(buffer\)"),
+        ({"scale": 1.0}, r"the scale of its scores is 1\.0; accepted: 1 / sqrt\(4\)"),
+        ({"scaling": 0.25, "scale": 0.5}, r"the scale of its scores is 0\.25; accepted"),
+        ({"scale": "auto"}, r"the scale of its scores is auto"),
+    ],
+)
+def test_what_stands_beside_the_projections_is_refused_by_name(extras: dict[str, Any], message: str) -> None:
+    model = nn.Sequential(Normed(**extras))
+    with pytest.raises(ValueError, match=rf"layers: 0 \(Normed\): {message}"):
+        converted(model)
+    assert isinstance(model[0], Normed)
+
+
+def test_what_does_nothing_beside_the_projections_is_taken() -> None:
+    idle = {"q_norm": nn.Identity(), "resid_drop": nn.Dropout(0.0), "attn_drop": nn.Dropout(0.0), "dropout": 0.0}
+    x = torch.randn(B, N, E)
+    assert_same_function(nn.Sequential(Normed(**idle, scale=0.5, scaling=None)), lambda model: model(x), "0", 1)
+
+
+def test_every_dropout_of_attention_probabilities_counts() -> None:
+    model = nn.Sequential(Normed(attn_drop=nn.Dropout(0.0), dropout=0.3))
+    with pytest.raises(ValueError, match=r"0 drops attention probabilities out at rate 0\.3"):
+        converted(model)
+    assert converted(model, attention_dropout="omit") == ["0"]
+
+
 # ---- timm ------------------------------------------------------------------------------------------------------------
 
 
@@ -373,8 +418,31 @@ def test_transformers_blip_generates_through_compressed_cross_attention(hugging_
     assert model.generate(**options).equal(before)
 
 
+def test_transformers_auto_leaves_blip_a_decoder_that_generates(hugging_face: Any) -> None:
+    model = blip(hugging_face).eval()
+    options = {"pixel_values": IMAGES, "max_new_tokens": 4, "do_sample": False}
+    before = model.generate(**options)
+    replaced = converted(model, layers="auto")
+    assert len(replaced) == 4 and not any(".attention.self" in name for name in replaced)
+    assert model.generate(**options).equal(before)
+    decoder = blip(hugging_face).text_decoder
+    assert converted(decoder, layers="auto") == [f"bert.encoder.layer.{i}.crossattention.self" for i in range(2)]
+
+
+def test_transformers_auto_takes_the_text_encoder_of_blip(hugging_face: Any) -> None:
+    """Its config says `is_decoder` too, and yet it is called without a causal mask."""
+    text = {**TEXT, "attention_probs_dropout_prob": 0.0, "encoder_hidden_size": E, "is_decoder": True}
+    model = hugging_face.BlipTextModel(hugging_face.BlipTextConfig(**text)).eval()
+
+    def call(model: nn.Module) -> Tensor:
+        return model(input_ids=TOKENS, attention_mask=PADDING).last_hidden_state * PADDING[..., None]
+
+    assert_same_function(model, call, "auto", 4)
+
+
 def test_transformers_causal_text_is_refused(hugging_face: Any) -> None:
-    """By the config where it tells (CLIP's text tower), and by the mask where only the call does (BLIP's)."""
+    """By the config or the model around it where they tell (CLIP's text tower, BLIP's decoder), and by the mask where
+    only the call does."""
     text = {**TEXT, "eos_token_id": 2}
     del text["hidden_dropout_prob"]
     model = hugging_face.CLIPModel(hugging_face.CLIPConfig(text_config=text, vision_config=VISION))
@@ -382,7 +450,9 @@ def test_transformers_causal_text_is_refused(hugging_face: Any) -> None:
         converted(model)
     assert len(converted(model, layers="auto")) == 2
     captioner = blip(hugging_face)
-    converted(captioner, layers="text_decoder.*.attention.self")
+    with pytest.raises(ValueError, match=r"the causal text_decoder\.bert\.encoder\.layer\.0\.attention\.self, "):
+        converted(captioner, layers="text_decoder.*.attention.self")
+    converted(captioner.text_decoder.bert, layers="*.attention.self")  # the model that says so is not seen
     with pytest.raises(ValueError, match="attention_mask differs between queries, as a causal mask does"):
         captioner(pixel_values=IMAGES, input_ids=TOKENS, labels=TOKENS)
 
@@ -430,6 +500,21 @@ def test_auto_takes_the_image_layout_from_transformers(hugging_face: Any, name: 
     config = next(m for m in model.modules() if isinstance(m, CSATCore)).config
     assert (config.grid, config.measurements, len(config.anchors)) == ((4, 4), 4 + extra, extra)
     assert bool(model(pixel_values=IMAGES).last_hidden_state.isfinite().all())
+
+
+@pytest.mark.parametrize("registers", [0, 3])
+@pytest.mark.parametrize("partitioned", [False, True])
+def test_auto_counts_the_tokens_of_one_parameter(hugging_face: Any, registers: int, partitioned: bool) -> None:
+    config = hugging_face.Dinov2WithRegistersConfig(**VISION, num_register_tokens=registers)
+    model = hugging_face.Dinov2WithRegistersModel(config)
+    if partitioned:  # as ZeRO-3 leaves parameters
+        for parameter in model.embeddings.parameters(recurse=False):
+            parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
+    converted(model, measurements="auto", grid="auto", anchors="auto")
+    layer = next(m for m in model.modules() if isinstance(m, CSATCore)).config
+    anchors = (0, 1, 2, 3) if registers else ("first",)
+    assert (layer.grid, layer.measurements, layer.anchors) == ((4, 4), 5 + registers, anchors)
+    assert partitioned or bool(model(pixel_values=IMAGES).last_hidden_state.isfinite().all())
 
 
 def test_auto_takes_the_image_layout_from_timm(timm: Any) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import os
 import shutil
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +113,16 @@ def test_sections_of_deepspeed_are_not_taken_for_ours(key: str) -> None:
         ({"hybrid": {}}, TypeError, "csat_attention.hybrid"),
         ({"hybrid": [{"layerz": "*"}]}, ValueError, r"hybrid\[0\]: unknown key 'layerz'"),
         ({"hybrid": [{"threshold_lr_scale": 2}]}, ValueError, r"hybrid\[0\]: unknown key 'threshold_lr_scale'"),
-        ({"hybrid": [{"measurements": 0}]}, ValueError, "measurements must be at least 1"),
+        (
+            {"hybrid": [{"measurements": 0}]},
+            ValueError,
+            r"^csat_attention\.hybrid\[0\]: measurements must be at least 1",
+        ),
+        ({"hybrid": [{}, {"gain": 1}]}, TypeError, r"^csat_attention\.hybrid\[1\]: gain must be a bool"),
         ({"decoder": "auto"}, ValueError, "decoder: unknown value 'auto'"),
         ({"layers": "vision.*|"}, ValueError, "empty alternative"),
-        ({"threshold_lr_scale": 0}, ValueError, "threshold_lr_scale: 0 came, a positive number is accepted"),
+        ({"threshold_lr_scale": 0}, ValueError, "threshold_lr_scale: 0 came, a positive finite number is accepted"),
+        ({"threshold_lr_scale": float("inf")}, ValueError, "threshold_lr_scale: inf came"),
         ({"measurements": 0}, ValueError, "measurements"),
         ({"measurements": "8"}, TypeError, "measurements"),
         ({"ensemble": "gausian"}, ValueError, "did you mean 'gaussian'"),
@@ -244,6 +253,29 @@ def test_a_causal_config_is_refused_where_modules_are_converted() -> None:
         convert.ConvertedTorchAttention(nn.MultiheadAttention(8, 2), CSATConfig(causal="prefix"))
 
 
+@pytest.mark.parametrize("layers", ["a", "b", "*", "auto", "inner.*"])
+def test_a_module_with_several_names_is_one_layer_replaced_under_all_of_them(layers: str) -> None:
+    model = nn.ModuleDict({"a": Attention(), "other": nn.Linear(2, 2)})
+    model["b"], model["inner"] = model["a"], nn.Sequential(model["a"])
+    assert apply(model, section(layers=layers, indices=[0], measurements=4)) == ["a"]
+    assert isinstance(model["a"], CSATAttention)
+    assert model["a"] is model["b"] and model["a"] is model["inner"][0]
+
+
+@pytest.mark.parametrize("layers", ["vision.*", "auto"])
+def test_what_is_converted_already_or_the_root_is_said(layers: str) -> None:
+    model = nn.ModuleDict({"vision": nn.ModuleList([Attention()])})
+    apply(model, section(layers=layers, measurements=4))
+    with pytest.raises(ValueError, match=r"matches no attention module.*; already converted: vision\.0"):
+        apply(model, section(layers=layers, measurements=4))
+    with pytest.raises(
+        ValueError, match=r"the model itself is an attention module \(Attention\): pass the module that"
+    ):
+        apply(Attention(), section(layers=layers, measurements=4))
+    with pytest.raises(ValueError, match="already converted: the model itself"):
+        apply(model["vision"][0], section(layers=layers, measurements=4))
+
+
 def test_a_refused_conversion_leaves_the_model_alone() -> None:
     model = Model()
     with pytest.raises(ValueError, match="causal"):
@@ -282,6 +314,105 @@ def test_parameters_collected_before_the_conversion_are_refused() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="optimizer lacks"):
         integration.initialize(model=model, optimizer=optimizer, config=config)
+
+
+class Reached(Exception):
+    """DeepSpeed was called: what comes before has been passed."""
+
+
+@pytest.fixture
+def handed_on(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The arguments that `deepspeed.initialize` was given, in whose place `Reached` is raised."""
+    deepspeed, arguments = pytest.importorskip("deepspeed"), {}
+
+    def initialize(**keys: Any) -> None:
+        arguments.update(keys)
+        raise Reached
+
+    monkeypatch.setattr(deepspeed, "initialize", initialize)
+    return arguments
+
+
+def config(scale: float | None = None, **params: Any) -> dict[str, Any]:
+    own = {"layers": "vision.*", "measurements": 4} | ({} if scale is None else {"threshold_lr_scale": scale})
+    return {"train_batch_size": 1, "optimizer": {"type": "AdamW", "params": params}, "csat_attention": own}
+
+
+def hand_on(config: dict[str, Any], **arguments: Any) -> None:
+    with pytest.raises(Reached):
+        integration.initialize(config=config, **arguments)
+
+
+def test_parameters_of_one_group_with_a_rate_of_the_thresholds_are_warned_of(handed_on: dict[str, Any]) -> None:
+    told = "model_parameters: parameters of one group .*threshold_lr_scale = 3 has no effect .*; leave model_parameters"
+    for params in (lambda m: m.parameters(), lambda m: [{"params": m.parameters()}]):
+        model = Model()
+        with pytest.warns(UserWarning, match=told):
+            hand_on(config(3, lr=1e-3), model=model, model_parameters=params(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = Model()
+        hand_on(config(lr=1e-3), model=model, model_parameters=model.parameters())
+        hand_on(config(3, lr=1e-3), model=(model := Model()), model_parameters=two_groups(model))
+        hand_on(config(3, lr=1e-3), model=Model())
+
+
+def two_groups(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Read after the replacement, as `model.parameters()` is."""
+    for wanted in (True, False):
+        yield {
+            "params": [p for name, p in model.named_parameters() if name.endswith("threshold") == wanted],
+            "lr": 1e-3,
+        }
+
+
+@pytest.mark.parametrize("key", ["lr", "weight_decay"])
+@pytest.mark.parametrize("value", ["auto", None])
+def test_a_rate_that_is_no_number_is_refused_by_name(key: str, value: Any) -> None:
+    pytest.importorskip("deepspeed")
+    for collected in (None, [nn.Parameter(torch.ones(1))]):
+        model = Model()
+        with pytest.raises(ValueError, match=rf"optimizer\.params\.{key}: {value!r} came, a number is accepted"):
+            integration.initialize(model=model, config=config(**{"lr": 1e-3, key: value}), model_parameters=collected)
+        assert not layers_of(model)
+
+
+@pytest.mark.parametrize(("kind", "rate"), [("AdamW", 1e-3), ("Adagrad", 1e-2), ("Lion", 1e-3), ("RMSprop", 1e-2)])
+@pytest.mark.parametrize("params", [{}, None])
+def test_an_optimizer_without_a_rate_has_its_default_in_every_group(
+    handed_on: dict[str, Any], kind: str, rate: float, params: dict[str, Any] | None
+) -> None:
+    keys = config(3)
+    keys["optimizer"] = {"type": kind} if params is None else {"type": kind, "params": params}
+    hand_on(keys, model=Model())
+    rates = {group["name"]: group["lr"] for group in handed_on["model_parameters"]}
+    assert rates == pytest.approx({"decay": rate, "no_decay": rate, "threshold": 3 * rate})
+
+
+@pytest.mark.parametrize("optimizer", [{}, {"optimizer": None}, {"optimizer": {"type": "Muon"}}])
+def test_without_a_known_rate_the_parameters_are_handed_on_plain(
+    handed_on: dict[str, Any], optimizer: dict[str, Any]
+) -> None:
+    keys = config()
+    del keys["optimizer"]
+    model = Model()
+    hand_on(keys | optimizer, model=model)
+    assert [id(p) for p in handed_on["model_parameters"]] == [id(p) for p in model.parameters()]
+
+
+def test_the_default_rates_are_those_of_the_installed_deepspeed() -> None:
+    pytest.importorskip("deepspeed")
+    from deepspeed.ops import adagrad, adam, lamb, lion
+
+    kinds = {
+        "adam": (adam.FusedAdam, adam.DeepSpeedCPUAdam, torch.optim.Adam),
+        "adamw": (adam.FusedAdam, adam.DeepSpeedCPUAdam, torch.optim.AdamW),
+        "adagrad": (adagrad.DeepSpeedCPUAdagrad, torch.optim.Adagrad),
+        "lamb": (lamb.FusedLamb,),
+        "lion": (lion.FusedLion, lion.DeepSpeedCPULion),
+    }
+    found = {name: {inspect.signature(kind).parameters["lr"].default for kind in kinds[name]} for name in kinds}
+    assert found == {name: {rate} for name, rate in integration._DEFAULT_RATES.items()}
 
 
 @pytest.mark.parametrize(("argument", "keys"), [("model", {"config": {}}), ("config", {"model": nn.Linear(1, 1)})])

@@ -47,7 +47,7 @@ class CSATConfig:
             (negative from the end). Counted in ``measurements``; under a key mask they are the first and last *valid*
             token.
         grid: shape of the tokens after the anchors for pooling in 2-D (h, w) or 3-D (t, h, w); ``None`` pools in 1-D.
-        head_shift: shift the 1-D pool's segments from head to head, so that heads see different borders.
+        head_shift: shift the pool's segments from head to head, so that heads see different borders.
         learned: Phi (and the score bias) are parameters that start at the ensemble; needs ``length``, the one
             sequence length of keys that the layer then takes.
         length: the key length of a learned Phi.
@@ -132,13 +132,16 @@ class CSATConfig:
 
         Raises:
             ValueError: an unknown key (the nearest known one is named) or a value out of range.
-            TypeError: a value of the wrong type, or no mapping.
+            TypeError: a value of the wrong type, or no mapping. Both start with ``where``.
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"{where}: {values!r} came, a mapping is accepted")
         refuse_unknown(values, tuple(field.name for field in dataclasses.fields(cls)), where)
         plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-        return cls(**plain)
+        try:
+            return cls(**plain)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{where}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain JSON values; `from_dict` restores it."""

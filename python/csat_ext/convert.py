@@ -14,6 +14,7 @@ section says ``"attention_dropout": "omit"``.
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,10 +64,25 @@ def register_converter(kind: type[nn.Module], converter: Converter) -> None:
     _REGISTERED[kind] = Family(kind.__name__, lambda module: isinstance(module, kind), converter, lambda module: 0.0)
 
 
-def is_causal(module: Any) -> bool:
-    """Whether a module says of itself that position i sees positions <= i only."""
+def is_causal(module: Any, *owners: nn.Module) -> bool:
+    """Whether a module, or what is known of its `owners`, says that position i sees positions <= i only.
+
+    Args:
+        module: an attention module.
+        owners: the modules that hold it, from the inside out, as far as they are known.
+    """
     config_of = type(getattr(module, "config", None)).__name__
-    return bool(getattr(module, "causal", False) or getattr(module, "is_causal", False) or config_of in _CAUSAL_CONFIGS)
+    said = getattr(module, "causal", False) or getattr(module, "is_causal", False) or config_of in _CAUSAL_CONFIGS
+    return bool(said) or _in_causal_decoder(module, owners)
+
+
+def _in_causal_decoder(module: nn.Module, owners: tuple[nn.Module, ...]) -> bool:
+    """Whether it is the self-attention of BLIP's text decoder. Its class, its config and `is_decoder` in that config
+    are those of BLIP's text encoders too, which look both ways: the model around it alone tells."""
+    if type(module).__name__ != "BlipTextSelfAttention":
+        return False
+    decodes = any(type(owner).__name__ == "BlipTextLMHeadModel" for owner in owners)
+    return decodes and not any(getattr(owner, "crossattention", None) in owners for owner in owners)
 
 
 # ---- masks -----------------------------------------------------------------------------------------------------------
@@ -147,8 +163,7 @@ class ConvertedAttention(CSATCore):
         if config.causal is not None:
             raise ValueError(f"causal = {config.causal!r} came, None is accepted: converted attention looks both ways")
         super().__init__(num_heads, head_dim, config)
-        if scale is not None and abs(scale - head_dim**-0.5) > 1e-6 * head_dim**-0.5:
-            raise ValueError(f"the scale of its scores is {scale}; accepted: 1 / sqrt({head_dim})")
+        _refuse_scale(scale, head_dim)
         like = next(module.parameters())
         self.to(device=like.device, dtype=like.dtype)
         for name, child in module.named_children():
@@ -274,7 +289,7 @@ class ConvertedHuggingFaceAttention(ConvertedAttention):
 
     def __init__(self, module: Any, config: CSATConfig) -> None:
         heads, head_dim = _first(module, "num_heads", "num_attention_heads"), _first(module, *_HEAD_WIDTHS)
-        scale = getattr(module, "scaling", getattr(module, "scale", None))
+        scale = next((getattr(module, name) for name in _SCALES if hasattr(module, name)), None)
         names = _projection_names(module)
         assert names is not None
         super().__init__(module, config, heads, head_dim, scale=scale)
@@ -317,6 +332,16 @@ class ConvertedHuggingFaceAttention(ConvertedAttention):
         return tuple(self._heads(p(t)) for p, t in zip(projections, (x, context, context), strict=True))
 
 
+def _refuse_scale(scale: Any, head_dim: int) -> None:
+    """Raises ValueError for a factor of the scores other than 1 / sqrt(head_dim); None is that factor."""
+    try:
+        value = head_dim**-0.5 if scale is None else float(scale)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not abs(value - head_dim**-0.5) <= 1e-6 * head_dim**-0.5:
+        raise ValueError(f"the scale of its scores is {scale}; accepted: 1 / sqrt({head_dim})")
+
+
 def _optional(module: Any, x: Tensor) -> Tensor:
     return x if module is None else module(x)
 
@@ -334,6 +359,7 @@ def _refuse_keywords(kwargs: dict[str, Any]) -> None:
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 _HEAD_WIDTHS = ("head_dim", "attention_head_size")
 _ATTENTION_DROPOUT = ("attn_drop", "attention_dropout", "dropout")
+_SCALES = ("scaling", "scale")
 _CAUSAL_CONFIGS = ("CLIPTextConfig",)
 _BOOKKEEPING = (
     "use_cache",
@@ -380,8 +406,34 @@ def _is_ours(module: nn.Module) -> bool:
 
 
 def _from_projections(module: Any, config: CSATConfig) -> nn.Module:
+    _refuse_extras(module)
     projections = (getattr(module, name) for name in _PROJECTIONS)
-    return CSATAttention.from_projections(*projections, num_heads=module.num_heads, config=config)
+    new = CSATAttention.from_projections(*projections, num_heads=module.num_heads, config=config)
+    for name in _SCALES:
+        _refuse_scale(getattr(module, name, None), new.head_dim)
+    return new
+
+
+def _refuse_extras(module: nn.Module) -> None:
+    """Raises ValueError for what the replacement would lack: a module is taken for ours by the four projections that
+    it has, and may compute more than they do (norms of queries, dropout of the output, a learned temperature)."""
+    beside = {name: child for name, child in module.named_children() if name not in _PROJECTIONS}
+    extras = [f"{name} ({type(child).__name__})" for name, child in beside.items() if not _is_idle(name, child)]
+    extras += [f"{name} (parameter)" for name, _ in module.named_parameters(recurse=False)]
+    extras += [f"{name} (buffer)" for name, _ in module.named_buffers(recurse=False)]
+    if extras:
+        raise ValueError(
+            f"it holds {', '.join(extras)} beside its projections, which the replacement would lack; accepted: "
+            f"{', '.join(_PROJECTIONS)} and dropout of attention probabilities ({', '.join(_ATTENTION_DROPOUT)}) "
+            "alone; csat_ext.deepspeed.register_converter takes a conversion of your own"
+        )
+
+
+def _is_idle(name: str, child: nn.Module) -> bool:
+    """Whether a child does nothing, or is the dropout that the section decides about (`_dropout`)."""
+    if isinstance(child, nn.Dropout):
+        return child.p == 0 or name in _ATTENTION_DROPOUT
+    return type(child) is nn.Identity
 
 
 def _is_timm(module: nn.Module) -> bool:
@@ -406,8 +458,9 @@ def _is_hugging_face(module: nn.Module) -> bool:
 
 def _dropout(module: nn.Module) -> float:
     """Dropout rate of the attention probabilities: a number or a module, by the names that the frameworks use."""
-    rate = next((getattr(module, name) for name in _ATTENTION_DROPOUT if hasattr(module, name)), 0.0)
-    return float(rate.p if isinstance(rate, nn.Dropout) else rate)
+    rates = [getattr(module, name) for name in _ATTENTION_DROPOUT if hasattr(module, name)]
+    rates = [rate.p if isinstance(rate, nn.Dropout) else rate for rate in rates]
+    return max((float(rate) for rate in rates if not isinstance(rate, nn.Module)), default=0.0)
 
 
 def _first(module: Any, *names: str) -> int:

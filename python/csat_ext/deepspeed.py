@@ -13,6 +13,8 @@ DeepSpeed, where it is installed, know the op builder (`csat_ext.op_builder`); n
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -49,15 +51,17 @@ def initialize(
 
     Where neither `optimizer` nor `model_parameters` is given, the JSON's optimizer gets the groups of
     `csat_ext.module.parameter_groups`: no weight decay on norms, biases and thresholds, and the thresholds'
-    own learning rate. `model.parameters()`, a generator, is read after the replacement and therefore complete.
+    own learning rate. `model.parameters()`, a generator, is read after the replacement and therefore complete, but
+    all of one group: a warning says so where the section states `threshold_lr_scale`.
 
     An ``mpu`` with sequence-parallel groups (`deepspeed.runtime.sequence_parallel.parallel_state_sp`) spreads the
     tokens of the replaced modules over them, and the engine's gradients are made right (`csat_ext.parallel.engine`).
 
     Raises:
         ValueError: parameters of the replaced modules that `model_parameters` or `optimizer` lacks: they were
-            collected before the replacement; a setup of several ranks that would train wrongly (docs/parallel.md); or
-            as `read_section` and `apply`.
+            collected before the replacement; `lr` or `weight_decay` of the JSON's optimizer that is no number, such
+            as "auto"; a setup of several ranks that would train wrongly (docs/parallel.md); or as `read_section` and
+            `apply`.
         TypeError, FileNotFoundError: as `read_section`.
     """
     import deepspeed
@@ -74,6 +78,8 @@ def initialize(
         raise TypeError("config: None came, a dict or the path of a DeepSpeed JSON is accepted")
     ds_config = load_json(config)
     section = read_section(ds_config)
+    if optimizer is None:
+        _check_rates(ds_config)
     replaced = apply(model, section)
     if replaced:
         refuse_scalars(model)
@@ -87,6 +93,7 @@ def initialize(
     elif model_parameters is not None:
         model_parameters = [{**g, "params": list(g["params"])} if isinstance(g, dict) else g for g in model_parameters]
         _check_trained(model, replaced, "model_parameters", model_parameters)
+        _warn_of_one_rate(model, replaced, ds_config, model_parameters)
     elif hasattr(optimizer, "param_groups"):
         _check_trained(model, replaced, "optimizer", optimizer.param_groups)
     engine, ds_optimizer, loader, scheduler = deepspeed.initialize(
@@ -140,6 +147,18 @@ def _check_trained(model: nn.Module, replaced: list[str], argument: str, groups:
         )
 
 
+def _warn_of_one_rate(model: nn.Module, replaced: list[str], ds_config: dict[str, Any], groups: list[Any]) -> None:
+    """Warns where the section states a rate of the thresholds that parameters of a single group cannot have."""
+    stated = ds_config.get(SECTION, {}).get("threshold_lr_scale")
+    inside = (key for name in replaced for key, _ in model.get_submodule(name).named_parameters())
+    if stated is not None and sum(isinstance(g, dict) for g in groups) < 2 and "threshold" in inside:
+        warnings.warn(
+            f"model_parameters: parameters of one group came, so that {SECTION}.threshold_lr_scale = {stated} has no "
+            "effect and norms and biases decay as matrices do; leave model_parameters out",
+            stacklevel=3,
+        )
+
+
 def _mend_universal_loading(ds_optimizer: Any, groups: Any) -> None:
     """Loading a universal checkpoint at ZeRO-3, DeepSpeed 0.19 is made for one parameter group: it gives all of them
     the settings of the first (the thresholds would lose their learning rate, norms and biases would decay) and one
@@ -165,15 +184,54 @@ def _mend_universal_loading(ds_optimizer: Any, groups: Any) -> None:
 
 
 def _groups(model: nn.Module, ds_config: dict[str, Any], section: CSATSection) -> Any:
-    params = ds_config.get("optimizer", {}).get("params", {})
-    if "lr" not in params:
+    rate = _rate(ds_config)
+    if rate is None:
         return [p for p in model.parameters() if p.requires_grad]
     return parameter_groups(
         model,
-        lr=float(params["lr"]),
-        weight_decay=float(params.get("weight_decay", 0.0)),
+        lr=rate,
+        weight_decay=float(_optimizer_params(ds_config).get("weight_decay", 0.0)),
         threshold_lr_scale=section.threshold_lr_scale,
     )
+
+
+def _optimizer_params(ds_config: dict[str, Any]) -> dict[str, Any]:
+    return (ds_config.get("optimizer") or {}).get("params") or {}
+
+
+def _check_rates(ds_config: dict[str, Any]) -> None:
+    """Raises ValueError for a rate or weight decay that no group can be given."""
+    params = _optimizer_params(ds_config)
+    for key in ("lr", "weight_decay"):
+        try:
+            float(params.get(key, 0.0))
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"DeepSpeed config: optimizer.params.{key}: {params[key]!r} came, a number is accepted"
+                + (' ("auto" is filled by transformers\' Trainer alone)' if params[key] == "auto" else "")
+            ) from None
+
+
+_DEFAULT_RATES = {"adagrad": 1e-2, **dict.fromkeys(("adam", "adamw", "lamb", "lion"), 1e-3)}
+"""Rates of the optimizers of DeepSpeed 0.19 where the JSON states none, in lower case as DeepSpeed reads the type."""
+
+
+def _rate(ds_config: dict[str, Any]) -> float | None:
+    """The learning rate of the JSON's optimizer, its default where none is stated; None: no optimizer, or one whose
+    default is not known here."""
+    kind = str((ds_config.get("optimizer") or {}).get("type"))
+    params = _optimizer_params(ds_config)
+    if "lr" in params:
+        return float(params["lr"])
+    if kind.lower() in _DEFAULT_RATES:
+        return _DEFAULT_RATES[kind.lower()]
+    if kind.lower() == "muon":  # DeepSpeed's own, not that of torch, with a rate for each of its two algorithms
+        return None
+    of_torch = getattr(torch.optim, kind, None)  # what DeepSpeed takes for any other name
+    if not (isinstance(of_torch, type) and issubclass(of_torch, torch.optim.Optimizer)):
+        return None
+    lr = inspect.signature(of_torch).parameters.get("lr")
+    return None if lr is None or lr.default is lr.empty else float(lr.default)
 
 
 if importlib.util.find_spec("deepspeed") is not None:

@@ -115,7 +115,8 @@ def apply(model: nn.Module, section: CSATSection | str | Path | dict[str, Any]) 
         section: a section that was read, or a DeepSpeed config or its path (`read_section`).
 
     Returns:
-        The names of the replaced modules, in the model's order.
+        The names of the replaced modules, in the model's order: the first one where a module has several, as it is
+        replaced under all of them.
 
     Raises:
         ValueError: what `choose` or a converter refuses; the model is then as it was.
@@ -123,10 +124,12 @@ def apply(model: nn.Module, section: CSATSection | str | Path | dict[str, Any]) 
     """
     section = section if isinstance(section, CSATSection) else read_section(section)
     new = {name: _converted(model, name, config) for name, config in choose(model, section).items()}
+    sites = _sites(model)
     for name, replacement in new.items():
-        parent, _, child = name.rpartition(".")
-        replacement.train(model.get_submodule(name).training)
-        setattr(model.get_submodule(parent), child, replacement)
+        replacement.train(sites[name].module.training)
+        for alias in sites[name].names:
+            parent, _, child = alias.rpartition(".")
+            setattr(model.get_submodule(parent), child, replacement)
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder) and any(isinstance(m, CSATCore) for m in encoder.modules()):
             encoder.use_nested_tensor = False  # of its inference path, which a measurement of padded keys does not take
@@ -157,12 +160,12 @@ def choose(model: nn.Module, section: CSATSection) -> dict[str, CSATConfig]:
     """
     if not section.enabled:
         return {}
-    found = {name: module for name, module in model.named_modules() if name and convert.family(module) is not None}
-    chosen = _select(found, section, SECTION)
+    found, beside = _sites(model), _passed_over(model)
+    chosen = _select(found, section, SECTION, beside)
     sections = dict.fromkeys(chosen, section)
     for position, entry in reversed(list(enumerate(section.hybrid))):
         where = f"{SECTION}.hybrid[{position}]"
-        sections |= dict.fromkeys(_select({name: found[name] for name in chosen}, entry, where), entry)
+        sections |= dict.fromkeys(_select({name: found[name] for name in chosen}, entry, where, beside), entry)
     converted = {name: entry for name, entry in sections.items() if entry.enabled}
     if not converted:
         raise ValueError(f"{SECTION}.hybrid: it leaves full attention in every chosen layer; set enabled to false")
@@ -174,25 +177,74 @@ def choose(model: nn.Module, section: CSATSection) -> dict[str, CSATConfig]:
     }
 
 
-def _select(found: dict[str, nn.Module], section: CSATSection, where: str) -> list[str]:
-    """Names that `layers`, then `types`, then `indices` leave."""
+@dataclass(frozen=True)
+class _Site:
+    """An attention module that can be converted.
+
+    Attributes:
+        module: the module.
+        names: all its names: a module that the model holds at several places is one layer.
+        causal: whether the module or what holds it says that it is causal.
+    """
+
+    module: nn.Module
+    names: tuple[str, ...]
+    causal: bool
+
+    def matches(self, pattern: str) -> bool:
+        return any(fnmatchcase(name, pattern) for name in self.names)
+
+
+def _sites(model: nn.Module) -> dict[str, _Site]:
+    """The attention modules of the model by their first names, in the model's order."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return {
+        own[0]: _Site(module, tuple(own), any(convert.is_causal(*_outwards(model, name)) for name in own))
+        for module, own in names.items()
+        if own[0] and convert.family(module) is not None
+    }
+
+
+def _outwards(model: nn.Module, name: str) -> list[nn.Module]:
+    """The module of that name and those that hold it, from the inside out."""
+    parts = name.split(".")
+    return [model, *(model.get_submodule(".".join(parts[: i + 1])) for i in range(len(parts)))][::-1]
+
+
+def _passed_over(model: nn.Module) -> str:
+    """What errors add on attention that no pattern can choose: the model itself, and what was replaced before."""
+    if convert.family(model) is not None:
+        return f"; the model itself is an attention module ({type(model).__name__}): pass the module that holds it"
+    done = [name or "the model itself" for name, module in model.named_modules() if isinstance(module, CSATCore)]
+    return f"; already converted: {', '.join(done)}" if done else ""
+
+
+def _select(found: dict[str, _Site], section: CSATSection, where: str, beside: str) -> list[str]:
+    """Names that `layers`, then `types`, then `indices` leave; `beside` ends the error where there are none."""
     if section.layers == "auto":
-        names = [name for name, module in found.items() if not convert.is_causal(module)]
+        names = [name for name, site in found.items() if not site.causal]
     else:
         for pattern in section.patterns:
-            if not any(fnmatchcase(name, pattern) for name in found):
-                had = ", ".join(found) or "none"
-                raise ValueError(f"{where}.layers: {pattern!r} matches no attention module; this model has: {had}")
-        names = [name for name in found if any(fnmatchcase(name, pattern) for pattern in section.patterns)]
-    kinds = {name: {kind.__name__ for kind in type(found[name]).__mro__} | {_family(found[name])} for name in names}
+            if not any(site.matches(pattern) for site in found.values()):
+                had = ", ".join(name for site in found.values() for name in site.names) or "none"
+                raise ValueError(
+                    f"{where}.layers: {pattern!r} matches no attention module; this model has: {had}{beside}"
+                )
+        names = [name for name, site in found.items() if any(site.matches(pattern) for pattern in section.patterns)]
+    classes = {name: type(found[name].module) for name in names}
+    kinds = {name: {k.__name__ for k in classes[name].__mro__} | {_family(found[name].module)} for name in names}
     for kind in section.types:
         if not any(kind in kinds[name] for name in names):
-            had = ", ".join(sorted({type(found[name]).__name__ for name in names})) or "none"
+            had = ", ".join(sorted({classes[name].__name__ for name in names})) or "none"
             raise ValueError(f"{where}.types: no chosen attention module is a {kind!r}; there are: {had}")
     names = [name for name in names if not section.types or kinds[name] & set(section.types)]
     names = _take(names, section.indices, where)
     if not names:
-        raise ValueError(f"{where}.layers: {section.layers!r} matches no attention module that can be converted")
+        raise ValueError(
+            f"{where}.layers: {section.layers!r} matches no attention module that can be converted{beside}"
+        )
     return names
 
 
@@ -217,8 +269,8 @@ def _take(names: list[str], indices: tuple[int, ...] | str | None, where: str) -
     return [name for position, name in enumerate(names) if position in positions]
 
 
-def _refuse_causal(found: dict[str, nn.Module], names: list[str], section: CSATSection) -> None:
-    causal = [name for name in names if convert.is_causal(found[name])]
+def _refuse_causal(found: dict[str, _Site], names: list[str], section: CSATSection) -> None:
+    causal = [name for name in names if found[name].causal]
     if causal:
         raise ValueError(
             f"{SECTION}.layers: {section.layers!r} chooses the causal {', '.join(causal)}; measurements mix the future "
@@ -226,11 +278,11 @@ def _refuse_causal(found: dict[str, nn.Module], names: list[str], section: CSATS
         )
 
 
-def _refuse_dropout(found: dict[str, nn.Module], converted: dict[str, CSATSection]) -> None:
+def _refuse_dropout(found: dict[str, _Site], converted: dict[str, CSATSection]) -> None:
     for name, entry in converted.items():
-        family = convert.family(found[name])
+        family = convert.family(found[name].module)
         assert family is not None
-        rate = family.dropout(found[name])
+        rate = family.dropout(found[name].module)
         if rate > 0 and entry.attention_dropout != "omit":
             raise ValueError(
                 f"{SECTION}.attention_dropout: {name} drops attention probabilities out at rate {rate}, which has no "
@@ -264,9 +316,7 @@ def _image_layout(model: nn.Module, name: str) -> tuple[tuple[int, int], int] | 
     timm states them on the model (`patch_embed`, `num_prefix_tokens`), transformers in the module's config, with the
     extra tokens as parameters of the embeddings.
     """
-    parts = name.split(".")
-    owners = [model, *(model.get_submodule(".".join(parts[: i + 1])) for i in range(len(parts)))][::-1]
-    for owner in owners:
+    for owner in _outwards(model, name):
         grid = getattr(getattr(owner, "patch_embed", None), "grid_size", None)
         if grid is not None:
             return (int(grid[0]), int(grid[1])), int(getattr(owner, "num_prefix_tokens", 0))
@@ -275,12 +325,18 @@ def _image_layout(model: nn.Module, name: str) -> tuple[tuple[int, int], int] | 
         image, patch = (getattr(config, key, None) for key in ("image_size", "patch_size"))
         if embeddings is not None and isinstance(image, int) and isinstance(patch, int):
             side = image // patch
-            extra = sum(n.endswith(_PREFIX_TOKENS) for n, _ in embeddings.named_parameters(recurse=False))
-            return (side, side), extra
+            own = embeddings.named_parameters(recurse=False)
+            return (side, side), sum(_tokens(p) for n, p in own if n.endswith(_PREFIX_TOKENS))
     return None
 
 
-_PREFIX_TOKENS = ("cls_token", "class_embedding", "distillation_token")
+_PREFIX_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
+
+
+def _tokens(parameter: nn.Parameter) -> int:
+    """How many tokens a parameter of the embeddings holds: (E,) is one, (1, R, E) are R."""
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor on the rank
+    return int(shape[-2]) if len(shape) > 1 else 1
 
 
 # ---- schema ----------------------------------------------------------------------------------------------------------
@@ -342,8 +398,8 @@ def _check_own(chosen: dict[str, Any], where: str) -> None:
     if "layers" in chosen and not all(pattern.strip() for pattern in chosen["layers"].split("|")):
         raise ValueError(f"{where}.layers: {chosen['layers']!r} has an empty alternative")
     scale = chosen.get("threshold_lr_scale", 1.0)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not scale > 0:
-        raise ValueError(f"{where}.threshold_lr_scale: {scale!r} came, a positive number is accepted")
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+        raise ValueError(f"{where}.threshold_lr_scale: {scale!r} came, a positive finite number is accepted")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
