@@ -454,7 +454,8 @@ def told_apart(result: dict[str, Any]) -> str:
         if verdicts:
             words = "; ".join(f"{told}: {', '.join(names)}" for told, names in verdicts.items())
             sentences.append(f"against `{control}` {words}")
-    return f"\n\nSeed by seed (Student's t, 95 %), {'; '.join(sentences)}." if sentences else ""
+    alone = "Student's t, 95 % for each pair by itself: of twenty pairs of equals one would be told apart"
+    return f"\n\nSeed by seed ({alone}), {'; '.join(sentences)}." if sentences else ""
 
 
 QUALITY_TABLES = (
