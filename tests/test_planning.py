@@ -15,6 +15,7 @@ from csat_ext import CSATAttention, CSATConfig, cli, planning
 from csat_ext.config import DECODERS
 from csat_ext.convert import family
 from csat_ext.deepspeed import apply
+from csat_ext.measurements import Part
 from csat_ext.planning import ModelShape, Run
 from csat_ext.pretrain.config import ModelConfig
 from csat_ext.pretrain.model import EncoderBlock
@@ -95,6 +96,16 @@ def test_phi_is_the_one_that_the_module_holds(
     attention = CSATConfig(measurements=8 + len(anchors), head_shift=head_shift, anchors=anchors, **config)
     phi = CSATAttention(32, 4, attention).measurement(tokens, torch.device("cpu")).phi
     assert planning.phi_bytes(Run(ModelShape(1, 32, 4, 64), tokens, attention=attention)) == phi.nbytes
+
+
+@pytest.mark.parametrize("ensemble", ["pool", "rademacher", "srht"])
+def test_ranks_that_share_a_sequence_hold_their_columns(ensemble: str) -> None:
+    attention = CSATConfig(measurements=8, ensemble=ensemble)
+    part = Part(0, 20, 0, 4)
+    phi = CSATAttention(32, 4, attention).measurement(40, torch.device("cpu"), part=part).phi
+    run = Run(ModelShape(1, 32, 4, 64), 40, ranks=2, sequence_ranks=2, attention=attention)
+    assert planning.phi_bytes(run) == phi.nbytes
+    assert planning.phi_bytes(Run(ModelShape(1, 32, 4, 64), 40, attention=attention)) == 0
 
 
 def test_embeddings_are_counted() -> None:

@@ -143,7 +143,8 @@ def _check_trained(model: nn.Module, replaced: list[str], argument: str, groups:
     if missing:
         raise ValueError(
             f"{argument} lacks {len(missing)} parameters of the replaced modules, such as {missing[0]}: never trained; "
-            f"call csat_ext.deepspeed.apply before collecting them, or leave {argument} out"
+            f"leave {argument} out, or collect them after csat_ext.deepspeed.apply and let the section say "
+            '"enabled": false'
         )
 
 

@@ -224,7 +224,7 @@ def state_bytes(count: int, stage: int, ranks: int, precision: str) -> dict[str,
 def phi_bytes(run: Run) -> int:
     """Bytes of one layer's fixed Phi, float32, kept from step to step (a rank keeps its own columns of it)."""
     config = run.compressed
-    if config is None or config.learned or _implicit(config):
+    if config is None or config.learned or _implicit(run, config):
         return 0
     shifts = config.head_shift and "head_shift" in ENSEMBLES[config.ensemble].options  # on a grid too
     sample = measurement(config.ensemble, 2, 8, heads=2, head_shift=shifts)  # deterministic ensembles make one for all
@@ -232,9 +232,11 @@ def phi_bytes(run: Run) -> int:
     return 4 * heads * config.measurements * run.local_tokens * (1 if config.share_kv else 2)
 
 
-def _implicit(config: CSATConfig) -> bool:
-    """The kernels make Phi as they go: nothing of it, nor of what it measures, is kept."""
-    return config.ensemble in IMPLICIT and config.grid is None and not config.learned
+def _implicit(run: Run, config: CSATConfig) -> bool:
+    """The kernels make Phi as they go: nothing of it, nor of what it measures, is kept. Ranks that share a sequence
+    have their columns in memory."""
+    whole = run.sequence_ranks == 1
+    return whole and config.ensemble in IMPLICIT and config.grid is None and not config.learned
 
 
 def block_activations(run: Run) -> int:
@@ -251,7 +253,7 @@ def block_activations(run: Run) -> int:
     if config is None:
         return kept
     measured = run.batch * config.measurements * kv * (3 if config.gain else 2)
-    if _implicit(config):
+    if _implicit(run, config):
         kept -= rows * 2 * kv * size
     return kept + (rows * model.width + measured) * size + _decoder_bytes(model, config)
 
