@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import csat_ext
 from csat_ext import LinearDecoder, SparseDecoder, csat_attention
 
 B, H, HK, NQ, N, M, D, DV = 2, 4, 2, 5, 7, 3, 4, 6
@@ -174,3 +175,11 @@ def test_values_that_are_not_finite_do_no_harm_to_the_process(name: str, value: 
     call = good()
     call[name].view(-1)[0] = value
     assert csat_attention(**call).shape == (B, H, NQ, DV)
+
+
+def test_every_public_name_is_listed_and_loads() -> None:
+    assert set(csat_ext.__all__) <= set(dir(csat_ext))
+    for name in csat_ext.__all__:
+        assert getattr(csat_ext, name) is not None
+    with pytest.raises(AttributeError, match="module 'csat_ext' has no attribute 'attention'"):
+        _ = csat_ext.attention

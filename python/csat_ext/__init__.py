@@ -32,7 +32,9 @@ _HOME = {
 }
 _MODULES = (
     "cache",
+    "checkpoints",
     "config",
+    "convert",
     "deepspeed",
     "diagnostics",
     "dictionaries",
@@ -41,7 +43,10 @@ _MODULES = (
     "measurements",
     "module",
     "ops",
+    "parallel",
+    "planning",
     "reference",
+    "section",
     "varlen",
 )
 
@@ -72,6 +77,10 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"csat_ext.{name}")
     raise AttributeError(f"module 'csat_ext' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 if importlib.util.find_spec("csat_ext._C") is not None:
