@@ -57,7 +57,7 @@ def block(size: int, n: int, heads: int, width: int) -> CSATCache:
     bias = torch.full((1, heads, entries), size / R).log()
     k, v = torch.empty(2, 1, heads, 0, width)
     state = {"kc": kc, "vc": vc, "bias": bias, "k": k, "v": v, "keep": None}
-    cache.load_state_dict({"causal": "block", "length": n, **state})
+    cache.load_state_dict({**cache.state_dict(), "length": n, **state})
     return cache
 
 
@@ -66,7 +66,7 @@ def prefix(n: int, heads: int, width: int) -> CSATCache:
     cache = CSATCache("prefix")
     kc, vc = torch.randn(2, 1, heads, M, width) * (n / M) ** 0.5
     state = {"kc": kc, "vc": vc, "mass": torch.full((1, heads, M), n / M)}
-    cache.load_state_dict({"causal": "prefix", "length": n, **state})
+    cache.load_state_dict({**cache.state_dict(), "length": n, **state})
     return cache
 
 
