@@ -205,6 +205,19 @@ def test_every_word_is_at_work() -> None:
     assert words - used == {"pin", "shared_address"}
 
 
+def test_ptx_and_intrinsics_stay_in_prims() -> None:
+    """Kernels are written in its words; comments may name the instructions behind them."""
+    words = {"__global__", "__launch_bounds__", "__grid_constant__", "__syncthreads"}  # as in CUDA, of prims.cuh's list
+    outside = {}
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.suffix in (".cuh", ".cu") and path.name != "prims.cuh":
+            code = re.sub(r"//.*", "", path.read_text())
+            found = set(re.findall(r"\basm\b|\b__[a-z]\w*", code)) - words
+            if found:
+                outside[path.name] = found
+    assert not outside
+
+
 def test_every_case_has_a_formula(emulated: Primitives) -> None:
     assert emulated.cases.keys() == FORMULAS.keys()
 
