@@ -429,9 +429,10 @@ def test_a_compiled_layer_decodes_with_a_cache(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["block, learned", "prefix", "bucket"])
-def test_activation_checkpointing_of_a_causal_layer(name: str) -> None:
+@pytest.mark.parametrize("rank", [None, 4])  # attended and decoded by one operator, and by two
+def test_activation_checkpointing_of_a_causal_layer(name: str, rank: int | None) -> None:
     """Saved tensors are looked at once: `use_reentrant=False` gives them out once."""
-    module, x = layer(name), torch.randn(B, N, WIDTH, requires_grad=True)
+    module, x = layer(name, feature_rank=rank), torch.randn(B, N, WIDTH, requires_grad=True)
     (plain,) = torch.autograd.grad(module(x).square().sum(), x)
     (again,) = torch.autograd.grad(checkpoint(module, x, use_reentrant=False).square().sum(), x)
     assert torch.equal(plain, again)

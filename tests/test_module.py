@@ -299,6 +299,17 @@ def test_the_seed_of_a_loader_that_bypasses_load_state_dict() -> None:
         assert torch.equal(module.measurement(20, x.device).phi, source.measurement(20, x.device).phi)
 
 
+def test_a_cache_follows_the_seed_of_such_a_loader() -> None:
+    form = {"causal": "prefix", "content": False, "ensemble": "bucket", "dictionary": "random", "atoms": 2 * E // H}
+    source, module, x = attention(**form, seed=9), attention(**form), torch.randn(2, 20, E)
+    cache = module.new_cache()
+    for own, other in zip(module.parameters(), source.parameters(), strict=True):
+        own.data.copy_(other)
+    module.measurement_key = source.measurement_key.clone()
+    with torch.no_grad():
+        torch.testing.assert_close(module(x, cache=cache), source(x))
+
+
 def test_nothing_made_of_fakes_is_remembered() -> None:
     module, x = attention(ensemble="gaussian", dictionary="dct"), torch.randn(2, 20, E)
     with FakeTensorMode(allow_non_fake_inputs=True):

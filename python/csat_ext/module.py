@@ -484,7 +484,6 @@ class CSATCore(nn.Module):
         decoder: Decoder | None,
     ) -> tuple[Tensor, CausalState]:
         """The rows (B, H, n, Dv) of tokens that come after ``length`` others, and the state after them."""
-        self._follow_key()
         config = self.config
         if config.gain:
             q = q * self.gain[:, None, None].to(q.dtype)
@@ -536,6 +535,7 @@ class CSATCore(nn.Module):
         def continuation(
             state: CausalState | None, length: int, q: Tensor, k: Tensor, v: Tensor, _: object, mask: Tensor | None
         ) -> tuple[Tensor, CausalState]:
+            self._follow_key()
             if not made:
                 made.append(self.decoder())
             return self._continue(state, length, q, k, v, mask, made[0])
