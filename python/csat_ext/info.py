@@ -219,11 +219,9 @@ def _device(device: str | torch.device) -> tuple[str, dict[str, int]]:
     from csat_ext._library import CUDA, backend_of
 
     name = str(device)
-    if name.startswith("sm_"):
-        capability = int(name[3:].rstrip("a")) if name[3:].rstrip("a").isdigit() else 0
-        if capability not in _SHARED_BYTES:
-            raise ValueError(f"device {name!r}: accepted are {[f'sm_{c}' for c in _SHARED_BYTES]} and torch devices")
-        return name, {"capability": capability, "shared_bytes": _SHARED_BYTES[capability] * 1024}
+    named = {f"sm_{capability}{letter}": capability for capability in _SHARED_BYTES for letter in ("", "a")}
+    if name in named:
+        return name, {"capability": named[name], "shared_bytes": _SHARED_BYTES[named[name]] * 1024}
     try:
         kind = torch.device(name).type
     except RuntimeError as error:

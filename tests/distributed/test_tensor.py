@@ -14,7 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 
-from csat_ext import CSATAttention
+from csat_ext import CSATAttention, CSATConfig
 from csat_ext.parallel import SequenceParallel, shard_sequence
 from csat_ext.parallel.tensor import HeadParallel, accept_dtensors, autotp_rules, tensor_parallel_plan
 
@@ -160,6 +160,26 @@ def under_fsdp() -> float:
 
 def test_fully_shard_trains_as_one_rank(two: Ranks) -> None:
     assert max(two.run(under_fsdp)) < 1e-12
+
+
+def made_on_meta() -> list[bool]:
+    """Equal to what one rank makes, whatever was in the memory."""
+    config = CSATConfig(measurements=5, dictionary="learned", learned=True, length=11)
+    one = Model(CSATAttention(WIDTH, 4, config))
+    with torch.device("meta"):
+        net = Model(CSATAttention(WIDTH, 4, config))
+    fully_shard(net)
+    net.to_empty(device="cpu")
+    for part in net.modules():
+        if isinstance(part, CSATAttention):
+            part.reset_parameters()
+    own = dict(one.attention.named_parameters(recurse=False))
+    return [torch.equal(full(p), own[name]) for name, p in net.attention.named_parameters(recurse=False)]
+
+
+def test_fully_shard_of_a_model_made_on_the_meta_device(two: Ranks) -> None:
+    found = two.run(made_on_meta)
+    assert len(found[0]) > 5 and all(all(rank) for rank in found)
 
 
 def under_fsdp_by_tokens() -> float:
