@@ -65,19 +65,21 @@ def parse_archs(setting: str) -> list[str]:
 
 
 def gencode_flags(archs: list[str]) -> list[str]:
-    """nvcc flags: machine code of every architecture, and PTX, which later GPUs compile at load.
+    """nvcc flags: machine code of every architecture and PTX for later GPUs, all from one pass for the lowest.
 
-    PTX of the lowest architecture comes from the pass that the machine code needs anyway. A higher one has nothing to
-    add: what only Hopper has is compiled for sm_90a alone (CSAT_SM90 in prims.cuh), and PTX of sm_80 and sm_90 differ
-    in how they widen a bfloat16, one instruction in both. PTX of an "a" or "f" target runs on no later GPU: where there
-    are only such, the plain architecture has a pass of its own.
+    A pass for a higher one would have nothing to add but its time: what only Hopper has stands in files of its own, and
+    PTX of sm_80 and sm_90 differ in how they widen a bfloat16, one instruction in both. PTX of an "a" or "f" target
+    runs on no later GPU, so that here 90a counts as 90.
     """
-    general = [arch for arch in archs if arch.isdigit()]
-    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs if arch not in general[:1]]
-    if general:
-        return [f"-gencode=arch=compute_{general[0]},code=[sm_{general[0]},compute_{general[0]}]", *flags]
-    plain = archs[0].rstrip("af")
-    return [*flags, f"-gencode=arch=compute_{plain},code=compute_{plain}"]
+    plain = sorted({int(arch.rstrip("af")) for arch in archs})
+    code = ",".join(f"sm_{arch}" for arch in plain)
+    return [f"-gencode=arch=compute_{plain[0]},code=[{code},compute_{plain[0]}]"]
+
+
+def hopper_flags(archs: list[str]) -> list[str]:
+    """The same of files with Hopper's instructions: machine code of sm_90a and no other. Without it they trap;
+    nothing launches them, but the library's code names them."""
+    return ["-gencode=arch=compute_90a,code=sm_90a"] if "90a" in archs else gencode_flags(archs)
 
 
 def available_memory() -> int | None:
@@ -209,23 +211,25 @@ def extensions(environment: Mapping[str, str]) -> list:
         if "90" in archs and "90a" not in archs:
             print("csat_ext: warpgroup products of Hopper need 90a beside or in place of 90", file=sys.stderr)
         cublas_include, cublas_dirs, cublas_link = cublas_of_wheel(torch.__file__, torch.version.cuda)
-        instances = sources("csrc/kernels/instances/*.cu")
+        hopper = sources("csrc/kernels/instances/*_wgmma_*.cu")
+        instances = sorted(set(sources("csrc/kernels/instances/*.cu")) - set(hopper))
         if unity_choice(environment.get("CSAT_UNITY"), environment.get("MAX_JOBS")):
             instances = united(instances, ROOT / "build" / "unity")
+            hopper = united(hopper, ROOT / "build" / "unity" / "hopper")
         nvcc_flags = ["-O3", "-std=c++20", "-DNDEBUG", *STABLE_ABI, "-Xcompiler=-fvisibility=hidden"]
-        nvcc_flags += ["--expt-relaxed-constexpr", *gencode_flags(archs)]  # limits.h is constexpr on both sides
-        built.append(
-            CUDAExtension(
-                "csat_ext._cuda",
-                [*instances, *sources("csrc/kernels/*.cu", "csrc/kernels/*.cpp", "csrc/torch/ops_cuda.cpp")],
-                include_dirs=[*include, *cublas_include],
-                library_dirs=cublas_dirs,
-                # USE_CUDA declares the CUDA part of torch's stable shims.
-                define_macros=[("USE_CUDA", "1"), ("CSAT_CUDA_ARCHS", ".".join(archs))],
-                extra_compile_args={"cxx": CXX_FLAGS, "nvcc": nvcc_flags},
-                extra_link_args=["-s", *cublas_link],
-            )
+        nvcc_flags += ["--expt-relaxed-constexpr"]  # limits.h is constexpr on both sides
+        cuda = CUDAExtension(
+            "csat_ext._cuda",
+            [*instances, *sources("csrc/kernels/*.cu", "csrc/kernels/*.cpp", "csrc/torch/ops_cuda.cpp")],
+            include_dirs=[*include, *cublas_include],
+            library_dirs=cublas_dirs,
+            # USE_CUDA declares the CUDA part of torch's stable shims.
+            define_macros=[("USE_CUDA", "1"), ("CSAT_CUDA_ARCHS", ".".join(archs))],
+            extra_compile_args={"cxx": CXX_FLAGS, "nvcc": [*nvcc_flags, *gencode_flags(archs)]},
+            extra_link_args=["-s", *cublas_link],
         )
+        cuda.hopper = (hopper, {"cxx": CXX_FLAGS, "nvcc": [*nvcc_flags, *hopper_flags(archs)]})
+        built.append(cuda)
     return built
 
 
@@ -244,6 +248,15 @@ def main() -> None:
             write_changed(generated / "csat_build_facts.h", build_facts(package_version(), git_revision()))
             next(e for e in self.extensions if e.name == "csat_ext._C").include_dirs.append(str(generated))
             super().build_extensions()
+
+        def build_extension(self, extension) -> None:
+            """Torch's builder has one set of nvcc flags a library: files of Hopper's go by themselves."""
+            files, flags = getattr(extension, "hopper", ([], None))
+            if files:
+                shared = {"macros": extension.define_macros, "include_dirs": extension.include_dirs}
+                made = self.compiler.compile(files, output_dir=self.build_temp, extra_postargs=flags, **shared)
+                extension.extra_objects += made
+            super().build_extension(extension)
 
         def run(self) -> None:
             super().run()

@@ -1,6 +1,6 @@
 """Budgets of the CUDA kernels: registers as compiled, and for the published sizes bytes, FLOPs and the floor time.
 
-python benchmarks/kernel_budgets.py check LIBRARY.so     # no spills, registers as recorded, HMMA and HGMMA
+python benchmarks/kernel_budgets.py check LIBRARY.so     # no spills, registers as recorded, HMMA and HGMMA, no trap
 python benchmarks/kernel_budgets.py record LIBRARY.so    # write the registers, and docs/kernels.md with them; --update:
                                                          # of the kernels in a library of some of them alone
 python benchmarks/kernel_budgets.py page [--check]       # docs/kernels.md from the recorded registers
@@ -32,11 +32,11 @@ from csat_ext.bench.work import Sizes, Work, causal_block, work
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "benchmarks" / "results" / "kernel_registers.json"
 PAGE = ROOT / "docs" / "kernels.md"
-ARCHITECTURES = ("sm_80", "sm_90a")
-# Instructions that a kernel of the family must show, and where.
-INSTRUCTIONS = {"_wgmma_kernel": ("HGMMA", ("sm_90a",)), "_mma_kernel": ("HMMA", ARCHITECTURES)}
+ARCHITECTURES = ("sm_80", "sm_90", "sm_90a")  # the last of the kernels that only Hopper runs
+# Instructions that a kernel of the family must show.
+INSTRUCTIONS = {"_wgmma_kernel": "HGMMA", "_mma_kernel": "HMMA"}
 # Their forms: the low 12 bits of the 16 bytes. `cuobjdump -sass`, which says so too, takes two minutes for the library.
-OPCODES = {"HMMA": {0x23C}, "HGMMA": {0x9F0, 0xDF0}}
+OPCODES = {"HMMA": {0x23C}, "HGMMA": {0x9F0, 0xDF0}, "BPT": {0x95C}}
 
 # ---- what the compiler made ------------------------------------------------------------------------------------------
 
@@ -110,18 +110,20 @@ def machine_code(library: Path, tool: str, architecture: str) -> Iterator[tuple[
             yield from opcodes(cubin.read_bytes())
 
 
-def lacks(mangled: str, architecture: str, found: set[int]) -> str | None:
-    """The instruction that a kernel of this name must show there and does not."""
-    for suffix, (instruction, architectures) in INSTRUCTIONS.items():
-        if suffix in mangled:
-            return instruction if architecture in architectures and not OPCODES[instruction] & found else None
-    return None
+def wrong_code(mangled: str, found: set[int]) -> str | None:
+    """What is wrong with these opcodes: none of the family's, or a trap, which stands for an instruction of Hopper
+    in a file that is compiled for every device (CSAT_SM90 in prims.cuh)."""
+    wanted = next((instruction for family, instruction in INSTRUCTIONS.items() if family in mangled), None)
+    if wanted and not OPCODES[wanted] & found:
+        return f"no {wanted}"
+    return "a trap" if OPCODES["BPT"] & found else None
 
 
 def faults(library: Path, tool: str, recorded: dict[str, dict[str, int]]) -> list[str]:
-    """What contradicts the record: spills, more registers, kernels that nobody recorded, missing instructions."""
-    found = []
-    for architecture, kernels in resources(library, tool).items():
+    """What contradicts the record: spills, more registers, kernels that nobody recorded, wrong instructions."""
+    shown = resources(library, tool)
+    found = [f"no kernel of {architecture}" for architecture in ARCHITECTURES if architecture not in shown]
+    for architecture, kernels in shown.items():
         for mangled, used in kernels.items():
             name, registers = kernel_name(mangled), used["registers"]
             budget = recorded.get(architecture, {}).get(name)
@@ -133,9 +135,9 @@ def faults(library: Path, tool: str, recorded: dict[str, dict[str, int]]) -> lis
                 found.append(f"{architecture} {name}: {registers} registers, {budget} recorded")
         code = dict(machine_code(library, tool, architecture))
         found += [f"{architecture} {kernel_name(mangled)}: no machine code" for mangled in kernels.keys() - code.keys()]
-        for mangled, shown in code.items():
-            if instruction := lacks(mangled, architecture, shown):
-                found.append(f"{architecture} {kernel_name(mangled)}: no {instruction}")
+        for mangled, used_opcodes in code.items():
+            if wrong := wrong_code(mangled, used_opcodes):
+                found.append(f"{architecture} {kernel_name(mangled)}: {wrong}")
     return found
 
 
@@ -279,7 +281,7 @@ def main() -> None:
         PAGE.write_text(page())
         return
     found = faults(arguments.library, tool, json.loads(RECORD.read_text())["registers"])
-    print("\n".join(found) or "no spills, registers as recorded, HMMA and HGMMA where they belong")
+    print("\n".join(found) or "no spills, registers as recorded, HMMA and HGMMA where they belong, no trap")
     sys.exit(bool(found))
 
 

@@ -1,6 +1,6 @@
 # csat_kernels: the CUDA kernels as a static library without torch, its package, and a consumer of the installed package.
 if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-  # Machine code of both, and PTX of sm_80 for later GPUs: setup.py says why of the lowest.
+  # Machine code of both, and PTX of sm_80 for later GPUs, as in setup.py, which compiles less of what Hopper does not need.
   set(CMAKE_CUDA_ARCHITECTURES 80 90a-real)
 endif()
 enable_language(CUDA)

@@ -60,19 +60,13 @@ def test_architectures(build: ModuleType) -> None:
 
 
 def test_machine_code_for_each_architecture_and_ptx_for_later_ones(build: ModuleType) -> None:
-    assert build.gencode_flags(["80", "90a"]) == [
-        "-gencode=arch=compute_80,code=[sm_80,compute_80]",
-        "-gencode=arch=compute_90a,code=sm_90a",
-    ]
+    assert build.gencode_flags(["80", "90a"]) == ["-gencode=arch=compute_80,code=[sm_80,sm_90,compute_80]"]
     assert build.gencode_flags(["90a", "100", "120f"]) == [
-        "-gencode=arch=compute_100,code=[sm_100,compute_100]",
-        "-gencode=arch=compute_90a,code=sm_90a",
-        "-gencode=arch=compute_120f,code=sm_120f",
+        "-gencode=arch=compute_90,code=[sm_90,sm_100,sm_120,compute_90]"
     ]
-    assert build.gencode_flags(["90a"]) == [
-        "-gencode=arch=compute_90a,code=sm_90a",
-        "-gencode=arch=compute_90,code=compute_90",
-    ]
+    assert build.gencode_flags(["90", "90a"]) == ["-gencode=arch=compute_90,code=[sm_90,compute_90]"]
+    assert build.hopper_flags(["80", "90a"]) == ["-gencode=arch=compute_90a,code=sm_90a"]
+    assert build.hopper_flags(["80", "90"]) == build.gencode_flags(["80", "90"])
 
 
 def test_a_commit_changes_no_flag(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "gpu")]
 
 import gpu_check  # noqa: E402
-from kernel_budgets import PAIRS, budget, lacks, opcodes  # noqa: E402
+from kernel_budgets import PAIRS, budget, opcodes, wrong_code  # noqa: E402
 from operator_calls import calls  # noqa: E402
 
 SMALL = gpu_check.Problem(24, 5, 16, pairs=4, heads=2, device="cpu")
@@ -289,5 +289,6 @@ def test_opcodes_are_read_from_machine_code() -> None:
     table = 64 + len(names) + len(code)
     cubin = bytes(0x28) + struct.pack("<Q", table) + bytes(10) + struct.pack("<3H", 64, 2, 0) + names + code + headers
     assert list(opcodes(cubin)) == [("k", {0x23C, 0x9F0})]
-    assert lacks("x_mma_kernel", "sm_80", {0x9F0}) == "HMMA" and lacks("x_mma_kernel", "sm_80", {0x23C}) is None
-    assert lacks("x_wgmma_kernel", "sm_90a", {0x23C}) == "HGMMA" and lacks("x_wgmma_kernel", "sm_80", set()) is None
+    assert wrong_code("x_mma_kernel", {0x9F0}) == "no HMMA" and wrong_code("x_mma_kernel", {0x23C}) is None
+    assert wrong_code("x_wgmma_kernel", {0x23C}) == "no HGMMA" and wrong_code("x_wgmma_kernel", {0x9F0}) is None
+    assert wrong_code("copy_tokens", set()) is None and wrong_code("copy_tokens", {0x95C}) == "a trap"

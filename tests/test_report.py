@@ -276,6 +276,14 @@ def test_captions_have_every_metric_beside_chance(results: Results) -> None:
     assert "| chance | 1.0 / 1.0 | 1.0 / 1.0 | 1.0 / 1.0 | 0.50 | 0.50 |  |" in text and "`csat` (" not in text
     assert "3 steps of 4 pairs out of 90, 9 for the test" in text and "(`csat` 1)" in text
     assert pictures.draw(results, "quality_captions", pictures.captions).startswith(b"\x89PNG")
+    assert "hang on it" not in text  # one rate alone
+
+    result["settings"]["rates"] = [1e-3, 2e-3]
+    result["runs"].append(ran("full", 2e-3, 0, 0.4, 0.2) | judged(0.2, 7.0))
+    (results.folder / "quality_captions.json").write_text(json.dumps(result))
+    text = tables.captions(results, "quality_captions")
+    assert "| attention | BLEU-4, rate 0.001 | BLEU-4, rate 0.002 | CIDEr-D, rate 0.001 | CIDEr-D, rate 0.002 |" in text
+    assert "| `full` | 2.00 | 7.00 | 2.00 | 7.00 |" in text and f"| `full` (2) | {both}" in text
 
 
 def test_folders_and_files_that_are_no_results(tmp_path: Path) -> None:

@@ -558,8 +558,26 @@ def captions(results: Results, name: str) -> str:
     equal = f"\n\nParameters: {min(parameters)} to {max(parameters)}."
     head = ["attention", *(f"{k}" for k in RECALLS), *CAPTIONS, "rate"]
     told = told_apart(result).replace("Seed by seed", "Mean R@10 of both ways, seed by seed")
-    ending = equal + told + _runs_missing(result) + results.source(result["machine"], name)
+    ending = equal + told + _captions_by_rate(result) + _runs_missing(result) + results.source(result["machine"], name)
     return text + table(head, rows) + ending
+
+
+def _captions_by_rate(result: dict[str, Any]) -> str:
+    """The scores of captions at every rate with the first seed: recall chose the rate, and captions hang on it more
+    than on the form of attention."""
+    rates, seed = result["settings"]["rates"], result["settings"]["seeds"][0]
+    if len(rates) < 2:
+        return ""
+    scored = (run for run in result["runs"] if run["seed"] == seed and "figures" in run)
+    first = {(run["form"], run["rate"]): run["figures"] for run in scored}
+    rows = [
+        [f"`{form}`", *(_of_captions([first[form, rate]], "score")[len(RECALLS) + i] for i in (0, 1) for rate in rates)]
+        for form in result["settings"]["forms"]
+        if all((form, rate) in first for rate in rates)
+    ]
+    head = ["attention", *(f"{name}, rate {rate:g}" for name in CAPTIONS for rate in rates)]
+    text = "The rate is that of the best recall, and captions hang on it: their scores compare at one rate alone."
+    return f"\n\n{text} With the first seed:\n\n{table(head, rows)}" if rows else ""
 
 
 RECALLS, CAPTIONS = ("R@1", "R@5", "R@10"), ("BLEU-4", "CIDEr-D")
