@@ -114,6 +114,7 @@ def test_peak_memory_is_what_tensors_hold_at_once() -> None:
 
 def test_rotated_inputs_do_not_fit_the_cache() -> None:
     assert rotations(1 << 20, 32 << 20) == 64 and rotations(1 << 30, 32 << 20) == 2
+    assert rotations(1 << 20, 300 << 20, most=8) == 8
     assert rotations(3 << 20, 32 << 20) * (3 << 20) >= 2 * (32 << 20)
     with pytest.raises(ValueError, match="meta"):
         clock_for(torch.device("meta"))
@@ -388,6 +389,7 @@ def test_the_measuring_code_runs_over_a_package_without_it(tmp_path: Path) -> No
     arguments = {"device": "cpu", "quick": True, "ops": ["project_pool"], "tokens": [128]}
     result = revision.measured(tmp_path, arguments)
     assert [r["pass"] for r in result["rows"]] == list(PASSES) and result["settings"]["quick"]
+    assert all(row["sets"] <= kernels.grid_for(CPU, quick=True).sets for row in result["rows"])
     with pytest.raises(ValueError, match="'nonsense' came"):
         revision.measured(tmp_path, arguments | {"ops": ["nonsense"]})
 

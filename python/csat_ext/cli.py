@@ -155,7 +155,7 @@ def plan(
 def bench_kernels(
     output: Annotated[Path, typer.Option(help="Result file, JSON.")] = Path("kernels.json"),
     device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Two lengths, one point of everything else.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Two lengths, one point of everything else, few sets of inputs.")] = False,
     op: Annotated[list[str] | None, typer.Option(help="Only this op; may be given again.")] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Only this n; may be given again, the base first.")] = None,
     base: Annotated[

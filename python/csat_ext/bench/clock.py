@@ -174,6 +174,6 @@ def cache_bytes(device: torch.device) -> int:
     return max((int(s[:-1]) * units[s[-1]] for s in sizes if s[-1:] in units), default=_UNKNOWN_CACHE)
 
 
-def rotations(bytes_of_one: int, cache: int) -> int:
-    """How many sets of inputs make a round cold; `MOST_SETS` at most."""
-    return max(2, min(MOST_SETS, -(-int(COLD * cache) // max(bytes_of_one, 1))))
+def rotations(bytes_of_one: int, cache: int, most: int = MOST_SETS) -> int:
+    """How many sets of inputs make a round cold; `most` at most: some processors have hundreds of MiB of cache."""
+    return max(2, min(most, -(-int(COLD * cache) // max(bytes_of_one, 1))))

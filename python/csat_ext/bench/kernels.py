@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from csat_ext import SparseDecoder, csat_attention, implicit_measurement, measurement
-from csat_ext.bench.clock import Call, Clock, Timing, cache_bytes, clock_for, measure, rotations
+from csat_ext.bench.clock import MOST_SETS, Call, Clock, Timing, cache_bytes, clock_for, measure, rotations
 from csat_ext.bench.machine import header
 from csat_ext.bench.work import Sizes, Work, causal_block, work
 from csat_ext.implicit import IMPLICIT
@@ -48,7 +48,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class Grid:
-    """The values that each size runs through, the base point first; how many turns; sizes of the ceilings' tensors."""
+    """The values that each size runs through, the base point first; how many turns; most sets of inputs; sizes of the
+    ceilings' tensors."""
 
     n: tuple[int, ...]
     m: tuple[int, ...]
@@ -58,6 +59,7 @@ class Grid:
     batch: int = 1
     heads: int = 8
     turns: int = 7
+    sets: int = MOST_SETS
     copied: int = 256 << 20
     side: int = 2048
 
@@ -90,7 +92,9 @@ def grid_for(device: torch.device, *, quick: bool = False) -> Grid:
     if not quick:
         return full
     base = {name: getattr(full, name)[:1] for name in ("m", "width", "dtype", "layers")}
-    return dataclasses.replace(full, n=(2048, 512), turns=5, copied=full.copied // 4, side=full.side // 2, **base)
+    return dataclasses.replace(
+        full, n=(2048, 512), turns=5, sets=8, copied=full.copied // 4, side=full.side // 2, **base
+    )
 
 
 # ---- the ops ---------------------------------------------------------------------------------------------------------
@@ -288,12 +292,14 @@ class NotEnoughMemory(Exception):
     """A problem that this machine's memory does not take."""
 
 
-def _prepared(problem: Problem, device: torch.device, clock: Clock) -> tuple[dict[str, list[Call]], dict[str, Any]]:
+def _prepared(
+    problem: Problem, device: torch.device, clock: Clock, most_sets: int
+) -> tuple[dict[str, list[Call]], dict[str, Any]]:
     """The calls of every pass on rotated inputs, and what is to be known of them."""
     function, shapes = function_of(problem, device)
     first = inputs_of(problem, shapes, device, seed=0)
     size = sum(x.nbytes for x in first)
-    sets = rotations(size, cache_bytes(device))
+    sets = rotations(size, cache_bytes(device), most_sets)
     most = free_bytes(device) // 2
     if 8 * size > most:  # inputs, gradients, output and what is kept of one pass, twice
         raise NotEnoughMemory(f"{8 * size >> 20} MiB wanted, half of the free memory is {most >> 20}")
@@ -311,7 +317,7 @@ def _prepared(problem: Problem, device: torch.device, clock: Clock) -> tuple[dic
 
 
 def timings_of(
-    problem: Problem, device: torch.device, clock: Clock, turns: int
+    problem: Problem, device: torch.device, clock: Clock, turns: int, most_sets: int = MOST_SETS
 ) -> dict[str, tuple[Timing, dict[str, Any]]]:
     """Timing of each pass, and what is to be known of it.
 
@@ -319,7 +325,7 @@ def timings_of(
         NotEnoughMemory: before or while it is measured.
     """
     try:
-        calls, facts = _prepared(problem, device, clock)
+        calls, facts = _prepared(problem, device, clock, most_sets)
         timings = measure(calls, clock, turns)
     except torch.OutOfMemoryError as error:
         raise NotEnoughMemory(str(error).splitlines()[0]) from None
@@ -352,7 +358,7 @@ def run(
     skipped: list[dict[str, Any]] = []
     for problem in grid.problems(ops):
         try:
-            timings = timings_of(problem, device, clock, grid.turns)
+            timings = timings_of(problem, device, clock, grid.turns, grid.sets)
         except NotEnoughMemory as error:
             skipped.append({**dataclasses.asdict(problem), "reason": str(error)})
             report(f"{describe(problem)}: skipped, {error}")
