@@ -61,6 +61,31 @@ def section(**keys: Any) -> CSATSection:
     return read_section({"csat_attention": keys})
 
 
+class _Sharded(Exception):
+    pass
+
+
+def test_the_device_is_chosen_before_the_ranks_compare_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL gathers objects on the current device, which is the first one on every rank until somebody chooses."""
+    from deepspeed.accelerator import get_accelerator
+
+    class MPU:
+        @staticmethod
+        def get_sequence_parallel_group() -> None: ...
+
+    chosen: list[int] = []
+
+    def shard(*_: Any) -> None:
+        assert chosen == [3]
+        raise _Sharded
+
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(type(get_accelerator()), "set_device", lambda _, device: chosen.append(device))
+    monkeypatch.setattr(integration, "shard_sequence", shard)
+    with pytest.raises(_Sharded):
+        integration.initialize(model=Model(), config={"csat_attention": {"layers": "vision.*"}}, mpu=MPU)
+
+
 # ---- the section -----------------------------------------------------------------------------------------------------
 
 

@@ -200,6 +200,29 @@ def test_global_random_state_is_neither_read_nor_moved() -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_what_a_captured_graph_reads_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph knows the address of Phi alone: many other lengths must not free it, and under capture nothing that
+    outlives it can be made."""
+    module, here = attention(ensemble="gaussian", dictionary="dct"), torch.device("cpu")
+    capturing = False
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    module(torch.randn(1, 33, E))
+    capturing = True
+    module(torch.randn(1, 33, E))
+    captured = [id(value) for value in module._fixed.values()]
+    with pytest.raises(RuntimeError, match=r"phi of CSATAttention .*call the module once with inputs of these sizes"):
+        module(torch.randn(1, 34, E))
+    capturing = False
+    for n in range(40, 70):
+        module.measurement(n, here)
+    assert {*captured} <= {id(value) for value in module._fixed.values()} and len(module._fixed) <= 16 + len(captured)
+    again = module.measurement(60, here)
+    for n in range(70, 85):
+        module.measurement(n, here)
+    assert module.measurement(60, here) is again  # the least used goes first
+
+
 def test_heads_and_layers_draw_different_columns() -> None:
     phi = attention(ensemble="rademacher").measurement(33, torch.device("cpu")).phi
     other = attention(ensemble="rademacher", layer=1).measurement(33, torch.device("cpu")).phi

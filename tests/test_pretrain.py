@@ -23,7 +23,7 @@ from csat_ext import cli
 from csat_ext.deepspeed import apply, read_section
 from csat_ext.module import CSATAttention
 from csat_ext.pretrain import config as configs
-from csat_ext.pretrain import evaluate
+from csat_ext.pretrain import evaluate, train
 from csat_ext.pretrain.metrics import bleu4, cider_d
 from csat_ext.pretrain.model import SDPAttention
 from csat_ext.pretrain.train import Run, build_model, fill_auto, read_run
@@ -337,6 +337,26 @@ def test_resuming_another_run_is_refused(
 
 def test_evaluate_without_a_run_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "is not the output folder of a pretraining run" in refusal(monkeypatch, "evaluate", "--checkpoint", tmp_path)
+
+
+@pytest.mark.parametrize("started", ["OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_processes_that_would_each_train_alone_are_refused(started: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv(started, "4")
+    with pytest.raises(RuntimeError, match=f"{started} is 4, but RANK is not set: .* torchrun"):
+        train.set_up_process_group()
+    assert "RANK" not in os.environ
+
+
+def test_no_rank_waits_for_the_evaluation(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may take longer than the ten minutes after which NCCL gives a barrier up."""
+    order: list[str] = []
+    monkeypatch.setenv("RANK", "0")
+    for name in ("pretrain", "leave_process_group"):
+        monkeypatch.setattr(train, name, lambda *_, name=name, **__: order.append(name))
+    monkeypatch.setattr(cli, "_evaluate", lambda *_: order.append("evaluate"))
+    cli.pretrain(config=job / "job.yaml", output=tmp_path)
+    assert order == ["pretrain", "leave_process_group", "evaluate"]
 
 
 def test_help_is_light() -> None:

@@ -31,7 +31,8 @@ def save(engine: Any, folder: str | os.PathLike[str], step: int, state: dict[str
     """Writes and seals the checkpoint of a step, then removes all but `keep`: this one and, of the others, the newest.
 
     Raises:
-        ValueError: keep is below 1; nothing is written.
+        ValueError: keep is below 1, and nothing is written; the ranks see different files in the folder, which they
+            must share, and the checkpoint has no seal.
         OSError: it could not be written; what there is of it is removed and the earlier ones stay as they are.
     """
     if keep < 1:
@@ -68,7 +69,7 @@ def restore(engine: Any, folder: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: none is sound; the message says what is wrong with each.
     """
     folder, reasons = Path(folder), []
-    for tag in reversed(_tags(folder)):
+    for tag in reversed(_of_first_rank(_tags(folder))):
         reason = _defect(folder / tag)
         if reason is None:
             _, state = engine.load_checkpoint(str(folder), tag=tag)
@@ -97,9 +98,24 @@ def _write(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def _of_first_rank(value: Any) -> Any:
+    """What rank 0 came with: all go on alike, also where they do not see the same files."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
 def _seal(folder: Path) -> None:
     dist.barrier()
-    files = sorted(path.name for path in folder.iterdir() if path.is_file())
+    files = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    listings: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(listings, files)
+    for rank, listing in enumerate(listings):
+        if different := sorted({*listing} ^ {*listings[0]}):
+            raise ValueError(
+                f"{folder}: ranks 0 and {rank} see different files there, such as {different[0]}; it must lie on a "
+                "file system that all ranks share"
+            )
     parts: list[Any] = [None] * dist.get_world_size()
     own = {name: _fingerprint(folder / name) for name in files[dist.get_rank() :: dist.get_world_size()]}
     dist.all_gather_object(parts, own)
@@ -117,8 +133,8 @@ def _fingerprint(path: Path) -> list[int]:
     return [path.stat().st_size, crc]
 
 
-def _defect(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, found by all ranks together, or None."""
+def _manifest(folder: Path) -> dict[str, list[int]] | str:
+    """The files of a checkpoint and their fingerprints, or what is wrong with its manifest."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError:
@@ -127,12 +143,20 @@ def _defect(folder: Path) -> str | None:
         return f"has an unreadable {MANIFEST} ({error})"
     if manifest.get("format") != _FORMAT:
         return f"has a {MANIFEST} of format {manifest.get('format')!r}; this version reads {_FORMAT}"
+    return manifest["files"]
+
+
+def _defect(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, found by all ranks together, or None."""
+    manifest = _of_first_rank(_manifest(folder))
+    if isinstance(manifest, str):
+        return manifest
     found = None
-    for name in sorted(manifest["files"])[dist.get_rank() :: dist.get_world_size()]:
+    for name in sorted(manifest)[dist.get_rank() :: dist.get_world_size()]:
         path = folder / name
         if not path.is_file():
             found = f"lacks {name}"
-        elif _fingerprint(path) != manifest["files"][name]:
+        elif _fingerprint(path) != manifest[name]:
             found = f"is damaged: {name} is not what was written"
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, found)

@@ -55,9 +55,9 @@ def pretrain(
 
     run = train.read_run(settings)
     train.pretrain(run, output, resume=resume)
+    train.leave_process_group()  # first: whoever waited for the evaluation would be given up after ten minutes
     if settings.train.evaluate and os.environ["RANK"] == "0":
         _evaluate(output, None)
-    train.leave_process_group()
 
 
 @app.command()
@@ -155,7 +155,9 @@ def plan(
 def bench_kernels(
     output: Annotated[Path, typer.Option(help="Result file, JSON.")] = Path("kernels.json"),
     device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Two lengths, one point of everything else, few sets of inputs.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Two lengths, one point of everything else, few sets of inputs.")
+    ] = False,
     op: Annotated[list[str] | None, typer.Option(help="Only this op; may be given again.")] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Only this n; may be given again, the base first.")] = None,
     base: Annotated[

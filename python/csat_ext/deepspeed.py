@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -87,6 +88,7 @@ def initialize(
     if replaced and hasattr(mpu, "get_sequence_parallel_group"):
         if split != ds_config:
             raise ValueError("tensor_parallel and an mpu with sequence-parallel groups came: one of them is accepted")
+        _choose_device()
         shard_sequence(model, mpu.get_sequence_parallel_group(), section.sequence_parallel)
     if optimizer is None and model_parameters is None:
         model_parameters = _groups(model, ds_config, section)
@@ -115,6 +117,15 @@ def initialize(
     reconcile(engine)
     _mend_universal_loading(ds_optimizer, model_parameters)
     return engine, ds_optimizer, loader, scheduler
+
+
+def _choose_device() -> None:
+    """The device of this rank, which `deepspeed.initialize` would choose too, but after the ranks have compared their
+    seeds: NCCL takes an object from the current device, and no rank but the first has its own in the first one."""
+    from deepspeed.accelerator import get_accelerator
+
+    if "LOCAL_RANK" in os.environ:
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
 
 
 def checkpoint_contexts(*ops: str) -> Callable[[], tuple[Any, Any]]:

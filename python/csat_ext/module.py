@@ -108,6 +108,7 @@ class CSATCore(nn.Module):
         key = (GENERATOR_VERSION, _ensemble_code(config.ensemble), config.seed, config.layer)
         self.register_buffer("measurement_key", torch.tensor(key, dtype=torch.int64))
         self._fixed: dict[tuple[Any, ...], Any] = {}
+        self._captured: set[tuple[Any, ...]] = set()
         self._key_seen: tuple[int, int] | None = None
         self._parallel: Parallel | None = None
         self._create_parameters()
@@ -283,14 +284,25 @@ class CSATCore(nn.Module):
 
     def _remember(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """A fixed tensor, made once for every key; made anew while a compiler traces: its graph must not depend on a
-        length."""
+        length. What a captured CUDA graph reads stays for good: the graph knows its address alone."""
         if not has_values(self.measurement_key) or fakes_tensors():
             return make()
-        if key not in self._fixed:
-            if len(self._fixed) >= 16:  # many lengths in one run: keep memory bounded
-                self._fixed.clear()
+        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        if capturing and key not in self._fixed:
+            raise RuntimeError(
+                f"{key[0]} of {type(self).__name__} is made at the first call of a length, and a CUDA graph is being "
+                "captured: call the module once with inputs of these sizes before the capture"
+            )
+        if key in self._fixed:
+            self._fixed[key] = self._fixed.pop(key)  # the latest used is the last
+        else:
+            passing = [other for other in self._fixed if other not in self._captured]
+            if len(passing) >= 16:  # many lengths in one run: keep memory bounded
+                del self._fixed[passing[0]]
             with torch.inference_mode(False), torch.no_grad():  # training may need it after an evaluation
                 self._fixed[key] = make()
+        if capturing:
+            self._captured.add(key)
         return self._fixed[key]
 
     def _draw(
@@ -618,7 +630,7 @@ class CSATCore(nn.Module):
             self._key_seen = seen
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_fixed": {}, "_key_seen": None}
+        return {**self.__dict__, "_fixed": {}, "_captured": set(), "_key_seen": None}
 
     def extra_repr(self) -> str:
         c, width = self.config, self.num_heads * self.head_dim

@@ -61,7 +61,9 @@ def philox_bits(seed: int, layer: int | Tensor, head: int | Tensor, row: int | T
 def _philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: int, k1: int) -> Tensor:
     """(4, ...) int64 words from counter words that broadcast and the two key words."""
     like = c0 ^ c1 ^ c2 ^ c3
-    counter = [word.to(like.device).expand_as(like).reshape(-1) for word in (c0, c1, c2, c3)]
+    # What lies elsewhere is a number (`_as_word`): said to the device anew, for a copy would wait for it.
+    counter = [word if word.device == like.device else like.new_full((), word.item()) for word in (c0, c1, c2, c3)]
+    counter = [word.expand_as(like).reshape(-1) for word in counter]
     words = like.new_empty((4, like.numel()))
     size = _CPU_CHUNK if like.device.type == "cpu" else max(like.numel(), 1)
     for start in range(0, like.numel(), size):

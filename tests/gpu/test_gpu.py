@@ -198,6 +198,25 @@ def test_training_step_in_a_cuda_graph(dtype: torch.dtype) -> None:
             assert rms(a.double() - b.double()) <= (1e-5 if dtype == torch.float32 else 1e-2) * rms(a)
 
 
+@pytest.mark.own_memory
+@torch.no_grad()
+def test_a_layer_in_a_cuda_graph_keeps_its_phi() -> None:
+    layer = csat_ext.CSATAttention(64, 4, csat_ext.CSATConfig(measurements=16, ensemble="gaussian")).cuda()
+    x = torch.randn(2, 200, 64, device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        expected = layer(x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layer(x)
+    for n in range(201, 240):  # more lengths than a layer remembers
+        layer(x.new_full((1, n, 64), torch.nan))
+    graph.replay()
+    assert rms(captured.double() - expected.double()) <= 1e-5 * rms(expected)
+
+
 @pytest.mark.parametrize("label", LABELS)
 def test_a_thread_that_has_no_context_yet(label: str) -> None:
     """As autograd's may be: its memory is there already, so that the operator's own calls are the first ones."""

@@ -234,7 +234,7 @@ def token_mean(values: Tensor, group: Group) -> Tensor:
     """
     group = process_group(group)
     wide = torch.promote_types(values.dtype, torch.float32)
-    count = torch.tensor(float(values.numel()), dtype=torch.float64, device=values.device)
+    count = torch.full((), values.numel(), dtype=torch.float64, device=values.device)  # no copy that waits
     dist.all_reduce(count, group=group)
     own = values.sum(dtype=wide) / count.to(wide)
     mean = own.detach().clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -133,10 +134,14 @@ def set_up_process_group() -> None:
     """Joins the launcher's process group, or makes a group of one where no launcher (torchrun, deepspeed) set RANK.
 
     Sets DS_ACCELERATOR=cpu on a machine without a GPU, and keeps DeepSpeed's own messages below the level of errors.
+
+    Raises:
+        RuntimeError: MPI or srun started several processes, which know nothing of each other here.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "RANK" not in os.environ:
+        _refuse_many_alone()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -156,10 +161,23 @@ def set_up_process_group() -> None:
         deepspeed.init_distributed(verbose=False)
 
 
+def _refuse_many_alone() -> None:
+    """Several runs of one rank each would all write into one folder."""
+    for started in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
+        if int(os.environ.get(started, "1")) > 1:
+            raise RuntimeError(
+                f"{started} is {os.environ[started]}, but RANK is not set: each of these processes would train alone. "
+                "Start them by torchrun or by deepspeed's own launcher (pdsh), under srun one torchrun a node"
+            )
+
+
 def leave_process_group() -> None:
-    """Waits for the other ranks (rank 0 may still evaluate) and leaves the group."""
+    """Waits for the other ranks and leaves the group; the memory of an engine that is gone can be used again."""
     dist.barrier()
     dist.destroy_process_group()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def check_output(output: Path, resume: bool) -> None:
