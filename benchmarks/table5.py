@@ -82,7 +82,18 @@ def model(name: str, n: int, mlp: int, settings: Settings) -> nn.Sequential:
     for layer in range(settings.layers):
         shape = LayerShape(settings.width, settings.heads, n, settings.m, layer=layer)
         blocks.append(Block(attention_layer(name, shape), settings.width, mlp * settings.width))
-    return nn.Sequential(*blocks).to(settings.device, DTYPES[settings.dtype])
+    return share_equal_buffers(nn.Sequential(*blocks).to(settings.device, DTYPES[settings.dtype]))
+
+
+def share_equal_buffers(blocks: nn.Sequential) -> nn.Sequential:
+    """One copy of what is equal in all layers (the composition's Phi), as one who writes a model by hand would have."""
+    first = dict(blocks[0].named_buffers())
+    for block in blocks[1:]:
+        for name, buffer in list(block.named_buffers()):
+            if name in first and torch.equal(buffer, first[name]):
+                owner, _, own = name.rpartition(".")
+                setattr(block.get_submodule(owner), own, first[name])
+    return blocks
 
 
 def step_of(blocks: nn.Module, n: int, settings: Settings) -> Call:
@@ -136,7 +147,7 @@ def make_case(name: str, n: int, mlp: int, settings: Settings, clock: Clock) -> 
     """The case, run twice: once to warm up, once to see what it holds and how long it takes, roughly."""
     blocks = model(name, n, mlp, settings)
     call = step_of(blocks, n, settings)
-    held = sum(t.nbytes for t in (*blocks.parameters(), *blocks.buffers()))
+    held = sum({t.data_ptr(): t.nbytes for t in (*blocks.parameters(), *blocks.buffers())}.values())
     parameters = sum(p.numel() for p in blocks.parameters())
     call()
     start = time.perf_counter()

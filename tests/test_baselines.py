@@ -309,6 +309,21 @@ def test_the_composition_is_csat(layers: int, masked: bool) -> None:
     torch.testing.assert_close(composed(q, k, v, keep), expected, **ALMOST)
 
 
+def test_the_composition_has_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rival that torch takes for its unfused form would be a weaker one than it is."""
+    fused = torch.nn.functional.scaled_dot_product_attention
+    chosen: list[int] = []
+
+    def spied(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        chosen.append(torch._fused_sdp_choice(q, k, v, bias))
+        return fused(q, k, v, bias)
+
+    monkeypatch.setattr("baselines.composed.scaled_dot_product_attention", spied)
+    q, k, v = (x.requires_grad_() for x in tokens(torch.float32))
+    ComposedStock(BUDGET, layers=0)(q, k, v)
+    assert chosen == [torch.nn.attention.SDPBackend.FLASH_ATTENTION.value]
+
+
 @pytest.mark.parametrize("name", ["performer", "nystromformer", "linformer", "stock composition"])
 def test_autocast_changes_nothing_for_bfloat16_tokens(name: str) -> None:
     """What is to be in float32 stays in it."""

@@ -66,6 +66,15 @@ def test_layers_have_equal_projections_and_draw_different_features() -> None:
         attention_layer("atention", shape)
 
 
+def test_equal_buffers_of_layers_are_held_once() -> None:
+    blocks = table5.model("stock", 32, 0, TINY)
+    assert len({t.data_ptr() for name, t in blocks.named_buffers() if name.endswith("phi")}) == 1
+    assert len(blocks) > 1
+    case = table5.make_case("stock", 32, 0, TINY, FakeClock())
+    one = sum(t.nbytes for t in blocks[0].buffers())
+    assert case.weights_bytes == sum(p.nbytes for p in blocks.parameters()) + one
+
+
 def test_mechanisms_take_turns_and_every_turn_is_on_disk() -> None:
     saved: list[str] = []
     result = table(dataclasses.replace(TINY, lengths=(16,)), saved=saved).run()

@@ -1,6 +1,6 @@
 """The strongest rival: CSAT as a user would put it together from stock parts, without this library's kernels.
 
-SDPA on projected k and v, and LISTA in plain torch under torch.compile. It shares the measurements and the decoder's
+SDPA on projected k and v, and LISTA in plain torch, compiled or eager. It shares the measurements and the decoder's
 start with CSAT, so that what differs is who runs them.
 """
 
@@ -56,7 +56,8 @@ class ComposedStock(nn.Module):
         self.decode = _compiled_lista() if compiled else lista
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        phi, bias = self.phi.to(q.dtype), self.score_bias[:, None, :].to(q.dtype)
+        # Four dimensions: with a mask of three torch has no fused kernel on a CPU.
+        phi, bias = self.phi.to(q.dtype), self.score_bias[None, :, None, :].to(q.dtype)
         if key_mask is not None:
             # What is left of a segment keeps the row's sum and its log-mass, as in csat_attention.
             whole, phi = phi.sum(-1, keepdim=True), phi * key_mask[:, None, None, :]
