@@ -448,3 +448,9 @@ def test_the_commands(
     assert run("roofline", str(output), "--output", str(tmp_path / "roof.png"), "--pass", "both")[0] == 0
     code, _ = run("kernels", "--base", "no-such-revision", "--output", str(output))
     assert "no-such-revision" in str(code) or "installed" in str(code)
+
+
+def test_the_larger_of_both_spreads_decides() -> None:
+    wide, narrow = compare.Timing((1.0, 2.0, 3.0)), compare.Timing((2.6, 2.6, 2.6))
+    for one, other in ((wide, narrow), (narrow, wide)):
+        assert compare.Change("row", one, other).verdict == "equal within the spread"

@@ -254,3 +254,12 @@ def test_a_stream_of_masked_tokens_is_nothing_and_wrong_tokens_are_refused_by_na
     with pytest.raises(ValueError, match="key_mask has shape"):
         stream.append(k, v, phi, key_mask=none[:, 1:])
     assert stream.length == N
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nothing_beside_what_is_kept_stays_in_memory(form: str) -> None:
+    """A view of a long prompt would hold all of it."""
+    cache, phi = cache_of(form)
+    stepped(cache, phi, [N])
+    assert cache._state is not None
+    assert sum(t.untyped_storage().nbytes() for t in cache._state if t is not None) == cache.nbytes

@@ -488,3 +488,18 @@ def test_what_a_causal_layer_does_not_take_is_refused_by_name() -> None:
         module.parallel = object()  # type: ignore[assignment]
     with pytest.raises(ValueError, match="a cache is for causal='block' or 'prefix'"):
         CSATAttention(WIDTH, 4, CSATConfig()).new_cache()
+
+
+def test_the_phi_of_a_masked_key_is_not_made_of_it() -> None:
+    """NaN in masked keys reaches neither the rows nor the gradient of W."""
+    torch.manual_seed(0)
+    module = CSATAttention(16, 2, CSATConfig(causal="prefix", measurements=4, decoder="none"))
+    mask = torch.rand(2, 9) < 0.6
+    q, k, v = torch.randn(3, 2, 2, 9, 8)
+    gradients = []
+    for fill in (0.0, torch.nan):
+        module.zero_grad()
+        keys = k.masked_fill(~mask[:, None, :, None], fill)
+        module.attend(q, keys, v, mask).square().sum().backward()
+        gradients.append(module.content_weight.grad)
+    assert gradients[0].abs().max() > 0 and torch.equal(*gradients)

@@ -550,3 +550,15 @@ def test_a_registered_converter_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.MultiheadAttention(E, H))
     converted(model)
     assert isinstance(model[0], CSATAttention)
+
+
+def test_torch_masks_of_every_batch_element_and_head() -> None:
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(E, H, batch_first=True)})
+    x, mask = torch.randn(B, N, E), torch.zeros(B, H, N, N, dtype=torch.bool)
+    mask[0, :, :, 7:] = True
+    assert_same_function(
+        model,
+        lambda m: m["attn"](x, x, x, attn_mask=mask.flatten(0, 1), need_weights=False)[0],  # type: ignore[index]
+        "attn",
+        1,
+    )

@@ -560,3 +560,10 @@ def test_what_is_wrong_with_photographs(photographs: Path, monkeypatch: pytest.M
             list(caption_shards.members(Described(photographs / "images" / file, captions, False), 8))
     with pytest.raises(ValueError, match="no image for val"):
         caption_shards.write([Described(photographs / "images" / "3.jpg", ("a",), False)], photographs / "out", 8)
+
+
+def test_a_single_shard_is_streamed_in_another_order_in_every_epoch_and_pass(tmp_path: Path) -> None:
+    write_shard(tmp_path / "part-000000.tar", {f"{i:05d}": good(i) for i in range(12)})
+    config = config_of(tmp_path, samples_per_epoch=24, augment=False)
+    seen = [keys(train_batches(config, epoch)) for epoch in range(2)]
+    assert len({tuple(order[half : half + 12]) for order in seen for half in (0, 12)}) == 4

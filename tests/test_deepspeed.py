@@ -529,3 +529,9 @@ def test_an_attention_called_otherwise_is_not_taken_for_ours() -> None:
     model = nn.ModuleDict({"attn": Foreign(8)})
     with pytest.raises(ValueError, match="matches no attention module; this model has: none"):
         apply(model, section(layers="*"))
+
+
+def test_a_hybrid_entry_may_number_its_layers_itself() -> None:
+    model, hybrid = Model(), [{"layers": "vision.1", "layer": 100}]
+    apply(model, section(layers="vision.*|cross_attn", measurements=4, layer=7, hybrid=hybrid))
+    assert [model.get_submodule(name).config.layer for name in ("vision.0", "vision.1", "cross_attn")] == [7, 101, 9]

@@ -272,3 +272,11 @@ def test_bad_arguments_of_the_table_name_what_is_accepted() -> None:
         with pytest.raises(ValueError, match=rf"{name} must be one of .*{accepted}.*; got 'no'"):
             _C.can_run(**(good | {name: "no"}))
     assert csat_ext.__all__.count("explain") == 1
+
+
+def test_causal_forms_attend_to_the_values_before_they_are_sensed() -> None:
+    q, k, v = (torch.randn(1, 2, 36, width).bfloat16() for width in (64, 64, 200))
+    block = {"causal": "block", "block_size": 8, "measurements_per_block": 3}
+    said = explain(q, k, v, feature_sensing=torch.randn(64, 200), device="sm_80", **block)  # type: ignore[arg-type]
+    assert {said[op].family for op in ("attend_causal", "attend_causal_backward")} == {"simt"}
+    assert explain(q, k, v[..., :64], device="sm_80", **block)["attend_causal"].family == "mma"  # type: ignore[arg-type]

@@ -193,6 +193,10 @@ def test_a_batch_of_nan_stops_the_run_or_is_left_out(job: Path) -> None:
     csat(*arguments(job, through, skip, stage=3), before=poison)
     assert losses(stopped) == losses(through)
     assert len(losses(through)) == STEPS
+    for tag in tags(through)[2:]:
+        shutil.rmtree(through / "checkpoints" / tag)
+    csat(*arguments(job, through, "--resume", skip, stage=3), before=poison)  # step 8 has drawn nine batches
+    assert losses(through) == losses(stopped)
 
 
 @pytest.mark.slow

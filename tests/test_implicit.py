@@ -263,3 +263,16 @@ def test_a_masked_row_is_silenced_whatever_the_bias(generator: torch.Generator) 
     assert bool((out[1] == 0).all()) and bool(out[0].isfinite().all())
     masked = phi.masked(mask).score_bias
     assert masked is not None and bool((masked[1] == -math.inf).all()) and bool((masked[0] == 0).all())
+
+
+@pytest.mark.parametrize("ensemble", IMPLICIT)
+def test_another_mask_changes_nothing_else(ensemble: str, generator: torch.Generator) -> None:
+    sizes = SIZES[1]
+    named, mask = options(ensemble, sizes, False), torch.rand(2, 45, generator=generator) > 0.3
+    of_mask = implicit_measurement(ensemble, 18, 45, **{**named, "key_mask": mask})
+    masked = implicit_measurement(ensemble, 18, 45, **named).masked(mask)
+    x = tokens_of(sizes, torch.float32, mask, generator)
+    assert torch.equal(masked.project(x), of_mask.project(x))
+    assert masked.score_bias is not None and of_mask.score_bias is not None
+    assert torch.equal(masked.score_bias, of_mask.score_bias)
+    assert torch.equal(masked.dense().phi, of_mask.dense().phi)

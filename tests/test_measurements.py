@@ -454,3 +454,8 @@ def test_measurement_matrix_shapes_and_options():
     assert measurement_matrix("pool", 3, 8, seed=0, heads=4).shape == (4, 3, 8)
     with pytest.raises(TypeError, match="key_mask"):
         measurement_matrix("pool", 3, 8, seed=0, key_mask=torch.ones(1, 8, dtype=torch.bool))
+
+
+def test_a_class_token_named_twice_in_front_of_a_grid():
+    phi = measurement("pool", 6, 17, anchors=("first", 0), grid=(4, 4)).phi
+    assert bool((phi[:, 1] == 0).all()) and torch.equal(phi[:, 2:, 1:], measurement("pool", 4, 16, grid=(4, 4)).phi)

@@ -426,3 +426,37 @@ def test_compiles_fullgraph_and_does_not_recompile_per_length() -> None:
             x = torch.randn(2, n, E)
             torch.testing.assert_close(compiled(x), module(x), rtol=1e-4, atol=1e-5)
             compiled(x).sum().backward()
+
+
+class _LastHeads:
+    """The last two of four heads, as one of two ranks computes them."""
+
+    def heads(self, count: int) -> range:
+        return range(count // 2, count)
+
+    def own(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight[weight.shape[0] // 2 :]
+
+    def attend(self, *arguments: Any) -> torch.Tensor:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("decoder", ["ista", "alista"])
+def test_what_is_remembered_of_all_heads_is_not_taken_for_that_of_a_rank(decoder: str) -> None:
+    module = CSATAttention(E, 4, CSATConfig(measurements=8, decoder=decoder))
+    whole = module.decoder()
+    module.parallel = _LastHeads()
+    own = module.decoder()
+    assert isinstance(whole, SparseDecoder) and isinstance(own, SparseDecoder)
+    assert own.B.shape[0] == own.S.shape[0] == 2
+    assert torch.equal(own.B, whole.B[2:]) and torch.equal(own.S, whole.S[2:])
+
+
+def test_matrices_decay_and_nothing_else_does() -> None:
+    module = attention(learned=True, length=20, feature_rank=4, dictionary="learned", atoms=12)
+    groups = {g["name"]: {id(p) for p in g["params"]} for g in parameter_groups(module, lr=1e-3, weight_decay=0.1)}
+    found = {kind: {n for n, p in module.named_parameters() if id(p) in ids} for kind, ids in groups.items()}
+    biases = {f"{name}.bias" for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+    assert found["threshold"] == {"threshold"}
+    assert found["no_decay"] == {"gain", "step", "phi", "score_bias", *biases}
+    assert found["decay"] == {"psi", "feature_sensing", "decoder_w", *(n.replace("bias", "weight") for n in biases)}

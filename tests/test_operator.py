@@ -311,3 +311,15 @@ def test_bitwise_equal_from_run_to_run(kernels: Backend) -> None:
     runs = [inputs.gradients(kernels.csat_attention, weight) for _ in range(2)]
     assert torch.equal(runs[0][0], runs[1][0])
     assert all(torch.equal(runs[0][1][n], runs[1][1][n]) for n in inputs.leaves)
+
+
+@pytest.mark.parametrize(("phi_heads", "sensing_heads"), [(4, 2), (2, 4), (2, 2)])
+def test_query_heads_have_what_belongs_to_their_key_head(kernels: Backend, phi_heads: int, sensing_heads: int) -> None:
+    """Phi and F of different numbers of heads, and a row that the mask leaves empty in the first head alone."""
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 12, 8), torch.randn(2, 2, 12, 8)
+    phi, f, mask = torch.rand(phi_heads, 3, 12), torch.randn(sensing_heads, 5, 8), torch.ones(2, 12, dtype=torch.bool)
+    phi[0, 1, 4:], mask[:, :4] = 0, False
+    exact = reference.csat_attention(*(x.double() for x in (q, k, v, phi)), feature_sensing=f.double(), key_mask=mask)
+    tensors = (kernels.to(x) for x in (q, k, v, phi))
+    got = kernels.csat_attention(*tensors, feature_sensing=kernels.to(f), key_mask=kernels.to(mask))
+    assert close(got, exact.float())

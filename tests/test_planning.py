@@ -211,3 +211,30 @@ def test_bad_plans_end_in_one_line(
 ) -> None:
     line = planned(monkeypatch, capsys, *arguments)
     assert line.startswith("csat: ") and message in line and "\n" not in line
+
+
+def test_key_heads_are_counted_where_they_are_fewer() -> None:
+    shape, config = ModelShape(1, 32, 4, 64, kv_heads=2), CSATConfig(measurements=8, learned=True, length=40)
+    core = CSATAttention(32, 4, config, kv_heads=2)
+    assert planning.core_parameters(shape, config) == sum(p.numel() for p in core.parameters(recurse=False))
+    assert planning.block_parameters(shape, config) == sum(p.numel() for p in core.parameters()) + (
+        2 * 32 * 64 + 64 + 32 + 4 * 32  # the MLP and two norms
+    )
+    # All-to-alls of q, k, v and the output, there and back: a rank sends half of its 20 tokens of 3 sequences.
+    sent = planning.communication(Run(shape, 40, 3, ranks=2, sequence_ranks=2))["sequences"]
+    assert sent == 2 * (4 + 2 + 2 + 4) * 8 * 3 * 20 * 2 // 2
+
+
+@pytest.mark.parametrize(("stage", "times"), [(0, 2), (2, 2), (3, 3)])
+def test_the_third_stage_gathers_the_parameters_once_more(stage: int, times: int) -> None:
+    run = Run(SHAPE, N, ranks=8, stage=stage)
+    assert planning.communication(run)["gradients and parameters"] == times * planning.parameters(run) * 2 * 7 // 8
+
+
+def test_a_learned_phi_costs_its_gradient() -> None:
+    fixed, learned = (
+        planning.attention_work(Run(SHAPE, N, B, attention=CSATConfig(measurements=24, **keys)))
+        for keys in ({}, {"learned": True, "length": N})
+    )
+    assert learned["forward"] == fixed["forward"]
+    assert learned["backward"] - fixed["backward"] == 4 * B * N * 24 * E

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import forked
@@ -25,7 +26,7 @@ from csat_ext.module import CSATAttention
 from csat_ext.pretrain import config as configs
 from csat_ext.pretrain import evaluate, train
 from csat_ext.pretrain.metrics import bleu4, cider_d
-from csat_ext.pretrain.model import SDPAttention
+from csat_ext.pretrain.model import Losses, SDPAttention
 from csat_ext.pretrain.train import Run, build_model, fill_auto, read_run
 
 REPOSITORY = Path(__file__).parents[1]
@@ -365,3 +366,16 @@ def test_help_is_light() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run([sys.executable, "-c", check], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_steps_losses_are_the_mean_of_its_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    vision = SimpleNamespace(position=torch.zeros(1, 17, 8))
+    engine = SimpleNamespace(
+        gradient_accumulation_steps=lambda: 2, device="cpu", module=SimpleNamespace(vision=vision),
+        backward=lambda loss: None, step=lambda: None,
+    )  # fmt: skip
+    drawn = iter([Losses(*torch.tensor([5.0, 3.0, 2.0])), Losses(*torch.tensor([9.0, 5.0, 4.0]))])
+    batch = {"key": ["a", "b"], "token_mask": torch.tensor([[True, True, False], [True, True, True]])}
+    monkeypatch.setattr(train, "_finite_losses", lambda *arguments: (next(drawn), batch))
+    total, tokens = train._train_step(engine, None, 1)  # type: ignore[arg-type]
+    assert total.tolist() == [7, 4, 3] and tokens == 2 * (2 * 17 + 5)

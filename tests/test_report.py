@@ -244,6 +244,20 @@ def test_seeds_tell_forms_apart_by_students_t(results: Results) -> None:
     text = tables.told_apart(of_text([*scores], runs))
     assert "against `full` better: `window`; not told apart: `csat, block`; worse: `csat, block + linear`" in text
     assert "against `csat, block + linear` better: `csat, block + LISTA`." in text
+    assert (
+        "so small a test" not in text and "the largest that was tried" not in text
+    )  # bits of a long text; 1e-3 of two
+
+
+def test_a_difference_within_the_error_of_the_test_set_tells_nothing() -> None:
+    """Seeds that happen to agree say nothing about other items: 0.02 over 400 of them is one standard error or less."""
+    scores = {"full": (0.30, 0.31, 0.32), "csat": (0.32, 0.33, 0.34), "linear": (0.40, 0.41, 0.42)}
+    runs = [ran(form, 1e-2, seed, 0.2, own[seed]) for form, own in scores.items() for seed in range(3)]
+    result = learnt([*scores], [1e-3, 1e-2], runs)
+    result["settings"]["examples"] = [50, 10, 400]
+    text = tables.told_apart(result)
+    assert "against `full` not told apart: `csat`; better: `linear`" in text and "so small a test" in text
+    assert text.endswith("The best rate of every form is the largest that was tried: a larger one may be better still.")
 
 
 def test_the_page_says_which_sets_have_been_run(results: Results) -> None:

@@ -428,3 +428,16 @@ def test_any_solver_decodes_the_rows_of_the_operator(solver):
     z = csat_attention(q, k, v, eye)
     decoded = csat_attention(q, k, v, eye, decoder=SolverDecoder(solver, psi))
     torch.testing.assert_close(decoded, z, rtol=1e-4, atol=1e-4)
+
+
+def test_restarts_spare_fista_its_swings():
+    """Badly conditioned least squares: momentum overshoots, and a restart ends that."""
+    generator = torch.Generator().manual_seed(0)
+    Q, _ = torch.linalg.qr(torch.randn(20, 20, generator=generator, dtype=torch.float64))
+    A = Q * torch.logspace(0, -1.5, 20, dtype=torch.float64)
+    truth = torch.randn(4, 20, generator=generator, dtype=torch.float64)
+    far, near = (
+        torch.linalg.vector_norm(solvers.fista(truth @ A.mT, A, 0.0, 400, restart=restart).coefficients - truth, dim=-1)
+        for restart in (False, True)
+    )
+    assert bool((near < 0.1 * far).all())

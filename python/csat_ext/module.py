@@ -582,7 +582,6 @@ class CSATCore(nn.Module):
         _, directions = torch.linalg.eigh(values.mT @ values)
         principal = directions[..., -self.config.feature_rank :].flip(-1).mT
         self.feature_sensing.copy_(principal)
-        self._fixed.clear()
         if self.config.decoder == "linear":
             self.linear_weight.copy_(principal)
         elif self.config.decoder in ("lista", "lista_untied"):

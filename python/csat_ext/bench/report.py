@@ -79,7 +79,8 @@ SECTIONS = (
         "What is learnt with equal parameters, examples and steps (Table 2, the Long Range Arena)",
         "quality_[lpf]*",
         tables.quality,
-        "`csat + linear` is the control that `csat + LISTA` has to beat.",
+        "`csat + linear` is the control that `csat + LISTA` has to beat. Pathfinder here has shorter curves than the "
+        "Long Range Arena's files, whose curves are of 14 dashes (`--lra-pathfinder FOLDER` reads those).",
         drawer=pictures.quality,
     ),
     Section(

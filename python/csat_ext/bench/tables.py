@@ -225,7 +225,8 @@ def _few_turns(result: dict[str, Any]) -> str:
 def _left_out(result: dict[str, Any]) -> str:
     reasons: dict[str, list[str]] = {}
     for entry in result["left_out"]:
-        reasons.setdefault(entry["reason"].split(":")[0], []).append(f"{entry['mechanism']} at n = {entry['n']}")
+        where = f"{entry['mechanism']} at n = {entry['n']}{' with MLP' if entry.get('mlp') else ''}"
+        reasons.setdefault(entry["reason"].split(":")[0], []).append(where)
     return "".join(f"Left out for {reason}: {', '.join(dict.fromkeys(names))}. " for reason, names in reasons.items())
 
 
@@ -430,13 +431,21 @@ def _differences(runs: Iterable[dict[str, Any]], base: Iterable[dict[str, Any]])
     return [run["test"] - of_seed[run["seed"]] for run in runs if run["seed"] in of_seed]
 
 
-def verdict(differences: Sequence[float], lower_is_better: bool) -> str:
-    """`better`, `worse`, or what cannot be told from these seeds by Student's t."""
+def _of_test_items(result: dict[str, Any], *scores: float) -> float:
+    """Two standard errors of a difference of shares of right answers: all seeds share the items of the test, which more
+    seeds make no more. 0 where the score is no such share."""
+    s = result["settings"]
+    items = (s.get("examples") or s.get("pairs") or (0, 0, 0))[2]
+    return 2 * math.sqrt(sum(score * (1 - score) for score in scores) / items) if items else 0.0
+
+
+def verdict(differences: Sequence[float], lower_is_better: bool, least: float = 0.0) -> str:
+    """`better`, `worse`, or what cannot be told: by Student's t from these seeds, or as it is not above `least`."""
     if len(differences) < 2:
         return "one seed"
     error = spread(differences) / math.sqrt(len(differences))
     away = statistics.fmean(differences) * (-1 if lower_is_better else 1)
-    if abs(away) <= STUDENT[min(len(differences), 10)] * error or not away:
+    if abs(away) <= max(STUDENT[min(len(differences), 10)] * error, least):
         return "not told apart"
     return "better" if away > 0 else "worse"
 
@@ -449,13 +458,26 @@ def told_apart(result: dict[str, Any]) -> str:
         verdicts: dict[str, list[str]] = {}
         for form in forms or (name for name in found if name != control):
             if control in found and form in found:
-                told = verdict(_differences(found[form], found[control]), lower)
+                means = (statistics.fmean(run["test"] for run in found[name]) for name in (form, control))
+                told = verdict(_differences(found[form], found[control]), lower, _of_test_items(result, *means))
                 verdicts.setdefault(told, []).append(f"`{form}`")
         if verdicts:
             words = "; ".join(f"{told}: {', '.join(names)}" for told, names in verdicts.items())
             sentences.append(f"against `{control}` {words}")
     alone = "Student's t, 95 % for each pair by itself: of twenty pairs of equals one would be told apart"
-    return f"\n\nSeed by seed ({alone}), {'; '.join(sentences)}." if sentences else ""
+    if any(_of_test_items(result, run["test"]) for runs in found.values() for run in runs):
+        alone += "; and a difference above two standard errors of so small a test"
+    return f"\n\nSeed by seed ({alone}), {'; '.join(sentences)}." + _largest_rate(result) if sentences else ""
+
+
+def _largest_rate(result: dict[str, Any]) -> str:
+    """For how many forms the best rate is the largest that was tried: those may not be at their best."""
+    rates, found = result["settings"]["rates"], counted_runs(result)
+    forms = [form for form, runs in found.items() if runs[0]["rate"] == max(rates)]
+    if len(rates) < 2 or not forms:
+        return ""
+    which = "every form" if len(forms) == len(found) else ", ".join(f"`{form}`" for form in forms)
+    return f" The best rate of {which} is the largest that was tried: a larger one may be better still."
 
 
 QUALITY_TABLES = (
