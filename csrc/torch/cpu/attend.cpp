@@ -19,9 +19,10 @@ void forward(const AttendOperands<R>& operands, const Array& q, const Array& z, 
     for (int64_t unit = first; unit < last; ++unit) {
       const int64_t row = unit % tiles * kAttendRows, head = unit / tiles, b = head / n.H, h = head % n.H;
       const int64_t rows = std::min(kAttendRows, n.Nq - row);
-      load(q.matrix(b, h, row), rows, n.D, queries[0]);
-      attend_tile(operands, b, h, rows, queries[0], scores[0], out[0], lse + head * n.Nq + row);
-      store(out[0], rows, n.R, z.matrix(b, h, row));
+      const View target = z.matrix(b, h, row);
+      const Block<R> left = left_factor(q.matrix(b, h, row), rows, n.D, queries[0]), sum = sum_of(target, n.R, out[0]);
+      attend_tile(operands, b, h, rows, left, scores[0], sum, lse + head * n.Nq + row);
+      store(sum, rows, n.R, target);
     }
   });
 }
@@ -37,12 +38,13 @@ struct BackwardTile {
         dscores(1, kBackwardRows, n.M) {}
 };
 
-// Turns the loaded q and dz of a tile into dq and adds to the gradients of keys, values and bias.
+// Turns the q and dz of a tile into dq and adds to the gradients of keys, values and bias.
 template <class R>
 void backward_tile(const AttendOperands<R>& operands, Block<R> keys, Block<R> values_t, const R* bias, Block<R> keys_t,
-                   int64_t rows, const R* lse, const BackwardTile<R>& tile, const KeyGradients<R>& sum, int64_t slot) {
+                   int64_t rows, const R* lse, Block<R> q, Block<R> dz, const BackwardTile<R>& tile, Block<R> dq,
+                   const KeyGradients<R>& sum, int64_t slot) {
   const AttendSizes& n = operands.n;
-  const Block<R> p = tile.probabilities[0], ds = tile.dscores[0], q = tile.q[0], dz = tile.dz[0];
+  const Block<R> p = tile.probabilities[0], ds = tile.dscores[0];
   multiply(rows, n.M, n.D, as_is(q), keys_t, p);
   multiply(rows, n.M, n.R, as_is(dz), values_t, ds);
   R* dbias = sum.bias[slot].data;
@@ -55,7 +57,7 @@ void backward_tile(const AttendOperands<R>& operands, Block<R> keys, Block<R> va
     micro_kernels<R>().probability_row(p.row(i), bias, operands.scale, lse[i], padded<R>(n.M));
     micro_kernels<R>().score_gradient_row(p.row(i), operands.scale, padded<R>(n.M), ds.row(i), dbias);
   }
-  multiply(rows, n.D, n.M, as_is(ds), keys, tile.dq[0]);
+  multiply(rows, n.D, n.M, as_is(ds), keys, dq);
   multiply_add(n.M, n.D, rows, transposed(ds), q, sum.keys[slot]);
   multiply_add(n.M, n.R, rows, transposed(p), dz, sum.values[slot]);
 }
@@ -80,14 +82,16 @@ void backward(const AttendOperands<R>& operands, const Tensor& kc, const Tensor&
       const int64_t key = operands.key_index(b, h);
       for (int64_t item = groups.begin(group); item < groups.end(group); ++item) {
         const int64_t row = item * kBackwardRows, rows = std::min(kBackwardRows, n.Nq - row);
-        load(arrays.q.matrix(b, h, row), rows, n.D, tile.q[0]);
-        load(arrays.dz.matrix(b, h, row), rows, n.R, tile.dz[0]);
+        const View target = arrays.dq.matrix(b, h, row);
+        const Block<R> q = right_factor(arrays.q.matrix(b, h, row), rows, n.D, tile.q[0]);
+        const Block<R> dz = right_factor(arrays.dz.matrix(b, h, row), rows, n.R, tile.dz[0]);
+        const Block<R> dq = sum_of(target, n.D, tile.dq[0]);
         View lse_view = lse.row(b, h);
         lse_view.data = address(lse_view.data, lse_view.type, row * lse_view.col);
         load(lse_view, 1, rows, row_lse[0]);
         backward_tile(operands, transposes.keys[key], transposes.values_t[key], operands.bias.of(b, h),
-                      operands.keys_t[key], rows, row_lse[0].data, tile, partial, unit);
-        store(tile.dq[0], rows, n.D, arrays.dq.matrix(b, h, row));
+                      operands.keys_t[key], rows, row_lse[0].data, q, dz, tile, dq, partial, unit);
+        store(dq, rows, n.D, target);
       }
     }
   });

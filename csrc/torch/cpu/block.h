@@ -17,6 +17,7 @@
 #include <memory>
 #include <new>
 #include <stdexcept>
+#include <type_traits>
 
 namespace csat::cpu {
 
@@ -177,10 +178,41 @@ void load(const View& view, int64_t rows, int64_t columns, Block<R> block) {
   });
 }
 
+// Whether a view lies as a block of R does. Products read and write whole panels of columns but of a left factor.
+template <class R>
+bool lies_as_block(const View& view, int64_t columns, bool whole_panels) {
+  const ScalarType own = std::is_same_v<R, double> ? ScalarType::Double : ScalarType::Float;
+  return view.type == own && view.col == 1 && !view.row_index && !view.col_index &&
+         (!whole_panels || columns % kPanel<R> == 0);
+}
+template <class R>
+Block<R> as_block(const View& view) {
+  return {static_cast<R*>(view.data), view.row};
+}
+
+// The factor of a product: in its place, or loaded to scratch.
+template <class R>
+Block<R> left_factor(const View& view, int64_t rows, int64_t columns, Block<R> scratch) {
+  if (lies_as_block<R>(view, columns, false)) return as_block<R>(view);
+  load(view, rows, columns, scratch);
+  return scratch;
+}
+template <class R>
+Block<R> right_factor(const View& view, int64_t rows, int64_t columns, Block<R> scratch) {
+  if (lies_as_block<R>(view, columns, true)) return as_block<R>(view);
+  load(view, rows, columns, scratch);
+  return scratch;
+}
+// Where a product is summed: the place it belongs to, or scratch, which `store` then brings there.
+template <class R>
+Block<R> sum_of(const View& view, int64_t columns, Block<R> scratch) {
+  return lies_as_block<R>(view, columns, true) ? as_block<R>(view) : scratch;
+}
+
 // view[i, j] = block[i, j], rounded to the storage type; the view's columns are contiguous, as in every output.
 template <class R>
 void store(Block<R> block, int64_t rows, int64_t columns, const View& view) {
-  if (rows == 0 || columns == 0) return;
+  if (rows == 0 || columns == 0 || block.data == view.data) return;
   with_storage(view.type, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
     T* target = static_cast<T*>(view.data);

@@ -55,7 +55,9 @@ void forward(const ProjectSizes& n, const Array& x, const Array& phi, const KeyM
     for (int64_t unit = first; unit < last; ++unit) {
       const int64_t row = unit % row_tiles * kRows, h = unit / row_tiles % n.Hout, b = unit / row_tiles / n.Hout;
       const int64_t rows = std::min(kRows, n.M - row);
-      clear(sum[0], rows, n.D);
+      const View target = y.matrix(b, h, row);
+      const Block<R> total = sum_of(target, n.D, sum[0]);
+      clear(total, rows, n.D);
       for (int64_t s = 0; s < n.N; s += kTokens) {
         int64_t count = std::min(kTokens, n.N - s);
         View x_view = x.matrix(b, heads.of_x(h), mask.absent() ? s : 0);
@@ -68,11 +70,10 @@ void forward(const ProjectSizes& n, const Array& x, const Array& phi, const KeyM
           x_view.row_index = kept.data();
           phi_view.col_index = kept.data();
         }
-        load(x_view, count, n.D, tokens[0]);
-        load(phi_view, rows, count, weights[0]);
-        multiply_add(rows, n.D, count, as_is(weights[0]), tokens[0], sum[0]);
+        const Block<R> right = right_factor(x_view, count, n.D, tokens[0]);
+        multiply_add(rows, n.D, count, as_is(left_factor(phi_view, rows, count, weights[0])), right, total);
       }
-      store(sum[0], rows, n.D, y.matrix(b, h, row));
+      store(total, rows, n.D, target);
     }
   });
 }
@@ -86,20 +87,22 @@ void backward_x(const ProjectSizes& n, const Array& dy, const Array& phi, const 
     for (int64_t unit = first; unit < last; ++unit) {
       const int64_t s = unit % tiles * kRows, hx = unit / tiles % n.Hx, b = unit / tiles / n.Hx;
       const int64_t tokens = std::min(kRows, n.N - s);
-      clear(sum[0], tokens, n.D);
+      const View target = dx.matrix(b, hx, s);
+      const Block<R> total = sum_of(target, n.D, sum[0]);
+      clear(total, tokens, n.D);
       for (int64_t h = hx * heads.x_group; h < (hx + 1) * heads.x_group; ++h) {
         for (int64_t row = 0; row < n.M; row += kRows) {
           const int64_t rows = std::min(kRows, n.M - row);
           View phi_view = phi.matrix(b, heads.of_phi(h), row);
           phi_view.data = address(phi_view.data, phi_view.type, s * phi_view.col);
-          load(phi_view, rows, tokens, weights[0]);
-          load(dy.matrix(b, h, row), rows, n.D, grad[0]);
-          multiply_add(tokens, n.D, rows, transposed(weights[0]), grad[0], sum[0]);
+          load(phi_view, rows, tokens, weights[0]);  // read across: not in its place, where rows may share cache sets
+          const Block<R> right = right_factor(dy.matrix(b, h, row), rows, n.D, grad[0]);
+          multiply_add(tokens, n.D, rows, transposed(weights[0]), right, total);
         }
       }
       for (int64_t i = 0; i < tokens; ++i)
-        if (!mask.kept(b, s + i)) std::fill_n(sum[0].row(i), n.D, R(0));
-      store(sum[0], tokens, n.D, dx.matrix(b, hx, s));
+        if (!mask.kept(b, s + i)) std::fill_n(total.row(i), n.D, R(0));
+      store(total, tokens, n.D, target);
     }
   });
 }
