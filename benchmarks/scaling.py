@@ -38,9 +38,8 @@ def rivals(m: int, n: int, heads: int, width: int) -> dict[str, Attention]:
     assert bias is not None
 
     def composed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return scaled_dot_product_attention(
-            q, drawn.phi @ k, drawn.phi @ v, bias[None, :, None, :]
-        )  # of three dimensions: no fused kernel
+        mask = bias[None, :, None, :]  # of three dimensions it would have no fused kernel
+        return scaled_dot_product_attention(q, drawn.phi @ k, drawn.phi @ v, mask)
 
     return {
         "sdpa": scaled_dot_product_attention,

@@ -288,22 +288,22 @@ class CSATCore(nn.Module):
         if not has_values(self.measurement_key) or fakes_tensors():
             return make()
         capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-        if capturing and key not in self._fixed:
-            raise RuntimeError(
-                f"{key[0]} of {type(self).__name__} is made at the first call of a length, and a CUDA graph is being "
-                "captured: call the module once with inputs of these sizes before the capture"
-            )
-        if key in self._fixed:
-            self._fixed[key] = self._fixed.pop(key)  # the latest used is the last
-        else:
-            passing = [other for other in self._fixed if other not in self._captured]
-            if len(passing) >= 16:  # many lengths in one run: keep memory bounded
-                del self._fixed[passing[0]]
+        kept = self._fixed.pop(key, None)
+        if kept is None:
+            if capturing:
+                raise RuntimeError(
+                    f"{key[0]} of {type(self).__name__} is made at the first call of a length, and a CUDA graph is being "
+                    "captured: call the module once with inputs of these sizes before the capture"
+                )
+            passing = [other for other in list(self._fixed) if other not in self._captured]
+            for other in passing[:-15]:  # many lengths in one run: keep memory bounded
+                self._fixed.pop(other, None)
             with torch.inference_mode(False), torch.no_grad():  # training may need it after an evaluation
-                self._fixed[key] = make()
+                kept = make()
+        self._fixed[key] = kept  # the latest used is the last; other threads at worst make it once more
         if capturing:
             self._captured.add(key)
-        return self._fixed[key]
+        return kept
 
     def _draw(
         self,
