@@ -292,8 +292,8 @@ class CSATCore(nn.Module):
         if kept is None:
             if capturing:
                 raise RuntimeError(
-                    f"{key[0]} of {type(self).__name__} is made at the first call of a length, and a CUDA graph is being "
-                    "captured: call the module once with inputs of these sizes before the capture"
+                    f"{key[0]} of {type(self).__name__} is made at the first call of a length, but a CUDA graph is "
+                    "being captured: call the module once with inputs of these sizes before the capture"
                 )
             passing = [other for other in list(self._fixed) if other not in self._captured]
             for other in passing[:-15]:  # many lengths in one run: keep memory bounded
