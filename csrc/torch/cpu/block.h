@@ -178,35 +178,35 @@ void load(const View& view, int64_t rows, int64_t columns, Block<R> block) {
   });
 }
 
-// Whether a view lies as a block of R does. Products read and write whole panels of columns but of a left factor.
+// Whether a view lies as a block of R does.
 template <class R>
-bool lies_as_block(const View& view, int64_t columns, bool whole_panels) {
+bool lies_as_block(const View& view) {
   const ScalarType own = std::is_same_v<R, double> ? ScalarType::Double : ScalarType::Float;
-  return view.type == own && view.col == 1 && !view.row_index && !view.col_index &&
-         (!whole_panels || columns % kPanel<R> == 0);
+  return view.type == own && view.col == 1 && !view.row_index && !view.col_index;
 }
 template <class R>
 Block<R> as_block(const View& view) {
   return {static_cast<R*>(view.data), view.row};
 }
 
-// The factor of a product: in its place, or loaded to scratch.
+// The left factor of a product: in its place, or loaded to scratch.
 template <class R>
 Block<R> left_factor(const View& view, int64_t rows, int64_t columns, Block<R> scratch) {
-  if (lies_as_block<R>(view, columns, false)) return as_block<R>(view);
+  if (lies_as_block<R>(view)) return as_block<R>(view);
   load(view, rows, columns, scratch);
   return scratch;
 }
+// The right one, which is read by whole panels of columns.
 template <class R>
 Block<R> right_factor(const View& view, int64_t rows, int64_t columns, Block<R> scratch) {
-  if (lies_as_block<R>(view, columns, true)) return as_block<R>(view);
+  if (columns % kPanel<R> == 0) return left_factor(view, rows, columns, scratch);
   load(view, rows, columns, scratch);
   return scratch;
 }
-// Where a product is summed: the place it belongs to, or scratch, which `store` then brings there.
+// Where a product is summed, by whole panels too: the place it belongs to, or scratch, which `store` brings there.
 template <class R>
 Block<R> sum_of(const View& view, int64_t columns, Block<R> scratch) {
-  return lies_as_block<R>(view, columns, true) ? as_block<R>(view) : scratch;
+  return columns % kPanel<R> == 0 && lies_as_block<R>(view) ? as_block<R>(view) : scratch;
 }
 
 // view[i, j] = block[i, j], rounded to the storage type; the view's columns are contiguous, as in every output.
