@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import machine  # noqa: F401  (csat_ext of a checkout that was never installed)
+import torch
 from baselines import BASELINES, Budget
 from baselines.composed import ComposedStock
 from baselines.longformer import SlidingWindow
@@ -65,6 +66,13 @@ class Projected(nn.Module):
         return self.out_proj(self.mechanism(q, k, v, key_mask).transpose(1, 2).flatten(2))
 
 
+class NoAttention(nn.Module):
+    """Adds nothing: with it a block is its MLP, and what a model still learns it learns without attention."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None, *, key_mask: Tensor | None = None) -> Tensor:
+        return torch.zeros_like(x)
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)) with a GELU between where `hidden` is not 0.
 
@@ -113,18 +121,22 @@ MECHANISMS: dict[str, Callable[[Budget], nn.Module]] = {
 V projected by CSAT's own measurements, "longformer, banded" does without a compiler on CUDA too."""
 
 NAMES = (*MECHANISMS, *CSAT)
+NONE = "no attention"
+"""The floor of a quality table: a form that is in no table of costs."""
 
 
 def attention_layer(name: str, shape: LayerShape) -> nn.Module:
-    """The layer of one of `NAMES`.
+    """The layer of one of `NAMES`, or of `NONE`.
 
     Raises:
         ValueError: an unknown name.
     """
+    if name == NONE:
+        return NoAttention()
     if name in CSAT:
         return csat_layer(shape, **CSAT[name])
     if name not in MECHANISMS:
-        raise ValueError(f"mechanism: {name!r} came; accepted: {', '.join(NAMES)}")
+        raise ValueError(f"mechanism: {name!r} came; accepted: {', '.join((*NAMES, NONE))}")
     return Projected(MECHANISMS[name](shape.budget()), shape.width, shape.heads)
 
 

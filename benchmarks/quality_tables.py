@@ -16,7 +16,8 @@ where nobody has timed it. Processor minutes of one thread, from single steps on
     pathfinder-64  20 / 90     fashion-mnist  21 / 145     captions 9 / 100    ablation    5 / 80
 
 On cuda where there is one, else on cpu, with the same settings. Runs that are in the result file are not made again, so
-a command that was stopped, or that `--seconds` ended, is simply given again. The protocol: `quality/protocol.py`.
+a command that was stopped, or that `--seconds` ended, is simply given again; so is one whose table has gained a form, a
+rate or a seed. The protocol: `quality/protocol.py`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from typing import Any
 
 import torch
 from deadline import Deadline
-from mechanisms import CAUSAL, CSAT, LayerShape, attention_layer, csat_layer
+from mechanisms import CAUSAL, CSAT, NONE, LayerShape, attention_layer, csat_layer
 from quality import captions, corpus, language, listops, pathfinder, protocol
 from quality.fashion_mnist import DEBIAN, fashion_mnist
 from quality.model import Layer, Size
@@ -52,6 +53,7 @@ FORMS = (
     "csat",
     "csat + linear",
     "csat + LISTA",
+    NONE,
 )
 
 
@@ -80,11 +82,12 @@ def csat_form(shape: LayerShape, m: int, learned: bool, **changes: Any) -> nn.Mo
 
 
 def ablation_forms(m: int, ensembles: Sequence[str] = ("pool", "bucket", "gaussian")) -> dict[str, Layer]:
-    """Ensemble x fixed or learned x decoder at m, then m for the default; full attention beside them.
+    """Ensemble x fixed or learned x decoder at m, then m for the default; full attention and none beside
+    them.
 
     The signed ensemble is the paper's, Gaussian.
     """
-    forms: dict[str, Layer] = named_forms(("full",))
+    forms: dict[str, Layer] = named_forms(("full", NONE))
     for ensemble in ensembles:
         for learned in (False, True):
             for decoder in ("none", "linear", "lista"):
@@ -131,9 +134,10 @@ def whole_listops(lra: Path | None) -> Task:
 def listops_table(which: str, given: argparse.Namespace) -> Table:
     if given.lra_listops is not None and which != WHOLE:
         raise ValueError(f"--lra-listops: its lengths belong to --{WHOLE}, --{which} came")
+    rates = *RATES, 5e-3  # the higher of two was best everywhere
     make, protocol = {
         QUICK: (quick_listops, plan(which, SMALL, 300, 32)),
-        PUBLISHED: (lambda: listops.listops(MIDDLING, (20_000, 1000, 2000)), plan(which, MIDDLE, 1000, 32, RATES)),
+        PUBLISHED: (lambda: listops.listops(MIDDLING, (20_000, 1000, 2000)), plan(which, MIDDLE, 1000, 32, rates)),
         WHOLE: (lambda: whole_listops(given.lra_listops), whole()),
     }[which]
     return Table(make, protocol, named_forms())
@@ -193,7 +197,7 @@ def language_table(which: str, given: argparse.Namespace, causal: bool) -> Table
     return Table(
         lambda: language.Language(corpus.text(given.text, given.wikitext), context, causal, judged),
         protocol,
-        dict(CAUSAL) if causal else named_forms(),
+        dict(CAUSAL) | named_forms((NONE,)) if causal else named_forms(),
     )
 
 

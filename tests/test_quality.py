@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 import tarfile
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from io import BytesIO
 from itertools import chain
@@ -23,7 +24,7 @@ from PIL import Image
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import quality_tables
 from deadline import Deadline
-from mechanisms import BLOCKS, CAUSAL, WINDOW_BLOCKS, LayerShape
+from mechanisms import BLOCKS, CAUSAL, WINDOW_BLOCKS, Block, LayerShape, attention_layer
 from quality import captions, classification, corpus, fashion_mnist, language, listops, pathfinder, protocol, training
 from quality.classification import Classification, Split, splits_of
 from quality.model import Size
@@ -88,6 +89,21 @@ def test_the_settings_are_those_of_lra() -> None:
     assert task.tokens == 2000 and task.vocabulary == 16 and task.classes == 10
     assert evaluate(written(task.train.tokens[0])) == int(task.train.labels[0])
     assert "the settings of LRA" in task.about
+
+
+def test_what_the_first_operator_alone_tells(expressions: Classification) -> None:
+    """By hand: a table of the labels beside each operator, its most frequent one being the guess."""
+    beside: dict[int, Counter[int]] = defaultdict(Counter)
+    for tokens, label in zip(expressions.train.tokens, expressions.train.labels, strict=True):
+        beside[int(tokens[0])][int(label)] += 1
+    guesses = {operator: max(range(10), key=lambda v: (own[v], -v)) for operator, own in beside.items()}
+    test = expressions.test
+    right = [guesses[int(t[0])] == int(v) for t, v in zip(test.tokens, test.labels, strict=True)]
+    facts = expressions.facts()
+    assert list(facts["references"].values()) == [pytest.approx(sum(right) / len(right))]
+    assert facts["references"].popitem()[1] > facts["majority"]
+    lengths = sorted(int(keep.sum()) for keep in expressions.train.keep)
+    assert facts["median tokens"] == lengths[(len(lengths) - 1) // 2]
 
 
 def test_the_files_of_lra_are_read(tmp_path: Path) -> None:
@@ -583,21 +599,42 @@ def test_what_is_there_is_not_run_again(run: Any) -> None:
     asked, again = run()
     assert asked == [] and again["runs"] == result["runs"]
     with pytest.raises(ValueError, match=r"quality\.json has runs of other settings"):
-        run(seeds=(0, 1, 2, 3))
+        run(seeds=(1, 0))
+
+
+def test_a_table_that_has_grown_keeps_its_runs(run: Any) -> None:
+    run()
+    asked, result = run(rates=(1e-3, 1e-2, 3e-2), seeds=(0, 1, 2))
+    assert asked == [("full", 3e-2, 0), ("csat", 3e-2, 0), ("full", 1e-2, 2), ("csat", 1e-3, 2)]
+    assert len(result["runs"]) == 6 + 4 and result["settings"]["rates"] == [1e-3, 1e-2, 3e-2]
+    with pytest.raises(ValueError, match="runs of other settings"):
+        run()  # of fewer seeds
+    earlier = {"forms": {"full": {"hidden": 3}}, "seeds": [0, 1]}
+    assert protocol.grown(earlier, {**earlier, "forms": {"csat": {"hidden": 4}, "full": {"hidden": 3}}, "median": 7})
+    for other in ({"full": {"hidden": 4}}, {"csat": {"hidden": 4}}):
+        assert not protocol.grown(earlier, {**earlier, "forms": other})
+    assert not protocol.grown(earlier, {**earlier, "seeds": [1, 0, 2]})
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
+def test_no_attention_is_the_mlp_alone() -> None:
+    shape, x = LayerShape(16, 2, 16, 4), torch.randn(1, 16, 16)
+    block = Block(attention_layer("no attention", shape), 16, 24)
+    alone = x + block.outer(torch.nn.functional.gelu(block.inner(block.mlp_norm(x))))
+    assert torch.equal(block(x), alone) and not list(block.attention.parameters())
+
+
 def test_every_form_of_the_ablation_is_a_layer_of_its_own() -> None:
     forms = quality_tables.ablation_forms(4)
-    assert len(forms) == 1 + 3 * 2 * 3 + 3 * 2
+    assert len(forms) == 2 + 3 * 2 * 3 + 3 * 2
     shape, x, counts = LayerShape(16, 2, 16, 4), torch.randn(1, 16, 16), {}
     for name, layer in forms.items():
         made = layer(shape)
         assert made(x, key_mask=None).shape == x.shape
         counts[name] = sum(p.numel() for p in made.parameters())
-        if name != "full":
+        if name not in ("full", "no attention"):
             ensemble, learned, decoder, m = name.split(", ")
             assert made.config.ensemble == ensemble and made.config.decoder == decoder
             assert made.config.learned == (learned == "learned") and m == f"m = {made.config.measurements}"

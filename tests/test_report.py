@@ -147,13 +147,22 @@ def test_quality_is_that_of_the_rate_chosen_on_validation(results: Results) -> N
     assert "| `csat` | 40.0 ± 14.1 (2) | 0.01 | 1000 |" in text  # not the 90 % that the test split would choose
     assert "| `full` | 40.0 (1) | 0.001 | 1000 |" in text and "| `none`" not in text
     assert "**Not run yet: 5 of 9 runs** (`full` 2, `none` 3)." in text
-    assert "A quick set" in text and "the most frequent label 20.0" in text
+    assert "A quick set" in text and "the most frequent label 20.0. 2 layers" in text
+    grown = learnt(["csat", "full", "none"], [1e-3, 1e-2, 1e-1], [*runs, ran("csat", 1e-1, 0, 0.9, 0.2)])
+    grown["settings"] |= {"references": {"the first token": 0.25}, "median tokens": 7}
+    (results.folder / "quality_x.json").write_text(json.dumps(grown))
+    text = tables.quality(results, "quality_x")
+    assert "| `csat` | 20.0 (1) | 0.1 | 1000 |" in text  # and its second seed is to be run again
+    assert "**Not run yet: 8 of 12 runs** (`csat` 1, `full` 3, `none` 4)." in text
+    assert "the most frequent label 20.0, the first token 25.0. 2 layers" in text
+    assert "3 steps of 4 out of 50 examples of 7 tokens in the median, 20 for the test" in text
     assert pictures.draw(results, "quality_x", pictures.quality).startswith(b"\x89PNG")
 
 
 def test_the_ablation_puts_every_form_into_its_cell(results: Results) -> None:
     scores = {
         "full": 0.9,
+        "no attention": 0.6,
         "pool, fixed, none, m = 8": 0.1,
         "pool, fixed, lista, m = 8": 0.2,
         "pool, learned, linear, m = 8": 0.3,
@@ -164,7 +173,7 @@ def test_the_ablation_puts_every_form_into_its_cell(results: Results) -> None:
     (results.folder / "quality_ablation.json").write_text(json.dumps(learnt(list(scores), [1e-3], runs)))
     text = tables.ablation(results, "quality_ablation")
     for line in (
-        "Full attention: 90.0 (1).",
+        "Full attention: 90.0 (1).\n\nNo attention: 60.0 (1).",
         "| pool, fixed | 10.0 (1) | - | 20.0 (1) |",
         "| pool, learned | - | 30.0 (1) | - |",
         "| gaussian, fixed | 40.0 (1) | - | - |",

@@ -40,8 +40,17 @@ class Protocol:
     quick: bool = False
 
 
+def grown(earlier: Any, now: Any) -> bool:
+    """Whether `now` is `earlier` with at most more entries: forms, facts, and rates and seeds behind the others."""
+    if isinstance(earlier, dict) and isinstance(now, dict):
+        return all(key in now and grown(value, now[key]) for key, value in earlier.items())
+    if isinstance(earlier, list) and isinstance(now, list):
+        return earlier == now[: len(earlier)]
+    return bool(earlier == now)
+
+
 class Record:
-    """A result file: the settings, and one entry a run.
+    """A result file: the settings, and one entry a run. A table that has grown keeps its earlier runs.
 
     Raises:
         ValueError: the file has runs of other settings.
@@ -53,7 +62,7 @@ class Record:
         self.left_out: list[dict[str, Any]] = []
         if path.exists():
             earlier = json.loads(path.read_text())
-            if earlier["settings"] != self.settings:
+            if not grown(earlier["settings"], self.settings):
                 raise ValueError(f"{path.name} has runs of other settings: remove it, or name another --output")
             self.runs = earlier["runs"]
 

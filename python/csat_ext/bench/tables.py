@@ -388,11 +388,13 @@ def _protocol(result: dict[str, Any], scores: str, data: str) -> str:
 
 def _classified(result: dict[str, Any]) -> str:
     s = result["settings"]
+    known = {"the most frequent label": s["majority"], **s.get("references", {})}
+    median = f" of {s['median tokens']} tokens in the median" if "median tokens" in s else ""
     return _protocol(
         result,
-        f"Test accuracy in percent, {OF_SEEDS}; chance {100 * s['chance']:.0f}, the most frequent label "
-        f"{100 * s['majority']:.1f}",
-        f"out of {s['examples'][0]} examples, {s['examples'][2]} for the test",
+        f"Test accuracy in percent, {OF_SEEDS}; chance {100 * s['chance']:.0f}, "
+        + ", ".join(f"{name} {100 * score:.1f}" for name, score in known.items()),
+        f"out of {s['examples'][0]} examples{median}, {s['examples'][2]} for the test",
     )
 
 
@@ -421,8 +423,9 @@ CONTROLS: dict[str, tuple[str, ...]] = {
     "window": ("csat, block", "csat, block + linear", "csat, block + LISTA"),
     "csat, block + linear": ("csat, block + LISTA",),
     "csat + linear": ("csat + LISTA",),
+    "no attention": (),
 }
-"""What is held against which forms; against `full` all."""
+"""What is held against which forms; against `full` and no attention at all every one."""
 
 
 def _differences(runs: Iterable[dict[str, Any]], base: Iterable[dict[str, Any]]) -> list[float]:
@@ -501,9 +504,15 @@ def quality_file(table: str, which: str) -> str:
 
 
 def _runs_of_plan(result: dict[str, Any]) -> tuple[int, dict[str, int]]:
-    """Runs that each form has in the end, one at every rate and one for every other seed; those that are there."""
-    s = result["settings"]
-    there = {form: sum(run["form"] == form for run in result["runs"]) for form in s["forms"]}
+    """Runs that each form has in the end, one at every rate and one for every other seed; those of them that are there:
+    not the other seeds at a rate that a later one has beaten."""
+    s, counted = result["settings"], counted_runs(result)
+    first = s["seeds"][0]
+    there = {
+        form: sum(run["form"] == form and run["seed"] == first for run in result["runs"])
+        + sum(run["seed"] != first for run in counted.get(form, ()))
+        for form in s["forms"]
+    }
     return len(s["rates"]) + len(s["seeds"]) - 1, there
 
 
@@ -631,10 +640,11 @@ def ablation(results: Results, name: str) -> str:
     rows = [[f"{ensemble}, {phi}", *(cell(ensemble, phi, d, m) for d in DECODERS)] for ensemble, phi in kinds]
     sizes = sorted({int(size.removeprefix("m = ")) for *_, size in parts})
     of_m = [[d, *(cell("pool", "fixed", d, f"m = {size}") for size in sizes)] for d in ("none", "lista")]
-    full = f"Full attention: {percent(runs['full'])}.\n\n" if "full" in runs else ""
+    ends = {"full": "Full attention", "no attention": "No attention"}
+    beside = "".join(f"{name}: {percent(runs[form])}.\n\n" for form, name in ends.items() if form in runs)
     return (
         _classified(result)
-        + full
+        + beside
         + table([f"ensemble, Phi; {m}", *(f"decoder `{d}`" for d in DECODERS)], rows)
         + "\n\n"
         + table(["pool, fixed; decoder", *(f"m = {size}" for size in sizes)], of_m)
