@@ -343,6 +343,21 @@ def test_a_window_is_the_block_form_without_its_measurements() -> None:
     assert not torch.allclose(outs["window"][:, reach:], outs["csat, block"][:, reach:])
 
 
+def test_a_convolution_shows_what_is_near_and_nothing_else() -> None:
+    size = Size(1, 16, 2, 24, m=8, taps=5)
+    model = prose(causal=False).model(quality_tables.named_forms()["no attention"], size, 24, seed=0).double()
+    tokens = torch.randint(0, 256, (1, prose(causal=False).context))
+    other = tokens.clone()
+    other[0, 8] = (other[0, 8] + 1) % 256
+    moved = (model(tokens) != model(other)).any(-1)[0].nonzero().flatten()
+    assert moved.tolist() == [6, 7, 8, 9, 10]
+    with pytest.raises(ValueError, match="taps: 5 came, a causal model takes 0"):
+        prose(causal=True).model(CAUSAL["full"], size, 24, seed=0)
+    keep = torch.arange(len(tokens[0]))[None] < 7  # what does not count is not seen either
+    kept, changed = (model.trunk(t, keep)[:, :7] for t in (tokens, other))
+    assert torch.equal(kept, changed)
+
+
 def test_causal_windows_ask_for_every_next_byte_once() -> None:
     task = prose(causal=True)
     text = task.text.test[:200]

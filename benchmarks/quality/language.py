@@ -93,6 +93,8 @@ class Language(Task):
         return replace(self, text=replace(self.text, **parts))
 
     def model(self, layer: Layer, size: Size, hidden: int, seed: int) -> ByteModel:
+        if self.causal and size.taps:
+            raise ValueError(f"taps: {size.taps} came, a causal model takes 0: it would see what it is asked for")
         return ByteModel(layer, size, hidden, self.context, seed)
 
     def batches(self, steps: int, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:

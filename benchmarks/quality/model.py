@@ -14,20 +14,26 @@ Layer = Callable[[LayerShape], nn.Module]
 
 @dataclass(frozen=True)
 class Size:
-    """Of the model; `hidden` is the width of its MLPs before parameters are made equal, `m` as in `LayerShape`."""
+    """Of the model; `hidden` is the width of its MLPs before parameters are made equal, `m` as in `LayerShape`.
+
+    taps: positions around its own, an odd number, that a depthwise convolution behind the embedding shows to a token,
+    the same for every form; 0: none.
+    """
 
     layers: int
     width: int
     heads: int
     hidden: int
     m: int
+    taps: int = 0
 
     def shape(self, tokens: int, seed: int, layer: int) -> LayerShape:
         return LayerShape(self.width, self.heads, tokens, self.m, seed, layer)
 
 
 class Trunk(nn.Module):
-    """Embedding of tokens and positions, pre-norm blocks, a norm: tokens (B, N) integers -> (B, N, width)."""
+    """Embedding of tokens and positions, what is near by a convolution if the size has taps, pre-norm blocks, a norm:
+    tokens (B, N) integers -> (B, N, width)."""
 
     def __init__(self, layer: Layer, size: Size, hidden: int, tokens: int, vocabulary: int, seed: int) -> None:
         super().__init__()
@@ -36,9 +42,15 @@ class Trunk(nn.Module):
         shapes = [size.shape(tokens, seed, i) for i in range(size.layers)]
         self.blocks = nn.ModuleList(Block(layer(shape), size.width, hidden) for shape in shapes)
         self.norm = nn.LayerNorm(size.width)
+        self.near = None
+        if size.taps:
+            self.near = nn.Conv1d(size.width, size.width, size.taps, padding=size.taps // 2, groups=size.width)
 
     def forward(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
         x = self.embedding(tokens.int()) + self.positions
+        if self.near is not None:
+            seen = x if keep is None else x * keep[..., None]
+            x = x + self.near(seen.mT).mT
         for block in self.blocks:
             x = block(x, keep)
         return self.norm(x)
