@@ -11,6 +11,8 @@ import sys
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
@@ -27,7 +29,9 @@ from deadline import Deadline
 from mechanisms import BLOCKS, CAUSAL, WINDOW_BLOCKS, Block, LayerShape, attention_layer
 from quality import captions, classification, corpus, fashion_mnist, language, listops, pathfinder, protocol, training
 from quality.classification import Classification, Split, splits_of
-from quality.model import Size
+from quality.model import Size, Trunk
+
+from csat_ext.language.model import waves
 
 SETS = (quality_tables.QUICK, quality_tables.PUBLISHED, quality_tables.WHOLE)
 
@@ -444,11 +448,12 @@ def test_forms_start_from_the_same_weights() -> None:
 
 @pytest.fixture(scope="module")
 def few_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two training shards and one of the test, with colours that their captions name."""
+    """Two training shards and one of the test, of colours that captions name; the test has its own blue."""
     folder = tmp_path_factory.mktemp("pairs")
     colours = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
     for shard, part in ((0, "train"), (1, "train"), (0, "val")):
         with tarfile.open(folder / f"{part}-{shard:06d}.tar", "w") as tar:
+            colours["blue"] = (0, 0, 255 if part == "train" else 250)
             for i, (name, colour) in enumerate([*colours.items()] * 22):
                 picture = BytesIO()
                 Image.new("RGB", (64, 64), colour).save(picture, "PNG")
@@ -465,9 +470,9 @@ def test_captions_are_trained_and_scored(few_pairs: Path, tmp_path: Path) -> Non
     common = ["captions", "--quick", "--device", "cpu", "--captions", str(few_pairs), "--output", str(output)]
     quality_tables.main([*common, "--seeds", "1", "--steps", "2", "--forms", "full", "csat + LISTA"])
     result = json.loads(output.read_text())
-    assert (
-        result["settings"]["pairs"] == [66, 66, 66] and result["settings"]["about"] == f"The pairs of {few_pairs.name}"
-    )
+    settings = result["settings"]
+    assert settings["pairs"] == [66, 66, 66] and settings["about"] == f"The pairs of {few_pairs.name}"
+    assert settings["training images among"] == [[66, 66], [44, 66]]
     for run in result["runs"]:
         assert 0 <= run["validation"] <= 1 and math.isfinite(run["loss"])
         recall = run["figures"]["retrieval"]
@@ -513,6 +518,20 @@ def test_padding_changes_no_logit(name: str) -> None:
     other = torch.where(keep, tokens, 7 - tokens)
     kept, changed = (model(t, keep) for t in (tokens, other))
     torch.testing.assert_close(kept, changed)
+
+
+def test_pixels_see_a_square_and_begin_with_waves_of_row_and_column() -> None:
+    torch.manual_seed(0)
+    trunk = Trunk(partial(attention_layer, "no attention"), replace(SIZE, taps=3), 24, 35, 8, seed=0, grid=(5, 7))
+    row = torch.arange(5)[:, None].expand(5, 7).flatten()
+    column = torch.arange(7).expand(5, 7).flatten()
+    assert torch.equal(trunk.positions[:, :8], waves(0, 7, 8)[row])
+    assert torch.equal(trunk.positions[:, 8:], waves(0, 7, 8)[column])
+    tokens = torch.randint(0, 8, (1, 35))
+    other = tokens.clone()
+    other[0, 2 * 7 + 6] = (other[0, 2 * 7 + 6] + 1) % 8  # row 2, the last column: nothing of row 3 is beside it
+    moved = (trunk(tokens) != trunk(other)).any(-1)[0].nonzero().flatten().tolist()
+    assert moved == [7 * r + c for r in (1, 2, 3) for c in (5, 6)]
 
 
 def test_every_form_gets_the_parameters_of_the_largest() -> None:

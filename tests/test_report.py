@@ -149,12 +149,16 @@ def test_quality_is_that_of_the_rate_chosen_on_validation(results: Results) -> N
     assert "**Not run yet: 5 of 9 runs** (`full` 2, `none` 3)." in text
     assert "A quick set" in text and "the most frequent label 20.0. 2 layers" in text
     grown = learnt(["csat", "full", "none"], [1e-3, 1e-2, 1e-1], [*runs, ran("csat", 1e-1, 0, 0.9, 0.2)])
+    grown["settings"]["size"]["taps"] = 5
     grown["settings"] |= {"references": {"the first token": 0.25}, "median tokens": 7}
     (results.folder / "quality_x.json").write_text(json.dumps(grown))
     text = tables.quality(results, "quality_x")
     assert "| `csat` | 20.0 (1) | 0.1 | 1000 |" in text  # and its second seed is to be run again
     assert "**Not run yet: 8 of 12 runs** (`csat` 1, `full` 3, `none` 4)." in text
-    assert "the most frequent label 20.0, the first token 25.0. 2 layers" in text
+    assert (
+        "the most frequent label 20.0, the first token 25.0. 2 layers" in text
+        and "m = 8, behind a convolution of 5 taps;" in text
+    )
     assert "3 steps of 4 out of 50 examples of 7 tokens in the median, 20 for the test" in text
     assert pictures.draw(results, "quality_x", pictures.quality).startswith(b"\x89PNG")
 
@@ -291,7 +295,7 @@ def test_captions_have_every_metric_beside_chance(results: Results) -> None:
         ran("csat", 1e-3, 0, 0.5, 0.0) | {"reason": "the loss is nan"},
     ]
     result = learnt(["full", "csat"], [1e-3], runs)
-    result["settings"] |= {"pairs": [90, 8, 9]}
+    result["settings"] |= {"pairs": [90, 8, 9], "training images among": [[2, 8], [1, 9]]}
     (results.folder / "quality_captions.json").write_text(json.dumps(result))
     text = tables.captions(results, "quality_captions")
     both = "40.0 ± 14.1 / 40.0 ± 14.1"
@@ -299,6 +303,7 @@ def test_captions_have_every_metric_beside_chance(results: Results) -> None:
     assert "| chance | 1.0 / 1.0 | 1.0 / 1.0 | 1.0 / 1.0 | 0.50 | 0.50 |  |" in text and "`csat` (" not in text
     assert "3 steps of 4 pairs out of 90, 9 for the test" in text and "(`csat` 1)" in text
     assert pictures.draw(results, "quality_captions", pictures.captions).startswith(b"\x89PNG")
+    assert "Of 8 images of the shard that chooses the rate 2 are also images of the training. Of 9 " in text
     assert "hang on it" not in text  # one rate alone
 
     result["settings"]["rates"] = [1e-3, 2e-3]

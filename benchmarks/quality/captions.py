@@ -69,9 +69,20 @@ class Captions(Task):
     name = "captions"
 
     def facts(self) -> dict[str, Any]:
-        pairs = [len(load_samples(replace(self.data, train_shards=shards))) for shards in self._shards()]
-        pairs[1] = min(pairs[1], CHOSEN_ON)
-        return {"tokens": 1 + GRID[0] * GRID[1], "pairs": pairs, "text layers": TEXT_LAYERS, "decoder": DECODER_LAYERS}
+        images = [self._images(shards) for shards in self._shards()]
+        train, chosen, test = (len(own) for own in images)
+        known = set(images[0])
+        return {
+            "tokens": 1 + GRID[0] * GRID[1],
+            "pairs": [train, min(chosen, CHOSEN_ON), test],
+            "text layers": TEXT_LAYERS,
+            "decoder": DECODER_LAYERS,
+            "training images among": [[sum(image in known for image in own), len(own)] for own in images[1:]],
+        }
+
+    def _images(self, shards: tuple[str, ...]) -> list[bytes]:
+        samples = load_samples(replace(self.data, train_shards=shards))
+        return [sample.pixels.numpy().tobytes() for sample in samples]
 
     def _shards(self) -> tuple[tuple[str, ...], ...]:
         return self.data.train_shards, self.chosen_on, self.data.val_shards

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from .model import Layer, Size, Trunk
+from .model import Grid, Layer, Size, Trunk
 from .task import Task
 
 
@@ -36,9 +36,19 @@ class Classifier(nn.Module):
     tokens (B, N) integers, keep (B, N) bool or None -> logits (B, classes).
     """
 
-    def __init__(self, layer: Layer, size: Size, hidden: int, tokens: int, vocabulary: int, classes: int, seed: int):
+    def __init__(
+        self,
+        layer: Layer,
+        size: Size,
+        hidden: int,
+        tokens: int,
+        vocabulary: int,
+        classes: int,
+        seed: int,
+        grid: Grid | None = None,
+    ) -> None:
         super().__init__()
-        self.trunk = Trunk(layer, size, hidden, tokens, vocabulary, seed)
+        self.trunk = Trunk(layer, size, hidden, tokens, vocabulary, seed, grid)
         self.head = nn.Linear(size.width, classes)
 
     def forward(self, tokens: Tensor, keep: Tensor | None) -> Tensor:
@@ -54,6 +64,7 @@ class Classification(Task):
     """Attributes:
     vocabulary: tokens are below it.
     references: what a reader compares with -> its accuracy on the test split.
+    grid: rows and columns where tokens are the pixels of an image.
     """
 
     name: str
@@ -64,6 +75,7 @@ class Classification(Task):
     validation: Split
     test: Split
     references: dict[str, float] = field(default_factory=dict)
+    grid: Grid | None = None
 
     @property
     def tokens(self) -> int:
@@ -91,7 +103,7 @@ class Classification(Task):
         return replace(self, **parts)
 
     def model(self, layer: Layer, size: Size, hidden: int, seed: int) -> Classifier:
-        return Classifier(layer, size, hidden, self.tokens, self.vocabulary, self.classes, seed)
+        return Classifier(layer, size, hidden, self.tokens, self.vocabulary, self.classes, seed, self.grid)
 
     def batches(self, steps: int, batch: int, seed: int) -> Iterator[Tensor]:
         """Rows: permutations of all the examples, one after the other."""

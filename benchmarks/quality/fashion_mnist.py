@@ -50,4 +50,4 @@ def fashion_mnist(counts: tuple[int, int, int], seed: int = 0, folder: Path = DE
         parts[name] = Split(images[order], None, labels[order])
     train, validation, _ = splits_of(parts["train"].tokens, None, parts["train"].labels, (*counts[:2], 0))
     (test, *_) = splits_of(parts["test"].tokens, None, parts["test"].labels, (counts[2], 0, 0))
-    return Classification("fashion-mnist", "Fashion-MNIST by pixels", 10, 256, train, validation, test)
+    return Classification("fashion-mnist", "Fashion-MNIST by pixels", 10, 256, train, validation, test, grid=(28, 28))

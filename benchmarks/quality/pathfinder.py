@@ -157,7 +157,8 @@ def pathfinder(sizes: Sizes, counts: tuple[int, int, int], seed: int = 0) -> Cla
         f"Pathfinder, own generator, {sizes.side} x {sizes.side}, two curves of {sizes.dashes} dashes and up to "
         f"{sizes.distractors} of {sizes.short}"
     )
-    return Classification("pathfinder", about, 2, 256, *splits_of(tokens, None, labels, counts))
+    parts = splits_of(tokens, None, labels, counts)
+    return Classification("pathfinder", about, 2, 256, *parts, grid=(sizes.side, sizes.side))
 
 
 # ---- the files of LRA ------------------------------------------------------------------------------------------------
@@ -178,7 +179,8 @@ def lra_pathfinder(folder: Path, side: int, counts: tuple[int, int, int], seed: 
     made = np.stack([_lra_image(folder / lines[i][0] / lines[i][1], side) for i in order])
     labels = torch.tensor([int(lines[i][3]) for i in order])
     parts = splits_of(torch.from_numpy(made).flatten(1), None, labels, counts)
-    return Classification("pathfinder", f"Pathfinder, the files of LRA, {side} x {side}", 2, 256, *parts)
+    about = f"Pathfinder, the files of LRA, {side} x {side}"
+    return Classification("pathfinder", about, 2, 256, *parts, grid=(side, side))
 
 
 def _lra_image(path: Path, side: int) -> np.ndarray:

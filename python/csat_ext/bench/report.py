@@ -70,9 +70,9 @@ SECTIONS = (
         "Language modelling, masked (Table 1 for attention that has no causal form)",
         "quality_masked*",
         tables.language,
-        "Of the bytes that were hidden, in runs, from the others of the window. `longformer` (a window) and "
-        "`nystromformer` (its authors' convolution over the values) see neighbours by construction; the others have to "
-        "learn where a neighbour is.",
+        "Of the bytes that were hidden, in runs, from the others of the window. Every form stands behind the same "
+        "convolution, which shows a byte its neighbours: without one only `longformer` (a window) and `nystromformer` "
+        "(its authors' convolution over the values) found them in so few steps, full attention did not.",
         drawer=pictures.language,
     ),
     Section(

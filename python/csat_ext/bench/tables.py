@@ -378,9 +378,10 @@ def _protocol(result: dict[str, Any], scores: str, data: str) -> str:
     """What was learnt and how: `scores` says what the figures are, `data` what a step sees and the test has."""
     s, quick = result["settings"], result["settings"]["quick"]
     size, rates = s["size"], ", ".join(f"{rate:g}" for rate in s["rates"])
+    taps = f", behind a convolution of {size['taps']} taps" if size.get("taps") else ""
     return (
         f"{s['about']}. {'**A quick set, too short for conclusions.** ' if quick else ''}{scores}. "
-        f"{size['layers']} layers, width {size['width']}, {size['heads']} heads, m = {size['m']}; "
+        f"{size['layers']} layers, width {size['width']}, {size['heads']} heads, m = {size['m']}{taps}; "
         f"{s['schedule']['steps']} steps of {s['schedule']['batch']} {data}; "
         f"rate {'out of ' if len(s['rates']) > 1 else ''}{rates}.\n\n"
     )
@@ -587,6 +588,9 @@ def captions(results: Results, name: str) -> str:
     )
     parameters = [own["parameters"] for own in s["forms"].values()]
     equal = f"\n\nParameters: {min(parameters)} to {max(parameters)}."
+    if "training images among" in s:
+        chosen, test = (f"{known} of {every}" for known, every in s["training images among"])
+        equal += f" Images of the training are also {chosen} of the shard that chooses the rate and {test} of the test."
     head = ["attention", *(f"{k}" for k in RECALLS), *CAPTIONS, "rate"]
     told = told_apart(result).replace("Seed by seed", "Mean R@10 of both ways, seed by seed")
     ending = equal + told + _captions_by_rate(result) + _runs_missing(result) + results.source(result["machine"], name)
