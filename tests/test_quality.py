@@ -641,6 +641,7 @@ def test_a_table_that_has_grown_keeps_its_runs(run: Any) -> None:
     asked, result = run(rates=(1e-3, 1e-2, 3e-2), seeds=(0, 1, 2))
     assert asked == [("full", 3e-2, 0), ("csat", 3e-2, 0), ("full", 1e-2, 2), ("csat", 1e-3, 2)]
     assert len(result["runs"]) == 6 + 4 and result["settings"]["rates"] == [1e-3, 1e-2, 3e-2]
+    assert [(stop["runs"], "revision" in stop) for stop in result["earlier"]] == [(6, True)]
     with pytest.raises(ValueError, match="runs of other settings"):
         run()  # of fewer seeds
     earlier = {"forms": {"full": {"hidden": 3}}, "seeds": [0, 1]}

@@ -303,7 +303,7 @@ def test_captions_have_every_metric_beside_chance(results: Results) -> None:
     assert "| chance | 1.0 / 1.0 | 1.0 / 1.0 | 1.0 / 1.0 | 0.50 | 0.50 |  |" in text and "`csat` (" not in text
     assert "3 steps of 4 pairs out of 90, 9 for the test" in text and "(`csat` 1)" in text
     assert pictures.draw(results, "quality_captions", pictures.captions).startswith(b"\x89PNG")
-    assert "Of 8 images of the shard that chooses the rate 2 are also images of the training. Of 9 " in text
+    assert "also 2 of 8 of the shard that chooses the rate and 1 of 9 of the test." in text
     assert "hang on it" not in text  # one rate alone
 
     result["settings"]["rates"] = [1e-3, 2e-3]

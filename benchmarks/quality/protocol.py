@@ -50,7 +50,8 @@ def grown(earlier: Any, now: Any) -> bool:
 
 
 class Record:
-    """A result file: the settings, and one entry a run. A table that has grown keeps its earlier runs.
+    """A result file: the settings, and one entry a run in the order that they were made. A table that has grown keeps
+    its earlier runs: `earlier` says of each stop what made the file so far, and how many runs it had.
 
     Raises:
         ValueError: the file has runs of other settings.
@@ -60,11 +61,13 @@ class Record:
         self.path, self.settings = path, json.loads(json.dumps(settings))
         self.runs: list[dict[str, Any]] = []
         self.left_out: list[dict[str, Any]] = []
+        self.earlier: list[dict[str, Any]] = []
         if path.exists():
             earlier = json.loads(path.read_text())
             if not grown(earlier["settings"], self.settings):
                 raise ValueError(f"{path.name} has runs of other settings: remove it, or name another --output")
             self.runs = earlier["runs"]
+            self.earlier = [*earlier.get("earlier", ()), {"runs": len(self.runs), **earlier["machine"]}]
 
     def find(self, form: str, rate: float, seed: int) -> dict[str, Any] | None:
         key = (form, rate, seed)
@@ -75,7 +78,13 @@ class Record:
         self.save()
 
     def save(self) -> None:
-        whole = {"machine": header(), "settings": self.settings, "left_out": self.left_out, "runs": self.runs}
+        whole = {
+            "machine": header(),
+            "earlier": self.earlier,
+            "settings": self.settings,
+            "left_out": self.left_out,
+            "runs": self.runs,
+        }
         self.path.write_text(json.dumps(whole, indent=1) + "\n")
 
     def chosen_rate(self, form: str, rates: tuple[float, ...], seed: int) -> float | None:
