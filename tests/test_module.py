@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from csat_ext import CSATAttention, CSATConfig, SparseDecoder, csat_attention, measurement_matrix, reference
 from csat_ext.config import DECODERS
@@ -450,6 +451,25 @@ def test_what_is_remembered_of_all_heads_is_not_taken_for_that_of_a_rank(decoder
     assert isinstance(whole, SparseDecoder) and isinstance(own, SparseDecoder)
     assert own.B.shape[0] == own.S.shape[0] == 2
     assert torch.equal(own.B, whole.B[2:]) and torch.equal(own.S, whole.S[2:])
+
+
+@pytest.mark.parametrize("form", [{}, {"decoder": "lista"}, {"causal": "block", "block_size": 8, "measurements": 4}])
+def test_a_layer_copies_no_rows(form: dict[str, Any]) -> None:
+    """Projections, the operators and their gradients read and write the rows of all heads where they lie."""
+    module, x = attention(**form), torch.randn(2, 40, E, requires_grad=True)
+    copied = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            copies = func in (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default)
+            if copies and out.dim() >= 3 and out.numel() >= x.numel():
+                copied.append((func, out.shape))
+            return out
+
+    with Copies():
+        module(x).square().sum().backward()
+    assert not copied
 
 
 def test_matrices_decay_and_nothing_else_does() -> None:

@@ -13,9 +13,10 @@ import pytest
 import torch
 from operator_cases import plain_torch_attend_prefix
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import csat_ext.ops  # noqa: F401  (registers fakes, autograd and autocast)
-from csat_ext import reference
+from csat_ext import _composite, reference
 
 csat = torch.ops.csat
 REFUSED = (ValueError, RuntimeError)  # from torch 2.15 on what a stable-ABI op throws arrives as RuntimeError
@@ -550,6 +551,36 @@ def test_gradcheck(name: str) -> None:
 def test_opcheck(name: str) -> None:
     op, args = samples(torch.float32)[name]
     torch.library.opcheck(op, args)
+
+
+@pytest.mark.parametrize("lay", [Tensor.contiguous, strided], ids=["contiguous", "heads side by side"])
+@pytest.mark.parametrize("name", list(samples()))
+def test_rows_lie_as_those_that_they_come_from(name: str, lay: Callable[[Tensor], Tensor]) -> None:
+    """Results and gradients, in the kernels, in plain torch and in the fakes; what measures lies contiguous."""
+    op, args = samples(torch.float32)[name]
+    data = [a.detach() if isinstance(a, Tensor) else a for a in args]
+    laid = [lay(a) if isinstance(a, Tensor) and a.dim() == 4 else a for a in data]
+    plain = getattr(_composite, op._schema.name.removeprefix("csat::"))
+
+    def gradients(*args: Any) -> tuple[Tensor, ...]:
+        leaves = [a.requires_grad_() for a in args if isinstance(a, Tensor) and a.dim() == 4]
+        out = op(*args)
+        out = out if isinstance(out, Tensor) else out[0]
+        return torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    for call in (op, gradients):
+        results = call(*laid)
+        with FakeTensorMode() as mode:
+            fakes = call(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in laid))
+        others = [fakes] if call is gradients else [fakes, plain(*laid)]
+        for other in others:
+            pairs = zip(*((r,) if isinstance(r, Tensor) else r for r in (results, other)), strict=True)
+            assert all(got.stride() == known.stride() for got, known in pairs)
+        rows = (results,) if isinstance(results, Tensor) else results
+        if "project" not in name:
+            assert rows[0].stride(1) == (rows[0].shape[2:].numel() if lay is Tensor.contiguous else rows[0].shape[3])
+        elif call is gradients:
+            assert rows[0].stride(1) == (rows[0].shape[3] if lay is strided or "implicit" in name else 18)
 
 
 @pytest.mark.own_memory

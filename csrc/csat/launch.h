@@ -124,7 +124,7 @@ struct ProjectParams {
 struct ProjectBackwardParams {
   ProjectParams forward;  // y is not read
   View dy;                // (B, H, M, D), T
-  View dx;                // (B, Hx, N, D) contiguous, T; data null: not wanted
+  View dx;                // (B, Hx, N, D), its rows contiguous, T; data null: not wanted
   View dphi;              // (1 or B, Hp, M, N) contiguous, dtype of phi; data null: not wanted
 };
 

@@ -174,9 +174,9 @@ int backward_x(const ProjectBackwardParams& p, Carver& carver, void* blas, void*
   a.transposed = !a.transposed;
   a.head *= group;
   b.head *= group;
-  CSAT_TRY(multiply(
-      {a, b, f.x.dtype, p.dx.data, f.x.dtype, D, f.x_heads * N * D, N * D, N, D, group * M, f.batch, f.x_heads}, carver,
-      blas, stream));
+  CSAT_TRY(multiply({a, b, f.x.dtype, p.dx.data, f.x.dtype, p.dx.stride[2], p.dx.stride[0], p.dx.stride[1], N, D,
+                     group * M, f.batch, f.x_heads},
+                    carver, blas, stream));
   if (carver.sizing() || !f.keep) return 0;
   return zero_tokens({View{}, p.dx, f.keep, f.batch, f.x_heads, N, D}, stream);
 }

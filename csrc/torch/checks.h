@@ -54,6 +54,21 @@ struct DecodeSizes {
   int64_t B, H, Nq, Hd, T, Ts, Tb, P, R, Dv;
 };
 
+// New rows (B, H, N, columns) in the dtype of `like`, the heads of a token side by side.
+inline Tensor new_token_rows(const Tensor& like, int64_t batch, int64_t heads, int64_t count, int64_t columns) {
+  if (heads == 1 || count == 1) return torch::stable::new_empty(like, {batch, heads, count, columns});
+  return torch::stable::transpose(torch::stable::new_empty(like, {batch, count, heads, columns}), 1, 2);
+}
+
+// New rows (B, H, N, columns) for those of `like` (B, H, N, any), lying as they do there: the heads of a token side by
+// side, as the projections of a layer leave them and read their gradients, so that the layer copies nothing on either
+// side of attention; else contiguous. `new_rows` of _composite.py is the same rule for the fakes.
+inline Tensor new_rows(const Tensor& like, int64_t columns) {
+  const int64_t batch = like.size(0), heads = like.size(1), count = like.size(2);
+  if (like.stride(1) < like.stride(2)) return new_token_rows(like, batch, heads, count, columns);
+  return torch::stable::new_empty(like, {batch, heads, count, columns});
+}
+
 namespace detail {
 
 template <class... Args>

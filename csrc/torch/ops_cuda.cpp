@@ -151,7 +151,7 @@ std::tuple<Tensor, Tensor> project_backward(const Tensor& dy, const Tensor& x, c
   const ProjectSizes n = check_project_backward("project_backward", dy, x, phi, key_mask);
   const Device device("project_backward", x);
   const MaybeTensor keep = contiguous(key_mask);
-  Tensor dx = need_dx ? torch::stable::new_empty(x, {n.B, n.Hx, n.N, n.D}) : nothing(x, x.scalar_type());
+  Tensor dx = need_dx ? new_rows(x, n.D) : nothing(x, x.scalar_type());
   Tensor dphi = need_dphi ? torch::stable::new_empty(phi, {n.Bp, n.Hp, n.M, n.N}) : nothing(x, phi.scalar_type());
   ProjectBackwardParams p{};
   p.forward = project_params(n, x, phi, keep);
@@ -228,7 +228,7 @@ Tensor project_implicit_backward(const Tensor& dy, const MaybeTensor& counts, co
                                                           heads, layer, x_heads, tokens);
   const Device device("project_implicit_backward", dy);
   const MaybeTensor places = contiguous(counts), rows_of_anchors = contiguous(anchors);
-  Tensor dx = torch::stable::new_empty(dy, {n.B, n.Hx, n.N, n.D});
+  Tensor dx = new_token_rows(dy, n.B, n.Hx, n.N, n.D);
   ImplicitParams p = implicit_params(n, places, rows_of_anchors, ensemble, seed, layer);
   p.x = view_of(dx);
   p.y = view_of(dy);
@@ -241,7 +241,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& kc, const Tenso
                                   double scale) {
   const AttendSizes n = check_attend("attend", q, kc, vc, score_bias, scale);
   const Device device("attend", q);
-  Tensor z = torch::stable::new_empty(q, {n.B, n.H, n.Nq, n.R});
+  Tensor z = new_rows(q, n.R);
   Tensor lse = torch::stable::new_empty(q, {n.B, n.H, n.Nq}, ScalarType::Float);
   AttendParams p = attend_params(n, q, kc, vc, score_bias, scale);
   p.z = view_of(z);
@@ -257,7 +257,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_backward(const Tensor& dz, con
                                                            const Tensor& z, const Tensor& lse, double scale) {
   const AttendSizes n = check_attend_backward("attend_backward", dz, q, kc, vc, score_bias, z, lse, scale);
   const Device device("attend_backward", q);
-  Tensor dq = torch::stable::new_empty(q, {n.B, n.H, n.Nq, n.D});
+  Tensor dq = new_rows(q, n.D);
   Tensor dkc = torch::stable::new_empty(kc, {n.B, n.Hk, n.M, n.D});
   Tensor dvc = torch::stable::new_empty(vc, {n.B, n.Hk, n.M, n.R});
   Tensor dbias =
@@ -297,7 +297,7 @@ std::tuple<Tensor, Tensor> attend_causal(const Tensor& q, const Tensor& kc, cons
   const AttendSizes& n = sizes.measured;
   const Device device("attend_causal", q);
   const MaybeTensor keep = contiguous(key_mask);
-  Tensor z = torch::stable::new_empty(q, {n.B, n.H, n.Nq, n.R});
+  Tensor z = new_rows(q, n.R);
   Tensor lse = torch::stable::new_empty(q, {n.B, n.H, n.Nq}, ScalarType::Float);
   AttendCausalParams p{attend_params(n, q, kc, vc, score_bias, scale), causal_tokens(sizes, k, v, keep)};
   p.measured.z = view_of(z);
@@ -321,8 +321,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attend_causal_backwar
   const auto gradient = [&](const AttendSizes& of, int64_t columns) {
     return torch::stable::new_empty(q, {of.B, of.Hk, of.M, columns});
   };
-  Tensor dq = torch::stable::new_empty(q, {n.B, n.H, n.Nq, n.D});
-  Tensor dkc = gradient(n, n.D), dvc = gradient(n, n.R), dk = gradient(t, t.D), dv = gradient(t, t.R);
+  Tensor dq = new_rows(q, n.D);
+  Tensor dkc = gradient(n, n.D), dvc = gradient(n, n.R), dk = new_rows(k, t.D), dv = new_rows(v, t.R);
   Tensor dbias =
       score_bias ? torch::stable::new_empty(q, {n.B, n.H, n.M}, ScalarType::Float) : nothing(q, ScalarType::Float);
   AttendCausalBackwardParams p{};
@@ -403,7 +403,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_prefix(const Tensor& q
   const PrefixSizes n = check_attend_prefix("attend_prefix", in);
   const Device device("attend_prefix", q);
   const MaybeTensor keep = contiguous(key_mask);
-  Tensor z = torch::stable::new_empty(q, {n.B, n.H, n.N, n.R});
+  Tensor z = new_rows(q, n.R);
   PrefixParams p = prefix_params(n, in, keep);
   p.z = view_of(z);
   const PrefixEnds ends = prefix_ends(p, n, in);
@@ -425,9 +425,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> atten
   const auto floats = [&](std::initializer_list<int64_t> sizes) {
     return torch::stable::new_empty(q, sizes, ScalarType::Float);
   };
-  Tensor dq = torch::stable::new_empty(q, {n.B, n.H, n.N, n.D});
-  Tensor dk = torch::stable::new_empty(k, {n.B, n.Hk, n.N, n.D}),
-         dv = torch::stable::new_empty(v, {n.B, n.Hk, n.N, n.R});
+  Tensor dq = new_rows(q, n.D);
+  Tensor dk = new_rows(k, n.D), dv = new_rows(v, n.R);
   Tensor dphi = floats({n.B, n.Hs, n.N, n.M}), dkc = floats({n.B, n.Hs, n.M, n.D}), dvc = floats({n.B, n.Hs, n.M, n.R});
   Tensor dmass = is_signed ? floats({0}) : floats({n.B, n.Hs, n.M});
   Tensor dbias = score_bias ? floats({n.B, n.H, n.M}) : floats({0});
@@ -456,7 +455,7 @@ Tensor decode(const Tensor& z, const Tensor& S, const Tensor& B, const Tensor& t
               const Tensor& step) {
   const DecodeSizes n = check_decode("decode", z, S, B, theta, psi, step);
   const Device device("decode", z);
-  Tensor out = torch::stable::new_empty(z, {n.B, n.H, n.Nq, n.Dv});
+  Tensor out = new_rows(z, n.Dv);
   DecodeParams p = decode_params(n, S, B, theta, psi, step);
   p.z = view_of(z);
   p.out = view_of(out);
@@ -475,7 +474,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> decode_backward(const
   const auto gradient = [&](std::initializer_list<int64_t> sizes) {
     return torch::stable::new_empty(z, sizes, ScalarType::Float);
   };
-  Tensor dz = torch::stable::new_empty(z, {n.B, n.H, n.Nq, n.R});
+  Tensor dz = new_rows(z, n.R);
   Tensor dS = gradient({n.Hd, n.Ts, n.P, n.P}), dB = gradient({n.Hd, n.Tb, n.P, n.R});
   Tensor dtheta = gradient({n.Hd, n.T, n.P}), dstep = gradient({n.Hd, n.T});
   Tensor dpsi = psi ? gradient({n.Hd, n.Dv, n.P}) : nothing(z, ScalarType::Float);
@@ -503,8 +502,8 @@ std::tuple<Tensor, Tensor, Tensor> attend_decode(const Tensor& q, const Tensor& 
   const AttendSizes n = check_attend("attend_decode", q, kc, vc, score_bias, scale);
   const DecodeSizes d = check_attend_decode("attend_decode", n, q, S, B, theta, psi, step);
   const Device device("attend_decode", q);
-  Tensor out = torch::stable::new_empty(q, {n.B, n.H, n.Nq, d.Dv});
-  Tensor z = need_z ? torch::stable::new_empty(q, {n.B, n.H, n.Nq, n.R}) : nothing(q, q.scalar_type());
+  Tensor out = new_rows(q, d.Dv);
+  Tensor z = need_z ? new_rows(q, n.R) : nothing(q, q.scalar_type());
   Tensor lse = torch::stable::new_empty(q, {n.B, n.H, n.Nq}, ScalarType::Float);
   AttendParams a = attend_params(n, q, kc, vc, score_bias, scale);
   if (need_z) a.z = view_of(z);
@@ -529,8 +528,8 @@ std::tuple<Tensor, Tensor, Tensor> attend_causal_decode(const Tensor& q, const T
   const DecodeSizes d = check_attend_decode("attend_causal_decode", n, q, S, B, theta, psi, step);
   const Device device("attend_causal_decode", q);
   const MaybeTensor keep = contiguous(key_mask);
-  Tensor out = torch::stable::new_empty(q, {n.B, n.H, n.Nq, d.Dv});
-  Tensor z = need_z ? torch::stable::new_empty(q, {n.B, n.H, n.Nq, n.R}) : nothing(q, q.scalar_type());
+  Tensor out = new_rows(q, d.Dv);
+  Tensor z = need_z ? new_rows(q, n.R) : nothing(q, q.scalar_type());
   Tensor lse = torch::stable::new_empty(q, {n.B, n.H, n.Nq}, ScalarType::Float);
   AttendCausalParams a{attend_params(n, q, kc, vc, score_bias, scale), causal_tokens(sizes, k, v, keep)};
   if (need_z) a.measured.z = view_of(z);
@@ -552,8 +551,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attend_prefix_decode(
   const DecodeSizes d = check_attend_decode("attend_prefix_decode", n, q, S, B, theta, psi, step);
   const Device device("attend_prefix_decode", q);
   const MaybeTensor keep = contiguous(key_mask);
-  Tensor out = torch::stable::new_empty(q, {n.B, n.H, n.N, d.Dv});
-  Tensor z = need_z ? torch::stable::new_empty(q, {n.B, n.H, n.N, n.R}) : nothing(q, q.scalar_type());
+  Tensor out = new_rows(q, d.Dv);
+  Tensor z = need_z ? new_rows(q, n.R) : nothing(q, q.scalar_type());
   PrefixParams a = prefix_params(n, in, keep);
   if (need_z) a.z = view_of(z);
   const PrefixEnds ends = prefix_ends(a, n, in);

@@ -39,6 +39,28 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def new_token_rows(like: Tensor, batch: int, heads: int, count: int, columns: int) -> Tensor:
+    """New rows (B, H, N, columns) in the dtype of `like`, the heads of a token side by side."""
+    if heads == 1 or count == 1:
+        return like.new_empty((batch, heads, count, columns))
+    return like.new_empty((batch, count, heads, columns)).transpose(1, 2)
+
+
+def new_rows(like: Tensor, columns: int) -> Tensor:
+    """New rows (B, H, N, columns) for those of `like` (B, H, N, any), lying as they do there: the heads of a token side
+    by side, as the projections of a layer leave them and read their gradients, so that the layer copies nothing on
+    either side of attention; else contiguous. `new_rows` of csrc/torch/checks.h is the same rule for the kernels."""
+    batch, heads, count = like.shape[:3]
+    if like.stride(1) < like.stride(2):
+        return new_token_rows(like, batch, heads, count, columns)
+    return like.new_empty((batch, heads, count, columns))
+
+
+def _laid(rows: Tensor, like: Tensor) -> Tensor:
+    """The rows in the dtype of `like`, lying as `new_rows` has them."""
+    return new_rows(like, rows.shape[3]).copy_(rows)
+
+
 def _accumulate(like: Tensor, *tensors: Any) -> list[Any]:
     return [None if t is None else t.to(accumulate_dtype(like.dtype)) for t in tensors]
 
@@ -69,7 +91,7 @@ def project_backward(
     grad, tokens, weights = _accumulate(x, dy, _to_heads(_unmasked(x, key_mask), dy.shape[1]), phi)
     dx, dphi = x.new_empty(0), phi.new_empty(0)
     if need_dx:
-        dx = _unmasked(_from_heads(weights.mT @ grad, x.shape[1]), key_mask).to(x.dtype)
+        dx = _laid(_unmasked(_from_heads(weights.mT @ grad, x.shape[1]), key_mask), x)
     if need_dphi:
         dphi = (grad @ tokens.mT).sum_to_size(phi.shape).to(phi.dtype)
     return dx, dphi
@@ -126,7 +148,7 @@ def project_implicit_backward(
 ) -> Tensor:
     rows = dy.shape[2] - (0 if anchors is None else anchors.shape[1])
     phi, keep = _implicit_phi(dy, tokens, counts, anchors, (ensemble, rows, heads, seed, layer))
-    x = dy.new_zeros((dy.shape[0], x_heads, tokens, dy.shape[3]))
+    x = new_token_rows(dy, dy.shape[0], x_heads, tokens, dy.shape[3]).zero_()
     return project_backward(dy, x, phi, keep, True, False)[0]
 
 
@@ -142,7 +164,7 @@ def _attend(q: Tensor, kc: Tensor, vc: Tensor, bias: Tensor | None, scale: float
     lse = scores.logsumexp(-1)
     empty = lse.isneginf().unsqueeze(-1)
     z = (scores - lse.unsqueeze(-1)).exp().masked_fill(empty, 0) @ values
-    return z.masked_fill(empty, 0).to(q.dtype), lse
+    return _laid(z.masked_fill(empty, 0), q), lse
 
 
 def _attend_backward(
@@ -175,7 +197,7 @@ def attend_backward(
     heads, bias = q.shape[1], None if score_bias is None else score_bias.unsqueeze(-2)
     dq, dkc, dvc, dbias = _attend_backward(dz, q, _to_heads(kc, heads), _to_heads(vc, heads), bias, lse, scale)
     dkc, dvc = _from_heads(dkc, kc.shape[1]), _from_heads(dvc, vc.shape[1])
-    return dq.to(q.dtype), dkc.to(q.dtype), dvc.to(q.dtype), lse.new_empty(0) if score_bias is None else dbias
+    return _laid(dq, q), dkc.to(q.dtype), dvc.to(q.dtype), lse.new_empty(0) if score_bias is None else dbias
 
 
 def _of_tokens(
@@ -237,16 +259,18 @@ def attend_causal_backward(
     *numbers: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     e, tokens = kc.shape[2], k.shape[2]
-    k, v, bias = _of_tokens(q, kc, k, v, score_bias, key_mask, numbers)
-    keys, values = _joined(kc, k, q.shape[1]), _joined(vc, v, q.shape[1])
+    kept_k, kept_v, bias = _of_tokens(q, kc, k, v, score_bias, key_mask, numbers)
+    keys, values = _joined(kc, kept_k, q.shape[1]), _joined(vc, kept_v, q.shape[1])
     dq, dkeys, dvalues, dbias = _attend_backward(dz, q, keys, values, bias, lse, scale)
     gradients = [
-        _from_heads(part, x.shape[1]).to(q.dtype)
+        _from_heads(part, x.shape[1])
         for d, pair in ((dkeys, (kc, k)), (dvalues, (vc, v)))
         for part, x in zip(d.split([e, tokens], 2), pair, strict=True)
     ]
     dkc, dk, dvc, dv = gradients
-    return dq.to(q.dtype), dkc, dvc, dk, dv, lse.new_empty(0) if score_bias is None else dbias[..., :e].contiguous()
+    dkc, dvc = (part.to(q.dtype).contiguous() for part in (dkc, dvc))
+    of_bias = lse.new_empty(0) if score_bias is None else dbias[..., :e].contiguous()
+    return _laid(dq, q), dkc, dvc, _laid(dk, k), _laid(dv, v), of_bias
 
 
 class _PrefixChunk(NamedTuple):
@@ -324,9 +348,10 @@ def attend_prefix(
         rows.append((w @ state[1] + (w @ chunk.phi.mT).tril() @ chunk.v).to(q.dtype))
         sums.append(lse)
         state = _behind(chunk, state)
-    ends = (x[:, :: heads // kc.shape[1]] for x in state[:2])
+    state_end = (x[:, :: heads // kc.shape[1]] for x in state[:2])
     mass_end = state[2] if signed else state[2][:, :: heads // kc.shape[1]]
-    return torch.cat(rows, 2), torch.cat(sums, 2), *(x.clone() for x in (*ends, mass_end.squeeze(2)))
+    ends = (x.clone(memory_format=torch.contiguous_format) for x in (*state_end, mass_end.squeeze(2)))
+    return _laid(torch.cat(rows, 2), q), torch.cat(sums, 2), *ends
 
 
 def attend_prefix_backward(
@@ -384,7 +409,7 @@ def attend_prefix_backward(
     dq, dk, dv, dphi = (torch.cat(x, 2) for x in zip(*reversed(of_tokens), strict=True))
     of_state = (_from_heads(x, kc.shape[1]) for x in (dkc, dvc))
     return (
-        *(dq.to(q.dtype), _from_heads(dk, k.shape[1]).to(q.dtype), _from_heads(dv, v.shape[1]).to(q.dtype)),
+        *(_laid(dq, q), _laid(_from_heads(dk, k.shape[1]), k), _laid(_from_heads(dv, v.shape[1]), v)),
         _unmasked(_from_heads(dphi, kc.shape[1]), key_mask),
         *of_state,
         lse.new_empty(0) if dmass is None else _from_heads(dmass, kc.shape[1]).squeeze(2),
@@ -418,7 +443,7 @@ def _iterates(z: Tensor, S: Tensor, B: Tensor, theta: Tensor, step: Tensor) -> t
 def decode(z: Tensor, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor | None, step: Tensor) -> Tensor:
     rows, S, B, theta, psi, step = _accumulate(z, z, S, B, theta, psi, step)
     last = _iterates(rows, S, B, theta, step)[0][-1]
-    return (last if psi is None else last @ psi.mT).to(z.dtype)
+    return _laid(last if psi is None else last @ psi.mT, z)
 
 
 def decode_backward(
@@ -443,7 +468,7 @@ def decode_backward(
         _layer(dB, t).add_(summed(scaled.mT @ rows))
         dz += scaled @ _layer(B, t)
         g = e - scaled + scaled @ _layer(S, t)
-    return dz.to(z.dtype), dS, dB, dtheta, dpsi, dstep
+    return _laid(dz, z), dS, dB, dtheta, dpsi, dstep
 
 
 def attend_decode(

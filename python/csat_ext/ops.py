@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from csat_ext import _composite
-from csat_ext._composite import accumulate_dtype
+from csat_ext._composite import accumulate_dtype, new_rows, new_token_rows
 
 _csat = torch.ops.csat
 
@@ -52,7 +52,8 @@ def _(x: Tensor, phi: Tensor, key_mask: Tensor | None) -> Tensor:
 def _(
     dy: Tensor, x: Tensor, phi: Tensor, key_mask: Tensor | None, need_dx: bool, need_dphi: bool
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape if need_dx else 0), phi.new_empty(phi.shape if need_dphi else 0)
+    dx = new_rows(x, x.shape[3]) if need_dx else x.new_empty(0)
+    return dx, phi.new_empty(phi.shape if need_dphi else 0)
 
 
 @_register_fake("renormalise_rows")
@@ -88,13 +89,13 @@ def _(
     x_heads: int,
     tokens: int,
 ) -> Tensor:
-    return dy.new_empty((dy.shape[0], x_heads, tokens, dy.shape[3]))
+    return new_token_rows(dy, dy.shape[0], x_heads, tokens, dy.shape[3])
 
 
 @_register_fake("attend")
 def _(q: Tensor, kc: Tensor, vc: Tensor, score_bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     lse = q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
-    return q.new_empty((*q.shape[:3], vc.shape[3])), lse
+    return new_rows(q, vc.shape[3]), lse
 
 
 @_register_fake("attend_backward")
@@ -103,7 +104,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     bias_shape = (0,) if score_bias is None else (*q.shape[:2], kc.shape[2])
     dbias = q.new_empty(bias_shape, dtype=accumulate_dtype(q.dtype))
-    return q.new_empty(q.shape), kc.new_empty(kc.shape), vc.new_empty(vc.shape), dbias
+    return new_rows(q, q.shape[3]), kc.new_empty(kc.shape), vc.new_empty(vc.shape), dbias
 
 
 @_register_fake("attend_causal")
@@ -119,7 +120,7 @@ def _(
     *numbers: int,
 ) -> tuple[Tensor, Tensor]:
     lse = q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
-    return q.new_empty((*q.shape[:3], vc.shape[3])), lse
+    return new_rows(q, vc.shape[3]), lse
 
 
 @_register_fake("attend_causal_backward")
@@ -139,7 +140,8 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     bias_shape = (0,) if score_bias is None else (*q.shape[:2], kc.shape[2])
     dbias = q.new_empty(bias_shape, dtype=accumulate_dtype(q.dtype))
-    dq, dkc, dvc, dk, dv = (t.new_empty(t.shape) for t in (q, kc, vc, k, v))
+    dq, dk, dv = (new_rows(t, t.shape[3]) for t in (q, k, v))
+    dkc, dvc = (t.new_empty(t.shape) for t in (kc, vc))
     return dq, dkc, dvc, dk, dv, dbias
 
 
@@ -158,7 +160,7 @@ def _(
     signed: bool,
 ) -> tuple[Tensor, ...]:
     lse = q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
-    return q.new_empty((*q.shape[:3], v.shape[3])), lse, *(t.new_empty(t.shape) for t in (kc, vc, mass))
+    return new_rows(q, v.shape[3]), lse, *(t.new_empty(t.shape) for t in (kc, vc, mass))
 
 
 @_register_fake("attend_prefix_backward")
@@ -183,13 +185,14 @@ def _(
     dphi = lse.new_empty((q.shape[0], kc.shape[1], *phi.shape[2:]))
     dmass = lse.new_empty(0 if signed else mass.shape)
     dbias = lse.new_empty((0,) if score_bias is None else (*q.shape[:2], phi.shape[3]))
-    dq, dk, dv, dkc, dvc = (t.new_empty(t.shape) for t in (q, k, v, kc, vc))
+    dq, dk, dv = (new_rows(t, t.shape[3]) for t in (q, k, v))
+    dkc, dvc = (t.new_empty(t.shape) for t in (kc, vc))
     return dq, dk, dv, dphi, dkc, dvc, dmass, dbias
 
 
 @_register_fake("decode")
 def _(z: Tensor, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor | None, step: Tensor) -> Tensor:
-    return z.new_empty((*z.shape[:3], _outputs(theta, psi)))
+    return new_rows(z, _outputs(theta, psi))
 
 
 def _outputs(theta: Tensor, psi: Tensor | None) -> int:
@@ -205,7 +208,7 @@ def _(
     dS, dB, dtheta, dpsi, dstep = (
         z.new_empty(0 if t is None else t.shape, dtype=dtype) for t in (S, B, theta, psi, step)
     )
-    return z.new_empty(z.shape), dS, dB, dtheta, dpsi, dstep
+    return new_rows(z, z.shape[3]), dS, dB, dtheta, dpsi, dstep
 
 
 @_register_fake("attend_decode")
@@ -222,9 +225,8 @@ def _(
     step: Tensor,
     need_z: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = q.shape[:3]
-    z = q.new_empty((*rows, vc.shape[3]) if need_z else 0)
-    return q.new_empty((*rows, _outputs(theta, psi))), z, q.new_empty(rows, dtype=accumulate_dtype(q.dtype))
+    z = new_rows(q, vc.shape[3]) if need_z else q.new_empty(0)
+    return new_rows(q, _outputs(theta, psi)), z, q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
 
 
 @_register_fake("attend_causal_decode")
@@ -247,9 +249,8 @@ def _(
     step: Tensor,
     need_z: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = q.shape[:3]
-    z = q.new_empty((*rows, vc.shape[3]) if need_z else 0)
-    return q.new_empty((*rows, _outputs(theta, psi))), z, q.new_empty(rows, dtype=accumulate_dtype(q.dtype))
+    z = new_rows(q, vc.shape[3]) if need_z else q.new_empty(0)
+    return new_rows(q, _outputs(theta, psi)), z, q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
 
 
 @_register_fake("attend_prefix_decode")
@@ -272,10 +273,9 @@ def _(
     step: Tensor,
     need_z: bool,
 ) -> tuple[Tensor, ...]:
-    rows = q.shape[:3]
-    z = q.new_empty((*rows, v.shape[3]) if need_z else 0)
-    lse = q.new_empty(rows, dtype=accumulate_dtype(q.dtype))
-    return q.new_empty((*rows, _outputs(theta, psi))), z, lse, *(t.new_empty(t.shape) for t in (kc, vc, mass))
+    z = new_rows(q, v.shape[3]) if need_z else q.new_empty(0)
+    lse = q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
+    return new_rows(q, _outputs(theta, psi)), z, lse, *(t.new_empty(t.shape) for t in (kc, vc, mass))
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------

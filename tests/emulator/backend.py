@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from csat_ext._composite import new_rows, new_token_rows
+
 # Of a block, by compute capability.
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -241,7 +243,7 @@ class EmulatedOps:
         return view
 
     def _output(self, like: Tensor, axes: tuple[int, ...] = _ALL) -> View:
-        """A contiguous, unwritten tensor of the shape and dtype of `like`."""
+        """An unwritten tensor of the shape, strides and dtype of `like`, which is dense."""
         view = View(self._allocate(like.numel() * like.element_size()), DTYPES[like.dtype])
         for axis, n, stride in zip(axes, like.shape, like.stride(), strict=True):
             view.stride[axis] = 0 if axis < 2 and n == 1 else stride  # as the CUDA binding
@@ -335,7 +337,7 @@ class EmulatedOps:
     ) -> tuple[Tensor, ...]:
         self._reset()
         params = ProjectBackwardParams(self._project_params(x, phi, key_mask), self._input(dy), View(), View())
-        dx = torch.empty(x.shape if need_dx else 0, dtype=x.dtype)
+        dx = new_rows(x, x.shape[-1]) if need_dx else x.new_empty(0)
         dphi = torch.empty(phi.shape if need_dphi else 0, dtype=phi.dtype)
         if need_dx:
             params.dx = self._output(dx)
@@ -389,7 +391,7 @@ class EmulatedOps:
         sizes = (dy.shape[0], x_heads, tokens, dy.shape[3])
         rows = dy.shape[2] - (0 if anchors is None else anchors.shape[1])
         params = self._implicit_params(sizes, (counts, anchors), (ensemble, heads, seed, layer), rows)
-        dx = dy.new_empty(sizes)
+        dx = new_token_rows(dy, *sizes)
         params.x, params.y = self._output(dx), self._input(dy)
         self._launch("project_implicit_backward", params)
         return self._results((dx, params.x))[0]
@@ -397,7 +399,7 @@ class EmulatedOps:
     def attend(self, q: Tensor, kc: Tensor, vc: Tensor, score_bias: Tensor | None, scale: float) -> tuple[Tensor, ...]:
         self._reset()
         params = self._attend_params(q, kc, vc, score_bias, scale)
-        z, lse = q.new_empty(*q.shape[:-1], vc.shape[-1]), torch.empty(q.shape[:-1])
+        z, lse = new_rows(q, vc.shape[-1]), torch.empty(q.shape[:-1])
         params.z, params.lse = self._output(z), self._output(lse, _NO_LAST)
         self._launch("attend", params)
         return self._results((z, params.z), (lse, params.lse))
@@ -416,7 +418,7 @@ class EmulatedOps:
         self._reset()
         forward = self._attend_params(q, kc, vc, score_bias, scale)
         forward.z, forward.lse = self._input(z), self._input(lse, _NO_LAST)
-        dq, dkc, dvc = (torch.empty(t.shape, dtype=t.dtype) for t in (q, kc, vc))
+        dq, dkc, dvc = new_rows(q, q.shape[-1]), kc.new_empty(kc.shape), vc.new_empty(vc.shape)
         dbias = torch.empty(0 if score_bias is None else (*q.shape[:2], kc.shape[2]))
         bias = View() if score_bias is None else self._output(dbias, _NO_ROW)
         gradients = [self._output(t) for t in (dq, dkc, dvc)]
@@ -448,7 +450,7 @@ class EmulatedOps:
     ) -> tuple[Tensor, ...]:
         self._reset()
         measured = self._attend_params(q, kc, vc, score_bias, scale)
-        z, lse = q.new_empty(*q.shape[:-1], vc.shape[-1]), torch.empty(q.shape[:-1])
+        z, lse = new_rows(q, vc.shape[-1]), torch.empty(q.shape[:-1])
         measured.z, measured.lse = self._output(z), self._output(lse, _NO_LAST)
         self._launch("attend_causal", AttendCausalParams(measured, self._causal_tokens(q, kc, k, v, key_mask, numbers)))
         return self._results((z, measured.z), (lse, measured.lse))
@@ -471,7 +473,8 @@ class EmulatedOps:
         self._reset()
         forward = self._attend_params(q, kc, vc, score_bias, scale)
         forward.z, forward.lse = self._input(z), self._input(lse, _NO_LAST)
-        gradients = [torch.empty(t.shape, dtype=t.dtype) for t in (q, kc, vc, k, v)]
+        of_rows = [new_rows(t, t.shape[-1]) for t in (q, k, v)]
+        gradients = [of_rows[0], kc.new_empty(kc.shape), vc.new_empty(vc.shape), *of_rows[1:]]
         dbias = torch.empty(0 if score_bias is None else (*q.shape[:2], kc.shape[2]))
         bias = View() if score_bias is None else self._output(dbias, _NO_ROW)
         dq, dkc, dvc, dk, dv = views = [self._output(t) for t in gradients]
@@ -512,7 +515,7 @@ class EmulatedOps:
     ) -> tuple[Tensor, ...]:
         self._reset()
         params = self._prefix_params((q, k, v, phi, kc, vc, mass), score_bias, key_mask, scale, signed)
-        z, lse = q.new_empty(*q.shape[:-1], v.shape[-1]), torch.empty(q.shape[:-1])
+        z, lse = new_rows(q, v.shape[-1]), torch.empty(q.shape[:-1])
         ends = self._prefix_outputs(params, z, lse, kc, vc, mass)
         self._launch("attend_prefix", params)
         return self._results((z, params.z), (lse, params.lse), *ends)
@@ -551,7 +554,7 @@ class EmulatedOps:
         self._reset()
         forward = self._prefix_params((q, k, v, phi, kc, vc, mass), score_bias, key_mask, scale, signed)
         forward.lse = self._input(lse, _NO_LAST)
-        dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v))
+        dq, dk, dv = (new_rows(t, t.shape[-1]) for t in (q, k, v))
         dphi, dkc, dvc = (torch.empty(*x) for x in ((q.shape[0], kc.shape[1], *phi.shape[2:]), kc.shape, vc.shape))
         dmass = torch.empty(0 if signed else mass.shape)
         dbias = torch.empty(0 if score_bias is None else (*q.shape[:2], phi.shape[3]))
@@ -566,7 +569,7 @@ class EmulatedOps:
 
     def decode(self, z: Tensor, S: Tensor, B: Tensor, theta: Tensor, psi: Tensor | None, step: Tensor) -> Tensor:
         self._reset()
-        out = z.new_empty(*z.shape[:-1], _outputs(theta, psi))
+        out = new_rows(z, _outputs(theta, psi))
         view = self._output(out)
         params = DecodeParams(self._decoder(S, B, theta, psi, step), self._input(z), view, *z.shape[:3])
         self._launch("decode", params)
@@ -577,7 +580,7 @@ class EmulatedOps:
     ) -> tuple[Tensor, ...]:
         self._reset()
         forward = DecodeParams(self._decoder(S, B, theta, psi, step), self._input(z), View(), *z.shape[:3])
-        dz = torch.empty(z.shape, dtype=z.dtype)
+        dz = new_rows(z, z.shape[-1])
         weights = [torch.empty(0 if t is None else t.shape) for t in (S, B, theta, psi, step)]
         addresses = [self._allocate(t.numel() * t.element_size()) if t.numel() else None for t in weights]
         view = self._output(dz)
@@ -600,8 +603,8 @@ class EmulatedOps:
     ) -> tuple[Tensor, ...]:
         self._reset()
         attend = self._attend_params(q, kc, vc, score_bias, scale)
-        out = q.new_empty(*q.shape[:-1], _outputs(theta, psi))
-        z = q.new_empty(*q.shape[:-1], vc.shape[-1]) if need_z else q.new_empty(0)
+        out = new_rows(q, _outputs(theta, psi))
+        z = new_rows(q, vc.shape[-1]) if need_z else q.new_empty(0)
         lse, view = torch.empty(q.shape[:-1]), self._output(out)
         attend.lse = self._output(lse, _NO_LAST)
         if need_z:
@@ -632,8 +635,8 @@ class EmulatedOps:
     ) -> tuple[Tensor, ...]:
         self._reset()
         measured = self._attend_params(q, kc, vc, score_bias, scale)
-        out = q.new_empty(*q.shape[:-1], _outputs(theta, psi))
-        z = q.new_empty(*q.shape[:-1], vc.shape[-1]) if need_z else q.new_empty(0)
+        out = new_rows(q, _outputs(theta, psi))
+        z = new_rows(q, vc.shape[-1]) if need_z else q.new_empty(0)
         lse, view = torch.empty(q.shape[:-1]), self._output(out)
         measured.lse = self._output(lse, _NO_LAST)
         if need_z:
@@ -665,8 +668,8 @@ class EmulatedOps:
     ) -> tuple[Tensor, ...]:
         self._reset()
         attend = self._prefix_params((q, k, v, phi, kc, vc, mass), score_bias, key_mask, scale, signed)
-        out = q.new_empty(*q.shape[:-1], _outputs(theta, psi))
-        z = q.new_empty(*q.shape[:-1], v.shape[-1]) if need_z else q.new_empty(0)
+        out = new_rows(q, _outputs(theta, psi))
+        z = new_rows(q, v.shape[-1]) if need_z else q.new_empty(0)
         lse, view = torch.empty(q.shape[:-1]), self._output(out)
         ends = self._prefix_outputs(attend, z if need_z else None, lse, kc, vc, mass)
         decode = DecodeParams(self._decoder(S, B, theta, psi, step), View(), view, *q.shape[:3])

@@ -104,7 +104,7 @@ void backward(const AttendOperands<R>& operands, const Tensor& kc, const Tensor&
 std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& kc, const Tensor& vc, const MaybeTensor& score_bias,
                                   double scale) {
   const AttendSizes n = check_attend("attend", q, kc, vc, score_bias, scale);
-  Tensor z = torch::stable::new_empty(q, {n.B, n.H, n.Nq, n.R});
+  Tensor z = new_rows(q, n.R);
   Tensor lse = torch::stable::new_empty(q, {n.B, n.H, n.Nq}, accumulate_dtype(q.scalar_type()));
   with_accumulator(q, [&](auto zero) {
     using R = decltype(zero);
@@ -118,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_backward(const Tensor& dz, con
                                                            const Tensor& vc, const MaybeTensor& score_bias,
                                                            const Tensor& z, const Tensor& lse, double scale) {
   const AttendSizes n = check_attend_backward("attend_backward", dz, q, kc, vc, score_bias, z, lse, scale);
-  Tensor dq = torch::stable::new_empty(q, {n.B, n.H, n.Nq, n.D});
+  Tensor dq = new_rows(q, n.D);
   Tensor dkc = torch::stable::new_empty(kc, {n.B, n.Hk, n.M, n.D});
   Tensor dvc = torch::stable::new_empty(vc, {n.B, n.Hk, n.M, n.R});
   const ScalarType accumulate = accumulate_dtype(q.scalar_type());

@@ -372,7 +372,7 @@ std::tuple<Tensor, Tensor> attend_causal(const Tensor& q, const Tensor& kc, cons
                                          int64_t measurements_per_block) {
   const CausalSizes n = check_attend_causal("attend_causal", q, kc, vc, k, v, score_bias, key_mask,
                                             {scale, block_size, window_blocks, measurements_per_block});
-  Tensor z = torch::stable::new_empty(q, {n.measured.B, n.measured.H, n.measured.Nq, n.measured.R});
+  Tensor z = new_rows(q, n.measured.R);
   Tensor lse =
       torch::stable::new_empty(q, {n.measured.B, n.measured.H, n.measured.Nq}, accumulate_dtype(q.scalar_type()));
   with_accumulator(q, [&](auto zero) {
@@ -395,11 +395,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attend_causal_backwar
       check_attend_causal_backward("attend_causal_backward", dz, q, kc, vc, k, v, score_bias, key_mask, z, lse,
                                    {scale, block_size, window_blocks, measurements_per_block});
   const AttendSizes &m = n.measured, &s = n.tokens;
-  Tensor dq = torch::stable::new_empty(q, {m.B, m.H, m.Nq, m.D});
-  Tensor dkc = torch::stable::new_empty(q, {m.B, m.Hk, m.M, m.D}),
-         dk = torch::stable::new_empty(q, {s.B, s.Hk, s.M, s.D});
-  Tensor dvc = torch::stable::new_empty(q, {m.B, m.Hk, m.M, m.R}),
-         dv = torch::stable::new_empty(q, {s.B, s.Hk, s.M, s.R});
+  Tensor dq = new_rows(q, m.D);
+  Tensor dkc = torch::stable::new_empty(q, {m.B, m.Hk, m.M, m.D}), dk = new_rows(k, s.D);
+  Tensor dvc = torch::stable::new_empty(q, {m.B, m.Hk, m.M, m.R}), dv = new_rows(v, s.R);
   const ScalarType accumulate = accumulate_dtype(q.scalar_type());
   Tensor dbias = score_bias ? torch::stable::new_empty(q, {m.B, m.H, m.M}, accumulate)
                             : torch::stable::new_empty(q, {0}, accumulate);

@@ -40,8 +40,8 @@ std::tuple<Tensor, Tensor, Tensor> attend_decode(const Tensor& q, const Tensor& 
                                                  const Tensor& step, bool need_z) {
   const AttendSizes n = check_attend("attend_decode", q, kc, vc, score_bias, scale);
   const DecodeSizes d = check_attend_decode("attend_decode", n, q, S, B, theta, psi, step);
-  Tensor out = torch::stable::new_empty(q, {n.B, n.H, n.Nq, d.Dv});
-  Tensor z = need_z ? torch::stable::new_empty(q, {n.B, n.H, n.Nq, n.R}) : torch::stable::new_empty(q, {0});
+  Tensor out = new_rows(q, d.Dv);
+  Tensor z = need_z ? new_rows(q, n.R) : torch::stable::new_empty(q, {0});
   Tensor lse = torch::stable::new_empty(q, {n.B, n.H, n.Nq}, accumulate_dtype(q.scalar_type()));
   with_accumulator(q, [&](auto zero) {
     using R = decltype(zero);

@@ -510,7 +510,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_prefix(const Tensor& q
   const PrefixInputs in{q, k, v, phi, kc, vc, mass, score_bias, key_mask, scale, is_signed};
   const PrefixSizes n = check_attend_prefix("attend_prefix", in);
   const ScalarType accumulate = accumulate_dtype(q.scalar_type());
-  Tensor z = torch::stable::new_empty(q, {n.B, n.H, n.N, n.R});
+  Tensor z = new_rows(q, n.R);
   Tensor lse = torch::stable::new_empty(q, {n.B, n.H, n.N}, accumulate);
   Tensor kc_end = torch::stable::new_empty(kc, {n.B, n.Hs, n.M, n.D});
   Tensor vc_end = torch::stable::new_empty(vc, {n.B, n.Hs, n.M, n.R});
@@ -532,9 +532,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> atten
   const PrefixInputs in{q, k, v, phi, kc, vc, mass, score_bias, key_mask, scale, is_signed};
   const PrefixSizes n =
       check_attend_prefix_backward("attend_prefix_backward", in, {dz, dkc_end, dvc_end, dmass_end, lse});
-  Tensor dq = torch::stable::new_empty(q, {n.B, n.H, n.N, n.D});
-  Tensor dk = torch::stable::new_empty(k, {n.B, n.Hk, n.N, n.D}),
-         dv = torch::stable::new_empty(v, {n.B, n.Hk, n.N, n.R});
+  Tensor dq = new_rows(q, n.D);
+  Tensor dk = new_rows(k, n.D), dv = new_rows(v, n.R);
   Tensor dkc = torch::stable::new_empty(kc, {n.B, n.Hs, n.M, n.D});
   Tensor dvc = torch::stable::new_empty(vc, {n.B, n.Hs, n.M, n.R});
   const ScalarType accumulate = accumulate_dtype(q.scalar_type());

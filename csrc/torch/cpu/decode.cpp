@@ -165,7 +165,7 @@ void backward(const DecodeOperands<R>& operands, const BackwardOperands<R>& righ
 Tensor decode(const Tensor& z, const Tensor& S, const Tensor& B, const Tensor& theta, const MaybeTensor& psi,
               const Tensor& step) {
   const DecodeSizes n = check_decode("decode", z, S, B, theta, psi, step);
-  Tensor c = torch::stable::new_empty(z, {n.B, n.H, n.Nq, n.Dv});
+  Tensor c = new_rows(z, n.Dv);
   with_accumulator(
       z, [&](auto zero) { forward(DecodeOperands<decltype(zero)>(n, S, B, theta, psi, step), Array(z), Array(c)); });
   return c;
@@ -180,7 +180,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> decode_backward(const
   const auto gradient = [&](std::initializer_list<int64_t> shape) {
     return torch::stable::new_empty(z, torch::headeronly::IntHeaderOnlyArrayRef(shape), accumulate);
   };
-  const Gradients out{torch::stable::new_empty(z, {n.B, n.H, n.Nq, n.R}),
+  const Gradients out{new_rows(z, n.R),
                       gradient({n.Hd, n.Ts, n.P, n.P}),
                       gradient({n.Hd, n.Tb, n.P, n.R}),
                       gradient({n.Hd, n.T, n.P}),

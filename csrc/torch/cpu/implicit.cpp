@@ -426,7 +426,7 @@ Tensor project_implicit_backward(const Tensor& dy, const MaybeTensor& counts, co
                                  int64_t tokens) {
   const ImplicitSizes n = check_project_implicit_backward("project_implicit_backward", dy, counts, anchors, ensemble,
                                                           heads, layer, x_heads, tokens);
-  Tensor dx = torch::stable::new_empty(dy, {n.B, n.Hx, n.N, n.D});
+  Tensor dx = new_token_rows(dy, n.B, n.Hx, n.N, n.D);
   if (dx.numel() == 0) return dx;
   const MaybeTensor places = contiguous(counts);
   with_accumulator(dy, [&](auto zero) {

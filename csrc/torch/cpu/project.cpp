@@ -193,7 +193,7 @@ Tensor project(const Tensor& x, const Tensor& phi, const MaybeTensor& key_mask) 
 std::tuple<Tensor, Tensor> project_backward(const Tensor& dy, const Tensor& x, const Tensor& phi,
                                             const MaybeTensor& key_mask, bool need_dx, bool need_dphi) {
   const ProjectSizes n = check_project_backward("project_backward", dy, x, phi, key_mask);
-  Tensor dx = need_dx ? torch::stable::new_empty(x, {n.B, n.Hx, n.N, n.D}) : torch::stable::new_empty(x, {0});
+  Tensor dx = need_dx ? new_rows(x, n.D) : torch::stable::new_empty(x, {0});
   Tensor dphi = need_dphi ? torch::stable::new_empty(phi, {n.Bp, n.Hp, n.M, n.N}) : torch::stable::new_empty(phi, {0});
   with_accumulator(x, [&](auto zero) {
     using R = decltype(zero);
