@@ -717,18 +717,50 @@ def test_attend_takes_strided_tensors_and_no_bias(ops: EmulatedOps, generator: t
     check(ops, "attend_backward", _strided(_tokens(generator, q.dtype, *z.shape)), *strided[:4], z, lse, scale)
 
 
-@pytest.mark.parametrize("head_dim", [24, 20])
-def test_attend_backward_is_the_same_from_any_layout(library: Any, generator: torch.Generator, head_dim: int) -> None:
-    """(B, N, H, D) read where it lies: bitwise what the contiguous tensors give."""
-    ops = EmulatedOps(library)
-    q, kc, vc, bias, scale = _attend_inputs(generator, torch.bfloat16, (2, 2, 2, 37, 9, head_dim, 24), "finite")
-    z, lse = _composite.attend(q, kc, vc, bias, scale)
-    dz = _tokens(generator, q.dtype, *z.shape)
-    other = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (dz, q, kc, vc, z)]
-    expected = ops.attend_backward(dz, q, kc, vc, bias, z, lse, scale)
-    got = ops.attend_backward(*other[:4], bias, other[4], lse, scale)
-    for a, b in zip(got, expected, strict=True):
-        assert torch.equal(a, b)
+@pytest.mark.parametrize("width", [24, 20])
+@pytest.mark.parametrize(
+    ("dtype", "capability"), [(torch.float32, 90), (torch.float16, 80), (torch.float16, 90)], ids=str
+)
+def test_rows_are_read_and_written_where_they_lie(
+    library: Any, generator: torch.Generator, dtype: torch.dtype, capability: int, width: int
+) -> None:
+    """The heads of a token side by side, as a layer has them: bitwise what contiguous rows give, lying as those do."""
+    ops, rows, m = EmulatedOps(library, compute_capability=capability), 37, 9
+    q, kc, vc, bias, scale = attend = _attend_inputs(generator, dtype, (2, 2, 2, rows, m, width, width), "finite")
+    k, v, dz = (_tokens(generator, dtype, 2, 2, rows, width) for _ in range(3))
+    weights, phi = _decoder(generator, (1, 2, 1, 1, 16, width, width)), _tokens(generator, dtype, 1, 2, m, rows)
+    blocks = 8, 1, 3  # three measurements of each of three blocks
+    causal = q, kc, vc, k, v, bias, None, scale, *blocks
+    prefix = _prefix_inputs(generator, dtype, (2, 2, 2, 2, 1, rows, m, width, width), False, False)
+    z, lse = ops.attend(*attend)
+    z_causal, lse_causal = ops.attend_causal(*causal)
+    lse_prefix = ops.attend_prefix(*prefix)[1]
+    calls: dict[str, tuple[Any, ...]] = {
+        "project_backward": (kc, k, phi, None, True, False),
+        "attend": attend,
+        "attend_decode": (*attend, *weights, True),
+        "attend_backward": (dz, q, kc, vc, bias, z, lse, scale),
+        "attend_causal": causal,
+        "attend_causal_decode": (*causal, *weights, True),
+        "attend_causal_backward": (dz, *causal[:7], z_causal, lse_causal, scale, *blocks),
+        "attend_prefix": prefix,
+        "attend_prefix_decode": (*prefix, *weights, True),
+        "attend_prefix_backward": (dz, *prefix[4:7], *prefix[:9], lse_prefix, scale, False),
+        "decode": (z, *weights),
+        "decode_backward": (dz, z, *weights),
+    }
+
+    def is_rows(x: Any) -> bool:
+        return isinstance(x, Tensor) and x.shape == (2, 2, rows, width)
+
+    for name, arguments in calls.items():
+        beside = [x.transpose(1, 2).contiguous().transpose(1, 2) if is_rows(x) else x for x in arguments]
+        results = [getattr(ops, name)(*given) for given in (arguments, beside)]
+        assert ops.counters.mma > 0 or dtype == torch.float32 or name == "project_backward", name
+        pairs = zip(*((r,) if isinstance(r, Tensor) else r for r in results), strict=True)
+        for i, (a, b) in enumerate(pairs):
+            assert torch.equal(a, b), f"{name}[{i}]"
+            assert not is_rows(a) or (a.is_contiguous() and b.stride(1) == width), f"{name}[{i}]"
 
 
 # heads, layers, layers of S, layers of B, coefficients, features, outputs
