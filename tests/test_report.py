@@ -182,6 +182,7 @@ def test_the_ablation_puts_every_form_into_its_cell(results: Results) -> None:
         "| pool, learned | - | 30.0 (1) | - |",
         "| gaussian, fixed | 40.0 (1) | - | - |",
         "| lista | 20.0 (1) | 50.0 (1) |",
+        "differ by less than 31.3 lie within",  # 2 sqrt(2 p (1 - p) / 20), p = 0.429
     ):
         assert line in text
     titles = [section.title for section, names in report.found(results) if "quality_ablation" in names]

@@ -627,6 +627,13 @@ def _of_captions(figures: Sequence[dict[str, Any]], key: str) -> list[str]:
     return recall + [mean([own["captioning"][name][key] for own in figures], 2) for name in CAPTIONS]
 
 
+def _within_error(result: dict[str, Any], found: dict[str, list[dict[str, Any]]]) -> str:
+    """What two accuracies of the level of these have to differ by, for the few items of the test."""
+    level = statistics.fmean(run["test"] for runs in found.values() for run in runs)
+    least = 100 * _of_test_items(result, level, level)
+    return f" Two of these that differ by less than {least:.1f} lie within two standard errors of so small a test."
+
+
 DECODERS = ("none", "linear", "lista")
 
 
@@ -653,6 +660,7 @@ def ablation(results: Results, name: str) -> str:
         + "\n\n"
         + table(["pool, fixed; decoder", *(f"m = {size}" for size in sizes)], of_m)
         + "\n\nHere parameters are not made equal: learned Phi and decoders add theirs."
+        + _within_error(result, runs)
         + _runs_missing(result)
         + results.source(result["machine"], name)
     )
