@@ -12,8 +12,8 @@ Each table has three sets. `--quick` takes at most a quarter of an hour on two c
 the published one, which is the default, at most two hours; `--whole` has LRA's lengths and larger models, for a GPU,
 where nobody has timed it. Processor minutes of one thread, from single steps on an Intel Xeon, quick / published:
 
-    causal-language 6 / 90     masked-language 16 / 125    listops 8 / 75      pathfinder 15 / 85
-    pathfinder-64  20 / 90     fashion-mnist  21 / 145     captions 9 / 100    ablation    5 / 80
+    causal-language 6 / 100    masked-language 8 / 85      listops 9 / 110     pathfinder 15 / 75
+    pathfinder-64  20 / 100    fashion-mnist  22 / 160     captions 9 / 100    ablation    6 / 85
 
 On cuda where there is one, else on cpu, with the same settings. Runs that are in the result file are not made again, so
 a command that was stopped, or that `--seconds` ended, is simply given again; so is one whose table has gained a form, a
