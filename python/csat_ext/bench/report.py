@@ -45,7 +45,8 @@ SECTIONS = (
         "table5_*",
         tables.table5,
         "`full` is torch's fused attention, `full, scores kept` its unfused form with all n² scores in memory, `stock` "
-        "that attention on K and V projected by CSAT's measurements, `stock + LISTA` that with LISTA in eager torch or, compiled, under torch.compile.",
+        "that attention on K and V projected by CSAT's measurements, `stock + LISTA` that with LISTA in eager "
+        "torch or, compiled, under torch.compile.",
         drawer=pictures.table5,
     ),
     Section("Time of the operator alone", "scaling", _alone(tables.scaling), drawer=pictures.scaling),
