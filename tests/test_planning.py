@@ -74,7 +74,9 @@ def test_parameters_are_counted_exactly(name: str) -> None:
     assert planning.block_parameters(SHAPE, config) * LAYERS == counted
 
 
-@pytest.mark.parametrize("name", ["full", "none", "lista", "one Phi", "no gain", "random", "without a matrix"])
+@pytest.mark.parametrize(
+    "name", ["full", "none", "linear", "lista", "one Phi", "no gain", "random", "without a matrix"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kept_activations_are_foreseen(name: str, dtype: torch.dtype) -> None:
     config = config_of(name)

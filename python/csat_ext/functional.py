@@ -265,7 +265,7 @@ def recover(
         need_z = torch.is_grad_enabled()
         return torch.ops.csat.attend_decode(query, kc, vc, score_bias, tau, *weights, need_z)[0]
     z = torch.ops.csat.attend(query, kc, vc, score_bias, tau)[0]
-    return z if decoder is None else z @ decoder.weight.to(z.dtype)
+    return z if decoder is None else _product(z, decoder.weight.to(z.dtype))
 
 
 CausalState = BlockState | PrefixState
@@ -341,7 +341,7 @@ def _decode_rows(
     _check_decoder(decoder, query, z)
     if isinstance(decoder, SparseDecoder):
         return torch.ops.csat.decode(z, *decoder.with_head_axis())
-    return z if decoder is None else z @ decoder.weight.to(z.dtype)
+    return z if decoder is None else _product(z, decoder.weight.to(z.dtype))
 
 
 def _block_measure(
@@ -423,6 +423,16 @@ def _silence(bias: Tensor | None, empty: Tensor, heads: int) -> Tensor:
     dtype = torch.float32 if bias is None else bias.dtype
     start = torch.zeros((), dtype=dtype, device=empty.device) if bias is None else bias
     return torch.where(empty, torch.full((), -math.inf, dtype=dtype, device=empty.device), start)
+
+
+def _product(z: Tensor, weight: Tensor) -> Tensor:
+    """z (B, H, N, R) times weight (R, Dv) or (1 or H, R, Dv). Where the heads of a token lie side by side, all tokens
+    go into one product for each head, which reads z in its place: a batch of B * H products would copy and keep it."""
+    if z.stride(1) >= z.stride(2):
+        return z @ weight
+    if weight.dim() == 2 or weight.shape[0] == 1:
+        return (z.transpose(1, 2) @ weight.reshape(weight.shape[-2:])).transpose(1, 2)
+    return (z.transpose(0, 1).flatten(1, 2) @ weight).unflatten(1, (z.shape[0], z.shape[2])).transpose(0, 1)
 
 
 def _sense_features(vc: Tensor, feature_sensing: Tensor, value: Tensor, heads: int) -> Tensor:

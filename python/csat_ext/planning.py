@@ -244,7 +244,7 @@ def block_activations(run: Run) -> int:
 
     Inputs of both norms, of the projections and of the MLP's first layer, q, k, v, the attention's output, and the
     MLP's hidden layer before and after its activation; float32 statistics of the norms and log-sum-exp. Compressed
-    attention keeps its rows before the decoder as well, and the measured keys (before and after the gain) and values.
+    attention keeps its rows before a decoder as well, and the measured keys (before and after the gain) and values.
     """
     model, size, rows = run.model, BYTES[run.precision], run.batch * run.local_tokens
     kv = model.key_heads * model.head_dim
@@ -255,7 +255,8 @@ def block_activations(run: Run) -> int:
     measured = run.batch * config.measurements * kv * (3 if config.gain else 2)
     if _implicit(run, config):
         kept -= rows * 2 * kv * size
-    return kept + (rows * model.width + measured) * size + _decoder_bytes(model, config)
+    decoded = 0 if config.decoder == "none" else rows * model.width
+    return kept + (decoded + measured) * size + _decoder_bytes(model, config)
 
 
 def _decoder_bytes(model: ModelShape, config: CSATConfig) -> int:
