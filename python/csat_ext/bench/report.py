@@ -82,7 +82,7 @@ SECTIONS = (
         tables.quality,
         "`csat + linear` is the control that `csat + LISTA` has to beat. Pathfinder here has smaller images and "
         "shorter curves than the Long Range Arena's files, whose curves are of 14 dashes (`--lra-pathfinder FOLDER` "
-        "reads those): in the time of two cores full attention learns it of 16 x 16 pixels, not of 32 x 32, and what "
+        "reads those): in the time of two cores it can be learnt of 16 x 16 pixels, was not of 32 x 32, and what "
         "stands here of 64 x 64 is chance.",
         drawer=pictures.quality,
     ),
