@@ -145,8 +145,8 @@ def listops_table(which: str, given: argparse.Namespace) -> Table:
 
 
 def pathfinder_table(which: str, given: argparse.Namespace) -> Table:
-    """On two cores the images have 16 x 16 pixels, of which the task can be learnt; of 32 x 32 full attention did not in
-    400 steps. Every form sees what is near by a convolution: where the neighbours of a pixel are is not asked."""
+    """On two cores the images have 16 x 16 pixels, of which the task can be learnt; of 32 x 32 full attention did not
+    in 400 steps. Every form sees what is near by a convolution: where the neighbours of a pixel are is not asked."""
     near = replace(MIDDLE, taps=3)
     sizes, counts, protocol = {
         QUICK: (replace(SHORT_PATHS, distractors=0), (4000, 300, 500), plan(which, near, 400, 32, (4e-3,))),
