@@ -82,8 +82,7 @@ def csat_form(shape: LayerShape, m: int, learned: bool, **changes: Any) -> nn.Mo
 
 
 def ablation_forms(m: int, ensembles: Sequence[str] = ("pool", "bucket", "gaussian")) -> dict[str, Layer]:
-    """Ensemble x fixed or learned x decoder at m, then m for the default; full attention and none beside
-    them.
+    """Ensemble x fixed or learned x decoder at m, then m for the default; full attention and none beside.
 
     The signed ensemble is the paper's, Gaussian.
     """

@@ -513,7 +513,7 @@ def plan(**changes: Any) -> protocol.Protocol:
 def test_padding_changes_no_logit(name: str) -> None:
     layer = quality_tables.named_forms()[name]
     torch.manual_seed(0)
-    model = classification.Classifier(layer, SIZE, 24, 16, 8, 3, seed=0).double()
+    model = classification.Classifier(Trunk(layer, SIZE, 24, 16, 8, seed=0), 3).double()
     tokens, keep = torch.randint(0, 8, (2, 16)), torch.arange(16).expand(2, 16) < torch.tensor([[16], [9]])
     other = torch.where(keep, tokens, 7 - tokens)
     kept, changed = (model(t, keep) for t in (tokens, other))

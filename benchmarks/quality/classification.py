@@ -36,20 +36,9 @@ class Classifier(nn.Module):
     tokens (B, N) integers, keep (B, N) bool or None -> logits (B, classes).
     """
 
-    def __init__(
-        self,
-        layer: Layer,
-        size: Size,
-        hidden: int,
-        tokens: int,
-        vocabulary: int,
-        classes: int,
-        seed: int,
-        grid: Grid | None = None,
-    ) -> None:
+    def __init__(self, trunk: Trunk, classes: int) -> None:
         super().__init__()
-        self.trunk = Trunk(layer, size, hidden, tokens, vocabulary, seed, grid)
-        self.head = nn.Linear(size.width, classes)
+        self.trunk, self.head = trunk, nn.Linear(trunk.positions.shape[1], classes)
 
     def forward(self, tokens: Tensor, keep: Tensor | None) -> Tensor:
         x = self.trunk(tokens, keep)
@@ -103,7 +92,8 @@ class Classification(Task):
         return replace(self, **parts)
 
     def model(self, layer: Layer, size: Size, hidden: int, seed: int) -> Classifier:
-        return Classifier(layer, size, hidden, self.tokens, self.vocabulary, self.classes, seed, self.grid)
+        trunk = Trunk(layer, size, hidden, self.tokens, self.vocabulary, seed, self.grid)
+        return Classifier(trunk, self.classes)
 
     def batches(self, steps: int, batch: int, seed: int) -> Iterator[Tensor]:
         """Rows: permutations of all the examples, one after the other."""
